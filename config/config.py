@@ -1,0 +1,365 @@
+"""The one file to edit: each setting, its published default, and the paths and schedules that follow from them."""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data
+    data: str = "data/BUPT-BalancedFace"  # training images: <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112
+    pairs: str = "data/RFW"  # verification pairs: <pairs>/<ethnicity>_test.bin
+    output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
+    cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
+    ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups, any names, any number
+    skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
+
+    # What a script works on
+    ethnicity: str = "All"  # one group (one quarter of a baseline: quarter1, quarter2, ...), or All in turn
+    is_teacher_baseline: bool = False  # teachers of one quarter of each group, instead of one group each
+    is_dual_layer: bool = False  # students learn from the dual-layer adaptor, instead of the single-layer one
+    has_dropout: bool = False  # the dual-layer adaptor has dropout before its activation (DLDPO)
+
+    # Networks
+    network: str = "iresnet34"  # of teachers: iresnet18|34|50|100, mobilefacenet, iresnet_tiny
+    student_network: str = "iresnet34"  # of students: the same choice, independent of the teachers
+    embedding_size: int = 512  # dimensions of every embedding
+    middle_layer_size: int = 512  # dimensions between the two layers of the dual-layer adaptor
+
+    # Losses
+    loss: str = "ElasticArcFace"  # of teachers; or ElasticCosFace (both also with +), ArcFace, CosFace, CurricularFace
+    s: float = 64.0  # scale of the logits
+    m: float = 0.50  # margin (0.35 is usual for the CosFace losses)
+    std: float = 0.05  # spread of the elastic margin (+: 0.0175 for ElasticArcFace+, 0.02 for ElasticCosFace+)
+    std_fc: float = 0.0125  # spread of the elastic margin of the adaptors
+    loss_lambda: float = 10000.0  # weight of the distillation loss of the students
+    flip_targets: bool = False  # a student that sees a flipped image learns the target of the flipped image
+
+    # Optimisation
+    num_epoch: int = 52  # epochs of teachers and students
+    milestones: tuple[int, ...] = ()  # their learning rate drops; empty: as published, scaled to the epochs
+    lr: float = 0.1  # learning rate of teachers and students for 512 images a step
+    num_epoch_fc: int = 26  # epochs of the adaptors
+    milestones_fc: tuple[int, ...] = ()  # their learning rate drops; empty: as published, scaled to the epochs
+    lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
+    batch_size: int = 128  # images (or rows) a step
+    momentum: float = 0.9  # of stochastic gradient descent
+    weight_decay: float = 5e-4  # on every parameter
+    max_grad_norm: float = 5.0  # gradients of the network, not of the header, are clipped to this norm
+    seed: int = 0  # decides initial weights, order, flips, margins, dropout and the quarters of the baseline
+
+    # Running
+    device: str = "auto"  # auto | cpu | cuda
+    num_threads: int = 0  # CPU threads; 0: as many as there are cores
+    infer_batch_size: int = 256  # images a step where nothing is trained
+    weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
+    checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, float) and type(value) is int:
+                value = float(value)
+            if isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, field.name, value)
+            if type(value) is not type(field.default):
+                raise InputError(f"{field.name} = {value!r} must be of type {type(field.default).__name__}.")
+        for name, allowed in CHOICES.items():
+            self._check(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
+        for name in (
+            "embedding_size",
+            "middle_layer_size",
+            "num_epoch",
+            "num_epoch_fc",
+            "batch_size",
+            "infer_batch_size",
+        ):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("s", "lr", "lr_fc", "max_grad_norm"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("m", "std", "std_fc", "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        self._check("momentum", self.momentum < 1, "below 1")
+        for name in ("seed", "num_threads"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("milestones", "milestones_fc"):
+            value = getattr(self, name)
+            holds = all(type(v) is int and v > 1 for v in value) and sorted(set(value)) == list(value)
+            self._check(name, holds, "increasing epoch numbers above 1")
+        for name in ("data", "pairs", "output", "cache"):
+            self._check(name, getattr(self, name) != "", "a path")
+
+        names = self.ethnicities
+        plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
+        self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")
+        self._check("ethnicities", len(set(names)) == len(names), "different names")
+        reserved = {"All", *self.quarters}.intersection(names)
+        self._check("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
+        known = ("All", *names, *self.quarters)
+        self._check("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise InputError(f"{name} = {getattr(self, name)!r} must be {wanted}.")
+
+    @classmethod
+    def from_args(cls, argv: list[str] | None = None) -> "Config":
+        """The defaults above, changed by `--name value` (lists: `--name a,b`; switches: `--name` or `--name False`).
+
+        Prints one sentence and leaves with status 2 where a name is unknown or a value impossible.
+        """
+        parser = _Parser(allow_abbrev=False)
+        group, comments = parser, _comments()
+        for field in dataclasses.fields(cls):
+            section, text = comments.get(field.name, ("", ""))
+            if section:
+                group = parser.add_argument_group(section)
+            is_list = isinstance(field.default, tuple)
+            shown = ",".join(map(str, field.default)) if is_list else field.default
+            switch = {"nargs": "?", "const": True} if isinstance(field.default, bool) else {}
+            group.add_argument(
+                f"--{field.name}",
+                type=_reader(field),
+                default=field.default,
+                metavar="a,b,..." if is_list else type(field.default).__name__,
+                help=f"{text} [{shown}]".replace("%", "%%"),
+                **switch,
+            )
+        try:
+            return cls(**vars(parser.parse_args(argv)))
+        except InputError as error:
+            parser.error(str(error))
+
+    # Names ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def setting(self) -> str:
+        return "baseline" if self.is_teacher_baseline else "specialized"
+
+    @property
+    def quarters(self) -> tuple[str, ...]:
+        """The baseline's teachers: as many as there are groups, each trained on one part of every group."""
+        return tuple(f"quarter{i + 1}" for i in range(len(self.ethnicities)))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers of the setting, in the order in which their embeddings are concatenated.
+
+        The published code concatenates Asian, African, Caucasian, Indian; other names follow in the order given.
+        """
+        if self.is_teacher_baseline:
+            return self.quarters
+        published = [name for name in PUBLISHED_ORDER if name in self.ethnicities]
+        return (*published, *(name for name in self.ethnicities if name not in published))
+
+    @property
+    def selected_ethnicities(self) -> tuple[str, ...]:
+        """The groups that `ethnicity` selects."""
+        return self._selected(self.ethnicities, "a group")
+
+    @property
+    def selected_teachers(self) -> tuple[str, ...]:
+        """The teachers that `ethnicity` selects."""
+        return self._selected(self.teachers, f"a {self.setting} teacher")
+
+    def _selected(self, names: tuple[str, ...], what: str) -> tuple[str, ...]:
+        if self.ethnicity == "All":
+            return names
+        self._check("ethnicity", self.ethnicity in names, f"{what}: All, {', '.join(names)}")
+        return (self.ethnicity,)
+
+    @property
+    def adaptor(self) -> str:
+        """The adaptor that the students learn from: SL, DuL or DLDPO."""
+        if not self.is_dual_layer:
+            return "SL"
+        return "DLDPO" if self.has_dropout else "DuL"
+
+    @property
+    def target_views(self) -> tuple[bool, ...]:
+        """Which views of an image are embedded: as it is, and with `flip_targets` also flipped."""
+        return (False, True) if self.flip_targets else (False,)
+
+    # Paths ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def cache_dir(self) -> Path:
+        """Index and decoded images of these groups of this data folder; another folder has another cache."""
+        data = Path(self.data).resolve()
+        source = "\n".join([str(data), *sorted(self.ethnicities)])
+        return Path(self.cache) / f"{data.name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+    @property
+    def split_dir(self) -> Path:
+        """One list of identities per group, dealt to the baseline's quarters."""
+        return Path(self.output) / "baseline" / "split"
+
+    @property
+    def network_dir(self) -> Path:
+        return Path(self.output) / self.setting / self.network
+
+    def teacher_dir(self, teacher: str) -> Path:
+        return self.network_dir / "teachers" / teacher
+
+    def teacher_embeddings(self, teacher: str, flipped: bool = False) -> Path:
+        """Array (N, D): the unit-length embeddings of all images by one teacher."""
+        return self.network_dir / "embeddings" / _view(teacher, flipped)
+
+    def adaptor_dir(self, adaptor: str) -> Path:
+        return self.network_dir / "adaptors" / adaptor
+
+    def adaptor_embeddings(self, adaptor: str, flipped: bool = False) -> Path:
+        """Array (N, D): the unit-length multi-teacher embeddings of all images, the students' targets."""
+        return self.adaptor_dir(adaptor) / _view("embeddings", flipped)
+
+    def student_dir(self, method: str) -> Path:
+        """`method` is a-KD or EAF-KD."""
+        return self.network_dir / "students" / self.student_network / f"{self.adaptor}-{method}"
+
+    def pairs_file(self, ethnicity: str) -> Path:
+        return Path(self.pairs) / f"{ethnicity}_test.bin"
+
+    # Schedules --------------------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> "Schedule":
+        """Of teachers and students."""
+        milestones = self.milestones or scaled_milestones(self.num_epoch)
+        return Schedule(self.num_epoch, self.lr * self.batch_size / 512, milestones)
+
+    @property
+    def schedule_fc(self) -> "Schedule":
+        """Of adaptors."""
+        milestones = self.milestones_fc or scaled_milestones(self.num_epoch_fc)
+        return Schedule(self.num_epoch_fc, self.lr_fc * self.batch_size / 512, milestones)
+
+    @property
+    def changed(self) -> list[str]:
+        """The arguments that give these settings to another script."""
+        arguments = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                arguments += [f"--{field.name}", text]
+        return arguments
+
+    def decisive(self, kind: str) -> dict[str, Any]:
+        """The settings that decide what a run computes; `kind` is teachers, adaptors or students."""
+        names = (*DECISIVE["every run"], *DECISIVE[kind])
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs and learning rate of one run: `base_lr`, divided by ten at every milestone."""
+
+    epochs: int
+    base_lr: float
+    milestones: tuple[int, ...]
+
+    def lr(self, epoch: int) -> float:
+        """Of the 0-based `epoch`; a drop at m applies when epoch + 1 >= m, that is after m - 1 finished epochs."""
+        return self.base_lr * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
+
+
+HEADERS = (
+    "ElasticArcFace",
+    "ElasticArcFace+",
+    "ElasticCosFace",
+    "ElasticCosFace+",
+    "ArcFace",
+    "CosFace",
+    "CurricularFace",
+)
+NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet", "iresnet_tiny")
+ADAPTORS = ("SL", "DuL", "DLDPO")
+CHOICES = {
+    "network": NETWORKS,
+    "student_network": NETWORKS,
+    "loss": HEADERS,
+    "device": ("auto", "cpu", "cuda"),
+    "weights": ("best", "last"),
+}
+PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
+PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25)}
+DECISIVE = {
+    "every run": ("seed", "batch_size", "momentum", "weight_decay", "max_grad_norm", "embedding_size", "s", "m"),
+    "teachers": ("network", "loss", "std", "num_epoch", "milestones", "lr"),
+    "adaptors": ("std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
+    "students": ("student_network", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
+}
+
+
+def scaled_milestones(epochs: int) -> tuple[int, ...]:
+    """Published milestones for 52 and 26 epochs; for other lengths those of 26, scaled and rounded.
+
+    Milestones that fall on one epoch are kept once, those at epoch 1 left out: no run starts below its learning rate.
+    """
+    if epochs in PUBLISHED_MILESTONES:
+        return PUBLISHED_MILESTONES[epochs]
+    scaled = {int(m * epochs / 26 + 0.5) for m in PUBLISHED_MILESTONES[26]}
+    return tuple(sorted(m for m in scaled if m > 1))
+
+
+def _view(name: str, flipped: bool) -> str:
+    return f"{name}_flipped.npy" if flipped else f"{name}.npy"
+
+
+def _comments() -> dict[str, tuple[str, str]]:
+    """Per field the title of the section that it opens, if it opens one, and its comment: the text of `--help`."""
+    section, found = "", {}
+    for line in inspect.getsource(Config).splitlines():
+        if title := re.fullmatch(r"    # ([\w ]+)", line):
+            section = title[1]
+        elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
+            found[field[1]] = (section, field[2])
+            section = ""
+    return found
+
+
+def _reader(field: dataclasses.Field):
+    """The function that turns the text after `--name` into the value of a field."""
+    kind = type(field.default)
+
+    def read(text: str):
+        if kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ValueError
+            return text.lower() == "true"
+        if kind is tuple:
+            items = [item.strip() for item in text.split(",") if item.strip()]
+            return tuple(items) if field.name == "ethnicities" else tuple(int(item) for item in items)
+        return kind(text)
+
+    read.__name__ = "list" if kind is tuple else kind.__name__
+    return read
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, argv=None):
+        settings, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if not name.startswith("--"):
+                self.error(f"{name!r} is not understood: settings are given as --name value.")
+            close = difflib.get_close_matches(name, self._option_string_actions, 1)
+            advice = f"did you mean {close[0]}?" if close else "--help lists all settings."
+            self.error(f"unknown setting {name}: {advice}")
+        return settings
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
