@@ -1,0 +1,88 @@
+"""Networks by name, with the published parameter names, and strict loading of published state dicts."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backbones.adaptors import DualLayerAdaptor, MultiTeacher, SingleLayerAdaptor
+from backbones.iresnet import IResNet
+from backbones.mobilefacenet import MobileFaceNet
+from config.config import Config
+from utils.checkpoint import load, need_weights
+from utils.errors import InputError
+
+__all__ = [
+    "DualLayerAdaptor",
+    "MultiTeacher",
+    "SingleLayerAdaptor",
+    "build_adaptor",
+    "build_backbone",
+    "load_backbone",
+    "load_weights",
+]
+
+IRESNETS = {
+    "iresnet18": {"blocks": (2, 2, 2, 2)},
+    "iresnet34": {"blocks": (3, 4, 6, 3)},
+    "iresnet50": {"blocks": (3, 4, 14, 3), "dropout": 0.4},
+    "iresnet100": {"blocks": (3, 13, 30, 3)},
+    # For generated faces on a CPU. Never under 16 channels: see tests/test_backbones.py.
+    "iresnet_tiny": {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2},
+}
+
+# The published dual-layer adaptor has these parameters, uses none of them, and still saves them.
+UNUSED_IN_PUBLISHED_ADAPTOR = ("attention.", "key_vector", "value_vector")
+
+
+def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module:
+    """A face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, embedding_size), not normalised.
+
+    The iresnets take the options `dropout` (default: as in the published training, 0.4 for iresnet50) and `use_se`.
+    """
+    if name in IRESNETS:
+        return IResNet(embedding_size=embedding_size, **{**IRESNETS[name], **options})
+    if name == "mobilefacenet":
+        return MobileFaceNet(embedding_size, **options)
+    raise InputError(f"There is no network {name!r}: choose {', '.join((*IRESNETS, 'mobilefacenet'))}.")
+
+
+def build_adaptor(name: str, cfg: Config) -> nn.Module:
+    """The adaptor SL, DuL or DLDPO for the embeddings of all teachers: (B, T * D) -> (B, D)."""
+    inputs = len(cfg.teachers) * cfg.embedding_size
+    if name == "SL":
+        return SingleLayerAdaptor(inputs, cfg.embedding_size)
+    return DualLayerAdaptor(inputs, cfg.middle_layer_size, cfg.embedding_size, 0.2 if name == "DLDPO" else 0.0)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Loads a published or own state dict strictly.
+
+    Only the published dual-layer adaptor's unused parameters may be left over. Raises InputError, which says what does
+    not fit, and leaves the module as it was.
+    """
+    state = load(Path(path))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} is no state dict: expected the parameters of one network.")
+    if isinstance(module, DualLayerAdaptor):
+        state = {name: value for name, value in state.items() if not name.startswith(UNUSED_IN_PUBLISHED_ADAPTOR)}
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state]
+    foreign = [name for name in state if name not in expected]
+    other = [name for name in expected if name in state and state[name].shape != expected[name].shape]
+    if missing or foreign or other:
+        found = [
+            f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", other))
+            if names
+        ]
+        raise InputError(f"{path} does not fit {type(module).__name__}: parameters {', '.join(found)}.")
+    module.load_state_dict(state)
+
+
+def load_backbone(name: str, folder: Path, cfg: Config) -> tuple[nn.Module, Path]:
+    """The trained network of a run folder, in eval mode, and the file that it was read from."""
+    path = need_weights(folder, cfg.weights)
+    backbone = build_backbone(name, cfg.embedding_size)
+    load_weights(backbone, path)
+    return backbone.eval(), path
