@@ -1,0 +1,62 @@
+"""Small data sets that tests share. Images are noise: what is tested with them does not look at them."""
+
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from config.config import Config
+
+torch.set_num_threads(2)
+
+
+def encode(image: np.ndarray, extension: str = ".jpg") -> bytes:
+    return cv2.imencode(extension, image)[1].tobytes()
+
+
+def noise(seed: int, size: int = 112) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def write_images(data: Path, counts: dict[str, dict[str, int]]) -> None:
+    """`counts` gives the number of images of each identity of each group."""
+    seed = 0
+    for group, identities in counts.items():
+        for identity, count in identities.items():
+            (data / group / identity).mkdir(parents=True)
+            for k in range(count):
+                seed += 1
+                (data / group / identity / f"{k}.jpg").write_bytes(encode(noise(seed)))
+
+
+def write_pairs(path: Path, pairs: int = 20, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    faces = [encode(noise(1000 * seed + k)) for k in range(2 * pairs)]
+    path.write_bytes(pickle.dumps((faces, [k % 2 == 0 for k in range(pairs)]), protocol=2))
+
+
+@pytest.fixture
+def cfg(tmp_path) -> Config:
+    """Two groups of 3 and 2 identities with 4 images each, one bin file each, and settings for a fast CPU run."""
+    names = {"A": {"a1": 4, "a2": 4, "a3": 4}, "B": {"b1": 4, "b2": 4}}
+    write_images(tmp_path / "data", names)
+    for seed, group in enumerate(names):
+        write_pairs(tmp_path / "pairs" / f"{group}_test.bin", seed=seed)
+    return Config(
+        data=str(tmp_path / "data"),
+        pairs=str(tmp_path / "pairs"),
+        output=str(tmp_path / "output"),
+        cache=str(tmp_path / "cache"),
+        ethnicities=("A", "B"),
+        network="iresnet_tiny",
+        student_network="iresnet_tiny",
+        embedding_size=16,
+        middle_layer_size=16,
+        batch_size=4,
+        num_epoch=2,
+        num_epoch_fc=2,
+        device="cpu",
+    )

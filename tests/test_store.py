@@ -1,0 +1,199 @@
+"""Index and decoded images: labels from names alone, nothing trusted that changed, every bad image named."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.conftest import encode, noise, write_images
+from utils.errors import InputError
+from utils.store import ImageStore, decode, scan
+
+
+def test_the_index_is_sorted_whatever_the_file_system_lists(tmp_path, monkeypatch):
+    write_images(tmp_path, {"B": {"b": 2}, "A": {"z": 1, "a10": 1, "a2": 12}})
+    plain = scan(tmp_path, ("B", "A"))
+    assert plain.identities == ("A/a10", "A/a2", "A/z", "B/b")
+    assert list(plain.paths) == sorted(plain.paths)
+    assert plain.identity.tolist() == [0] + [1] * 12 + [2, 3, 3]
+
+    listed = os.scandir
+
+    class Reversed(list):
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(os, "scandir", lambda path: Reversed(list(listed(path))[::-1]))
+    assert scan(tmp_path, ("A", "B")).paths == plain.paths
+
+
+def test_images_are_decoded_as_opencv_decodes_them(cfg):
+    store = ImageStore(cfg)
+    for row, path in enumerate(store.index.paths):
+        bgr = cv2.imread(str(Path(cfg.data) / path))
+        assert np.array_equal(store.images[row], bgr[..., ::-1])
+    assert store.images.shape == (20, 112, 112, 3)
+    assert store.usable.all()
+
+
+def test_grey_and_png_images_are_read(cfg):
+    folder = Path(cfg.data) / "A" / "a1"
+    (folder / "grey.jpg").write_bytes(encode(noise(0)[..., 0]))
+    (folder / "x.PNG").write_bytes(encode(noise(1), ".png"))
+    store = ImageStore(cfg)
+    rows = {Path(path).name: row for row, path in enumerate(store.index.paths)}
+    grey, png = store.images[rows["grey.jpg"]], store.images[rows["x.PNG"]]
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+    assert np.array_equal(png, noise(1)[..., ::-1])
+
+
+def test_an_unchanged_folder_is_not_decoded_again(cfg, capsys):
+    first = ImageStore(cfg)
+    assert "Decoding 20 images" in capsys.readouterr().out
+    second = ImageStore(cfg)
+    assert capsys.readouterr().out == ""
+    assert second.id == first.id
+    assert np.array_equal(second.images, first.images)
+
+
+def test_the_cost_on_disk_is_said_before_decoding(cfg, capsys):
+    ImageStore(cfg)
+    assert "once: 0.8 MB in" in capsys.readouterr().out
+
+
+def image_of(cfg, name="A/a1/0.jpg"):
+    return Path(cfg.data) / name
+
+
+def change_content(cfg):
+    image_of(cfg).write_bytes(encode(noise(99)))
+
+
+def change_content_but_not_size(cfg):
+    content = bytearray(image_of(cfg).read_bytes())
+    content[len(content) // 2] ^= 1
+    image_of(cfg).write_bytes(content)
+
+
+def add(cfg):
+    image_of(cfg, "A/a1/new.jpg").write_bytes(encode(noise(99)))
+
+
+def remove(cfg):
+    image_of(cfg).unlink()
+
+
+def rename(cfg):
+    image_of(cfg).rename(image_of(cfg, "A/a1/z.jpg"))
+
+
+def damage_the_array(cfg):
+    path = cfg.cache_dir / "images.npy"
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def damage_the_index(cfg):
+    path = cfg.cache_dir / "index.npz"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_content, change_content_but_not_size, add, remove, rename, damage_the_array, damage_the_index],
+    ids=lambda change: change.__name__,
+)
+def test_a_cache_that_no_longer_matches_is_made_anew(cfg, capsys, change):
+    first = ImageStore(cfg)
+    first_id = first.id
+    capsys.readouterr()
+    change(cfg)
+    second = ImageStore(cfg)
+    assert "Decoding" in capsys.readouterr().out
+    assert (second.id == first_id) == change.__name__.startswith("damage")
+    for row, path in enumerate(second.index.paths):
+        assert np.array_equal(second.images[row], cv2.imread(str(Path(cfg.data) / path))[..., ::-1])
+
+
+def test_the_id_depends_on_contents_and_names_but_not_on_place_or_time(cfg, tmp_path):
+    first = ImageStore(cfg).id
+    Path(cfg.data).rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*.jpg"):
+        os.utime(path, (1, 1))
+    assert ImageStore(replace(cfg, data=str(tmp_path / "moved"))).id == first
+
+
+def spoil(cfg):
+    data = Path(cfg.data)
+    (data / "A/a1/1.jpg").write_bytes(b"")
+    (data / "A/a2/1.jpg").write_bytes(b"not an image")
+    (data / "A/a3/1.jpg").write_bytes((data / "A/a3/0.jpg").read_bytes()[:-800])
+    (data / "B/b1/1.jpg").write_bytes(encode(noise(5, 100)))
+
+
+def test_all_bad_images_are_named(cfg):
+    spoil(cfg)
+    with pytest.raises(InputError) as error:
+        ImageStore(cfg)
+    text = str(error.value)
+    assert "4 of 20 images" in text
+    for name, reason in (
+        ("A/a1/1.jpg", "is empty"),
+        ("A/a2/1.jpg", "is no readable image"),
+        ("A/a3/1.jpg", "is a truncated JPEG"),
+        ("B/b1/1.jpg", "is 100 x 100, not 112 x 112"),
+    ):
+        assert f"{Path(cfg.data) / name} {reason}" in text
+        assert f"{name} {reason}" in (cfg.cache_dir / "bad_images.txt").read_text()
+    with pytest.raises(InputError, match="4 of 20 images"):  # the cached verdict is the same
+        ImageStore(cfg)
+
+
+def test_bad_images_are_skipped_only_if_they_are_few(cfg, monkeypatch, capsys):
+    spoil(cfg)
+    with pytest.raises(InputError, match=r"more than 0\.1%"):
+        ImageStore(replace(cfg, skip_bad_images=True))
+    monkeypatch.setattr("utils.store.MAX_BAD_SHARE", 0.2)
+    store = ImageStore(replace(cfg, skip_bad_images=True))
+    assert store.usable.sum() == 16
+    assert [store.index.paths[row] for row in np.flatnonzero(~store.usable)] == [
+        "A/a1/1.jpg",
+        "A/a2/1.jpg",
+        "A/a3/1.jpg",
+        "B/b1/1.jpg",
+    ]
+    assert "4 of 20 images" in capsys.readouterr().err
+
+
+def test_a_truncated_png_is_noticed():
+    content = encode(noise(0), ".png")
+    assert decode(content).shape == (112, 112, 3)
+    with pytest.raises(ValueError, match="is a truncated PNG"):
+        decode(content[:-2000])
+
+
+def test_a_full_disk_is_noticed_before_decoding(cfg, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("utils.store.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"0.0 MB free of 0.8 MB: set cache to a larger disk"):
+        ImageStore(cfg)
+
+
+def test_missing_and_empty_folders_are_refused(cfg):
+    data = Path(cfg.data)
+    with pytest.raises(InputError, match="There is no folder .*nowhere"):
+        scan(data / "nowhere", ("A",))
+    with pytest.raises(InputError, match="has no folder for C, D"):
+        scan(data, ("A", "C", "D"))
+    (data / "C" / "nobody").mkdir(parents=True)
+    (data / "C" / "nobody" / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match="C holds no image"):
+        scan(data, ("A", "C"))
+
+
+def test_an_identity_in_two_groups_is_refused(cfg):
+    write_images(Path(cfg.data), {"C": {"a2": 1}})
+    with pytest.raises(InputError, match="Identity a2 is in both A and C"):
+        scan(Path(cfg.data), ("A", "B", "C"))
