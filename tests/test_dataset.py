@@ -1,0 +1,157 @@
+"""Columns: which rows, labels and targets a stage sees, and that foreign embeddings are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import encode, noise
+from utils.dataset import Column, Faces, in_order, stream, to_network
+from utils.embeddings import new_embeddings, origin
+from utils.errors import InputError
+from utils.split import write_split
+from utils.store import ImageStore
+
+
+def write_embeddings(cfg, teacher, flipped=False, images=None):
+    """Random embeddings of all images, as the teacher's weights in its run folder would give."""
+    weights = cfg.teacher_dir(teacher) / "best_backbone.pth"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    if not weights.exists():
+        torch.save({"name": torch.tensor(list(teacher.encode()))}, weights)
+    made_from = origin(images or ImageStore(cfg).id, weights, flipped)
+    values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
+    with new_embeddings(cfg.teacher_embeddings(teacher, flipped), (20, 16), made_from) as out:
+        out[:] = values
+    return values
+
+
+def test_labels_count_the_identities_of_the_set(cfg):
+    assert Faces(cfg).num_classes == 5
+    faces = Faces(cfg, teacher="B")
+    assert faces.identities == ("B/b1", "B/b2")
+    labels = faces.columns["label"].arrays[0]
+    assert labels.tolist() == [-1] * 12 + [0] * 4 + [1] * 4
+    assert faces.rows.tolist() == list(range(12, 20))
+
+
+def test_a_quarter_holds_its_share_of_every_group(cfg):
+    cfg = replace(cfg, is_teacher_baseline=True)
+    splits = [write_split(cfg, "A", ["A/a1", "A/a2", "A/a3"]), write_split(cfg, "B", ["B/b1", "B/b2"])]
+    for quarter in cfg.teachers:
+        faces = Faces(cfg, teacher=quarter)
+        assert sorted(faces.identities) == sorted(splits[0][quarter] + splits[1][quarter])
+        assert len(faces) == 4 * faces.num_classes
+
+
+def test_an_image_that_cannot_be_used_is_in_no_set(cfg, monkeypatch):
+    for k in range(4):
+        (Path(cfg.data) / "A" / "a2" / f"{k}.jpg").write_bytes(b"")
+    monkeypatch.setattr("utils.store.MAX_BAD_SHARE", 0.5)
+    faces = Faces(replace(cfg, skip_bad_images=True))
+    assert faces.identities == ("A/a1", "A/a3", "B/b1", "B/b2")
+    assert faces.rows.tolist() == [0, 1, 2, 3, *range(8, 20)]
+    assert faces.columns["label"].arrays[0][faces.rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_each_epoch_has_its_own_order_without_the_incomplete_batch(cfg):
+    faces = Faces(replace(cfg, batch_size=6), flip=True)
+    cfg = replace(cfg, batch_size=6)
+    first, again, second = (list(faces.batches(cfg, epoch, 0)) for epoch in (0, 0, 1))
+    rows = [np.concatenate([batch[0] for batch in epoch]) for epoch in (first, again, second)]
+    assert [len(batch[0]) for batch in first] == [6, 6, 6]
+    assert len(set(rows[0].tolist())) == 18
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+    resumed = list(faces.batches(cfg, 0, 2))
+    assert np.array_equal(resumed[0][0], first[2][0])
+    assert np.array_equal(resumed[0][1], first[2][1])
+    flips = np.concatenate([batch[1] for e in range(60) for batch in faces.batches(cfg, e, 0)])
+    assert flips.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_images_are_normalised_and_flipped_as_published():
+    images = torch.from_numpy(np.stack([noise(k) for k in range(3)]))
+    flips = np.array([False, True, False])
+    ours = to_network(images, flips)
+    wanted = (images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
+    wanted[1] = wanted[1].flip(-1)
+    assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-7)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_teachers_are_concatenated_in_the_order_of_the_config(cfg):
+    values = {name: write_embeddings(cfg, name) for name in ("A", "B")}
+    cfg = replace(cfg, ethnicities=("B", "A"), cache=cfg.cache)
+    assert cfg.teachers == ("B", "A")
+    faces = Faces(cfg, inputs=cfg.teachers)
+    batch = next(stream({"embedding": faces.columns["embedding"]}, in_order(20, 20), torch.device("cpu")))
+    assert np.array_equal(batch["embedding"].numpy(), np.concatenate([values["B"], values["A"]], 1))
+
+
+def test_a_flipped_image_gets_the_flipped_target():
+    plain, mirrored = np.zeros((4, 2), np.float32), np.ones((4, 2), np.float32)
+    column = Column((plain,), (mirrored,))
+    rows, flips = np.array([2, 0, 3]), np.array([True, False, True])
+    assert column.gather(rows, flips)[:, 0].tolist() == [1, 0, 1]
+    assert column.gather(rows, None).sum() == 0
+    assert Column((plain,)).gather(rows, flips).sum() == 0  # as published: the target of the image as it is
+
+
+def test_the_reader_yields_every_batch_in_order_and_passes_errors_on():
+    column = Column((np.arange(100, dtype=np.int64),))
+    seen = [b["label"].tolist() for b in stream({"label": column}, in_order(100, 7), torch.device("cpu"))]
+    assert [row for batch in seen for row in batch] == list(range(100))
+    with pytest.raises(IndexError):
+        list(stream({"label": column}, [(np.array([1000]), None)], torch.device("cpu")))
+
+
+def test_missing_embeddings_are_all_named(cfg):
+    write_embeddings(cfg, "A")
+    with pytest.raises(InputError, match=r"Missing: .*B.npy. Run python extract_all.py first"):
+        Faces(cfg, inputs=cfg.teachers)
+    with pytest.raises(InputError, match=r"SL/embeddings.npy. Run python fc_EArc.py first"):
+        Faces(cfg, target="SL")
+    with pytest.raises(InputError, match=r"embeddings.npy. Run python dual_layer_EAF-Fusion.py first"):
+        Faces(cfg, target="DuL")
+    write_embeddings(cfg, "B")
+    with pytest.raises(InputError, match=r"A_flipped.npy.*B_flipped.npy. Run python extract_all.py --flip_targets"):
+        Faces(replace(cfg, flip_targets=True), inputs=cfg.teachers)
+
+
+def test_embeddings_of_other_images_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    Faces(cfg, inputs=cfg.teachers)
+    (Path(cfg.data) / "A" / "a1" / "0.jpg").write_bytes(encode(noise(77)))
+    with pytest.raises(InputError, match="was made for other images than data holds now: run python extract_all.py"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_embeddings_of_other_weights_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    torch.save({"other": torch.zeros(1)}, cfg.teacher_dir("A") / "best_backbone.pth")
+    with pytest.raises(InputError, match=r"A.npy was made by other weights than .*best_backbone.pth"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    with pytest.raises(InputError, match=r"float32 of shape \(20, 16\), expected float32 of \(20, 32\): set embedding"):
+        Faces(replace(cfg, embedding_size=32), inputs=cfg.teachers)
+    path = cfg.teacher_embeddings("B")
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(InputError, match=r"B.npy cannot be read"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_two_weights_in_one_folder_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    torch.save({}, cfg.teacher_dir("A") / "1000backbone.pth")
+    with pytest.raises(InputError, match=r"holds 1000backbone.pth, best_backbone.pth: keep the one"):
+        Faces(cfg, inputs=cfg.teachers)

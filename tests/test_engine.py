@@ -1,0 +1,260 @@
+"""The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils.dataset import Column, Faces
+from utils.engine import Interrupted, _seed, fit, infer, setup
+from utils.errors import InputError
+from utils.losses import ElasticArcFace
+
+FEATURES = 3 * 112 * 112
+
+
+class Linear(torch.nn.Module):
+    """A network with dropout: what depends on random numbers shows."""
+
+    def __init__(self, size: int = 16):
+        super().__init__()
+        self.fc = torch.nn.Linear(FEATURES, size)
+        self.dropout = torch.nn.Dropout(0.3)
+
+    def forward(self, image):
+        return self.dropout(self.fc(image.flatten(1) / 100))
+
+
+def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
+    """Fits a small network in the run folder `name`; calls `before_step` with the step's number in this process."""
+    setup(cfg)
+    faces = Faces(cfg, flip=flip)
+    network, header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
+    calls = []
+
+    def losses(image, label):
+        calls.append(label)
+        if before_step:
+            before_step(len(calls))
+        return {"margin": F.cross_entropy(header(network(image), label), label)}
+
+    schedule = replace(cfg, num_epoch=epochs).schedule
+    fit(losses, faces, cfg.teacher_dir(name), cfg, network, header, schedule=schedule, validate=validate)
+    return network, header
+
+
+def checkpoint(cfg, name="T"):
+    return torch.load(cfg.teacher_dir(name) / "checkpoint.pth", weights_only=True)
+
+
+def without_speed(log):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in log]
+
+
+def assert_equal_runs(one, other):
+    """Weights, optimizer, position and log are equal to the last bit."""
+    for part in ("backbone", "header"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+    for index, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][index]["momentum_buffer"])
+    assert (one["epoch"], one["step"], one["best"]) == (other["epoch"], other["step"], other["best"])
+    assert without_speed(one["log"]) == without_speed(other["log"])
+
+
+def test_equals_a_plain_loop(cfg):
+    """SGD written out, one image after another gathered, flipped and normalised by hand."""
+    network, header = train(cfg, epochs=2)
+
+    torch.manual_seed(cfg.seed)
+    faces = Faces(cfg)
+    images, labels = faces.columns["image"].arrays[0], faces.columns["label"].arrays[0]
+    plain, plain_header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
+    parameters = [*plain.parameters(), *plain_header.parameters()]
+    momentum = [torch.zeros_like(p) for p in parameters]
+    for epoch in range(2):
+        lr = 0.1 * cfg.batch_size / 512 * (0.1 if epoch == 1 else 1)  # two epochs: one drop, at 2
+        order = np.random.default_rng((cfg.seed, epoch, 0)).permutation(20)
+        for step in range(5):
+            rows = order[4 * step : 4 * step + 4]
+            flips = np.random.default_rng((cfg.seed, epoch, 1, step)).random(4) < 0.5
+            batch = [images[r][:, ::-1] if f else images[r] for r, f in zip(rows, flips, strict=True)]
+            x = torch.stack([torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 127.5 - 1 for i in batch])
+            y = torch.from_numpy(labels[rows])
+            torch.manual_seed(_seed(cfg.seed, epoch, step))
+            for p in parameters:
+                p.grad = None
+            F.cross_entropy(plain_header(plain(x), y), y).backward()
+            norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+            for p in plain.parameters():
+                p.grad *= min(1, cfg.max_grad_norm / (norm + 1e-6))
+            with torch.no_grad():
+                for p, m in zip(parameters, momentum, strict=True):
+                    m.mul_(cfg.momentum).add_(p.grad + cfg.weight_decay * p)
+                    p -= lr * m
+    assert torch.allclose(network.fc.weight, plain.fc.weight, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(header.kernel, plain_header.kernel, rtol=1e-5, atol=1e-7)
+
+
+def test_a_repeated_run_gives_equal_weights_and_another_seed_others(cfg):
+    train(cfg)
+    again = replace(cfg, output=cfg.output + "2")
+    train(again)
+    assert_equal_runs(checkpoint(cfg), checkpoint(again))
+    other = replace(cfg, output=cfg.output + "3", seed=1)
+    train(other)
+    assert not torch.equal(checkpoint(cfg)["header"]["kernel"], checkpoint(other)["header"]["kernel"])
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 13])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
+    """Five steps an epoch: stops inside, at the end and at the beginning of one."""
+    train(cfg)
+
+    def stop(call):
+        if call == step:
+            os.kill(os.getpid(), number)
+
+    stopped = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(Interrupted, match="continue with: python") as error:
+        train(stopped, before_step=stop)
+    assert error.value.signal == number
+    assert checkpoint(stopped)["step"] == (step % 5 or 5)
+    train(stopped)
+    assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+
+
+def test_a_run_stopped_while_verifying_does_not_train_the_epoch_again(cfg):
+    steps = []
+
+    def validate_and_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal should have ended this")
+
+    with pytest.raises(Interrupted, match="while verifying"):
+        train(cfg, epochs=1, validate=validate_and_stop, before_step=steps.append)
+    train(cfg, epochs=1, validate=lambda: ({"A": 50.0}, 50.0), before_step=steps.append)
+    assert steps == [1, 2, 3, 4, 5]
+    assert checkpoint(cfg)["log"][0]["scores"] == {"A": 50.0}
+
+
+def test_a_crash_continues_from_the_last_checkpoint(cfg):
+    train(cfg)
+
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    crashed = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(crashed, before_step=crash)
+    train(crashed)
+    assert_equal_runs(checkpoint(cfg), checkpoint(crashed))
+
+
+def test_checkpoints_are_written_inside_an_epoch_when_it_is_time(cfg):
+    def crash(call):
+        if call == 4:
+            raise RuntimeError("power loss")
+
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(replace(cfg, checkpoint_minutes=0.0), before_step=crash)
+    assert checkpoint(cfg)["step"] == 3
+
+
+def test_best_and_last_are_kept_and_the_log_has_one_line_per_epoch(cfg):
+    values = iter([60.0, 70.0, 65.0])
+    seen = []
+
+    def validate():
+        value = next(values)
+        seen.append(value)
+        return {"A": value}, value
+
+    train(cfg, validate=validate)
+    folder = cfg.teacher_dir("T")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["best"] for line in lines] == [True, True, False]
+    assert [line["scores"]["A"] for line in lines] == [60.0, 70.0, 65.0]
+    assert all(line["loss"]["margin"] > 0 for line in lines)
+    final = checkpoint(cfg)
+    best, last = (torch.load(folder / f"{w}_backbone.pth", weights_only=True) for w in ("best", "last"))
+    assert torch.equal(last["fc.weight"], final["backbone"]["fc.weight"])
+    assert not torch.equal(best["fc.weight"], last["fc.weight"])
+    assert set(torch.load(folder / "best_header.pth", weights_only=True)) == {"kernel"}
+    assert (folder / "identities.txt").read_text().split() == ["A/a1", "A/a2", "A/a3", "B/b1", "B/b2"]
+
+
+def test_without_verification_the_lowest_training_loss_is_best(cfg):
+    train(cfg)
+    log = checkpoint(cfg)["log"]
+    totals = [line["loss"]["margin"] for line in log]
+    assert [line["best"] for line in log] == [total == min(totals[: i + 1]) for i, total in enumerate(totals)]
+
+
+def test_a_finished_run_is_left_alone(cfg, capsys):
+    train(cfg)
+    before = {path.name: path.stat().st_mtime_ns for path in cfg.teacher_dir("T").iterdir()}
+    train(cfg, before_step=lambda call: pytest.fail("trained again"))
+    assert "is already trained" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in cfg.teacher_dir("T").iterdir()} == before
+
+
+def test_a_released_file_is_used_as_it_is(cfg, capsys):
+    cfg.teacher_dir("T").mkdir(parents=True)
+    torch.save(Linear().state_dict(), cfg.teacher_dir("T") / "22896backbone.pth")
+    train(cfg, before_step=lambda call: pytest.fail("trained"))
+    assert "22896backbone.pth" in capsys.readouterr().out
+    assert len(list(cfg.teacher_dir("T").iterdir())) == 1
+
+
+def test_a_run_of_other_settings_or_images_is_refused(cfg):
+    train(cfg)
+    with pytest.raises(InputError, match=r"other settings or data \(lr was 0.1, now 0.2; std was 0.05, now 0.1\)"):
+        train(replace(cfg, lr=0.2, std=0.1, loss_lambda=5.0, std_fc=0.5))
+    image = os.path.join(cfg.data, "A", "a1", "0.jpg")
+    os.unlink(image)
+    with pytest.raises(InputError, match=r"\(images changed\)"):
+        train(cfg)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg):
+    train(cfg, epochs=1)
+    setup(cfg)
+    faces, network = Faces(cfg), Linear()
+
+    def losses(image):
+        value = network(image).square().mean()
+        return {"good": value, "bad": value * float("nan")}
+
+    folder = cfg.teacher_dir("N")
+    with pytest.raises(InputError, match="loss 'bad' is nan in epoch 1"):
+        fit(losses, faces, folder, cfg, network, schedule=cfg.schedule)
+    assert not (folder / "checkpoint.pth").exists()
+
+
+def test_fewer_rows_than_a_batch_are_refused(cfg):
+    with pytest.raises(InputError, match="20 images are fewer than one batch: set batch_size to 20 or less"):
+        train(replace(cfg, batch_size=32))
+
+
+def test_cuda_is_refused_where_there_is_none(cfg, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device = 'cuda', but PyTorch finds no CUDA device"):
+        setup(replace(cfg, device="cuda"))
+
+
+def test_inference_reads_all_rows_in_order_and_in_eval_mode(cfg):
+    rows = np.arange(30, dtype=np.float32).reshape(10, 3)
+    network = torch.nn.Dropout(0.5).train()
+    columns = {"embedding": Column((rows[:, :1], rows[:, 1:])), "label": Column((np.zeros(10, np.int64),))}
+    result = infer(lambda embedding: network(embedding), network, columns, replace(cfg, infer_batch_size=4), "test")
+    assert np.array_equal(result, rows)
+    assert network.training

@@ -1,0 +1,66 @@
+"""Embeddings of all images by one model: an array (N, D) float32 in index order, and what it was made from."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from utils.checkpoint import find_weights
+from utils.errors import InputError
+from utils.files import read_json, replaced, sha256, write_json
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def origin(images: str, weights: Path, flipped: bool, inputs: list[dict] | None = None) -> dict:
+    """What decides the embeddings that `weights` gives to the image store with the id `images`.
+
+    `inputs` are the origins of the embeddings that the weights were applied to, if they were not applied to images.
+    """
+    made_from = {"images": images, "weights": sha256(weights), "flipped": flipped}
+    return made_from if inputs is None else {**made_from, "inputs": inputs}
+
+
+@contextlib.contextmanager
+def new_embeddings(path: Path, shape: tuple[int, int], made_from: dict) -> Iterator[np.ndarray]:
+    """Yields the mapped array to fill; file and sidecar appear when the block ends without an exception."""
+    sidecar(path).unlink(missing_ok=True)
+    with replaced(path) as partial:
+        array = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        yield array
+        array.flush()
+    write_json(sidecar(path), made_from)
+
+
+def is_current(path: Path, made_from: dict) -> bool:
+    """Whether the embeddings are there and were made from exactly this."""
+    return path.exists() and sidecar(path).exists() and read_json(sidecar(path)) == made_from
+
+
+def read_embeddings(path: Path, shape: tuple[int, int], images: str, run: Path, which: str, script: str):
+    """The mapped array and its sidecar.
+
+    Raises InputError where it is missing or was made for other images, or by other weights than the run folder `run`
+    holds (if it still holds any; `which` of them, see `find_weights`); `script` is the one that makes it.
+    """
+    if not (path.exists() and sidecar(path).exists()):
+        raise InputError(f"{path} is missing: run python {script} first.")
+    made_from = read_json(sidecar(path))
+    if made_from.get("images") != images:
+        raise InputError(f"{path} was made for other images than data holds now: run python {script} again.")
+    weights = find_weights(run, which)
+    if weights and made_from.get("weights") != sha256(weights):
+        raise InputError(f"{path} was made by other weights than {weights}: run python {script} again.")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run python {script} again.") from error
+    if array.shape != shape or array.dtype != np.float32:
+        raise InputError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected float32 of {shape}: "
+            f"set embedding_size, or run python {script} again."
+        )
+    return array, made_from
