@@ -1,0 +1,1 @@
+"""Verification accuracy, fairness and the paper's tables."""

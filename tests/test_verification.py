@@ -1,0 +1,212 @@
+"""Ten-fold verification against the plain published loop, and .bin files of every kind."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.model_selection import KFold
+
+from config.config import Config
+from eval.verification import THRESHOLDS, Pairs, embed, load_bin, load_pairs, ten_fold, validator, views
+from tests.conftest import encode, noise
+from utils.errors import InputError
+
+
+def plain_loop(embeddings, same, folds=10):
+    """FACTS 1.3, written out: all pairs again for every threshold of every fold."""
+    distance = np.sum(np.square(embeddings[0::2] - embeddings[1::2]), 1)
+    thresholds = np.arange(0, 4, 0.01)
+    accuracy, chosen, tpr, fpr = [], [], [], []
+    for train, test in KFold(folds, shuffle=False).split(distance):
+        right = [np.mean((distance[train] < t) == same[train]) for t in thresholds]
+        best = int(np.argmax(right))
+        chosen.append(thresholds[best])
+        accuracy.append(np.mean((distance[test] < thresholds[best]) == same[test]))
+        genuine, impostors = max(1, same[test].sum()), max(1, (~same[test]).sum())
+        tpr.append([np.sum((distance[test] < t) & same[test]) / genuine for t in thresholds])
+        fpr.append([np.sum((distance[test] < t) & ~same[test]) / impostors for t in thresholds])
+    return accuracy, chosen, np.mean(tpr, 0), np.mean(fpr, 0)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("pairs", "noise_level"), [(600, 0.5), (600, 2.0), (107, 1.0), (10, 1.0)])
+def test_ten_fold_equals_the_plain_loop(pairs, noise_level):
+    random = np.random.default_rng(pairs)
+    same = np.arange(pairs) // max(1, pairs // 20) % 2 == 0
+    one = random.normal(size=(pairs, 8))
+    other = np.where(same[:, None], one, random.normal(size=(pairs, 8))) + noise_level * random.normal(size=(pairs, 8))
+    embeddings = unit(np.stack([one, other], 1).reshape(2 * pairs, 8))
+    result, (accuracy, threshold, tpr, fpr) = ten_fold(embeddings, same), plain_loop(embeddings, same)
+    assert result.accuracy.tolist() == accuracy
+    assert result.threshold.tolist() == threshold
+    assert np.allclose(result.tpr, tpr, rtol=0, atol=1e-12)
+    assert np.allclose(result.fpr, fpr, rtol=0, atol=1e-12)
+
+
+def test_distances_exactly_on_a_threshold_are_not_below_it():
+    """A distance of 1.0 is accepted from threshold 1.01 on, as `distance < threshold` says."""
+    embeddings = np.zeros((40, 2))
+    embeddings[0::2, 0] = 1  # squared distance exactly 1 for all 20 pairs
+    same = np.ones(20, bool)
+    result = ten_fold(embeddings, same)
+    assert result.tpr[100] == 0
+    assert result.tpr[101] == 1
+    assert THRESHOLDS[101] == pytest.approx(1.01)
+    assert result.threshold.tolist() == plain_loop(embeddings, same)[1]
+
+
+def test_a_case_computed_by_hand():
+    """Ten folds of a genuine and an impostor pair, at distances 0 and 2; in the first fold the other way round."""
+    east, north = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    pairs = [(east, east), (east, north)] * 10
+    pairs[0], pairs[1] = (east, north), (east, east)  # both of the first fold are decided wrongly
+    result = ten_fold(np.array(pairs).reshape(40, 2), np.arange(20) % 2 == 0)
+    assert result.accuracy.tolist() == [0.0] + [1.0] * 9
+    assert result.threshold.tolist() == [0.01] * 10
+    assert result.tpr[[0, 1, 200, 201]].tolist() == pytest.approx([0, 0.9, 0.9, 1.0])
+    assert result.fpr[[0, 1, 200, 201]].tolist() == pytest.approx([0, 0.1, 0.1, 1.0])
+
+
+def test_a_model_that_maps_all_faces_to_one_point_scores_one_half():
+    result = ten_fold(np.tile([1.0, 0.0], (400, 1)), np.arange(200) // 10 % 2 == 0)
+    assert result.accuracy.mean() == 0.5
+
+
+def test_embeddings_that_cannot_be_scored_are_refused():
+    same = np.arange(20) % 2 == 0
+    with pytest.raises(InputError, match="not finite"):
+        ten_fold(np.full((40, 2), np.nan), same)
+    with pytest.raises(InputError, match="39 embeddings do not make 20 pairs"):
+        ten_fold(np.zeros((39, 2)), same)
+    with pytest.raises(InputError, match="9 pairs cannot be cut into 10 folds"):
+        ten_fold(np.zeros((18, 2)), same[:9])
+
+
+def test_both_views_are_summed_and_scaled_to_unit_length():
+    features = np.array([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [-1.0, -1.0]]])
+    assert np.allclose(embed(features), [[0.6, 0.8], [0.0, 0.0]])
+
+
+def test_views_are_the_features_of_the_image_and_its_mirror_image():
+    import torch
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
+    images = np.stack([noise(k) for k in range(5)])
+    result = views(network, images, Config(device="cpu", infer_batch_size=2), "test")
+    assert result.shape == (5, 2, 4)
+    for view, seen in enumerate((images, images[:, :, ::-1])):
+        x = (torch.from_numpy(seen.copy()).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        assert np.allclose(result[:, view], network(x).detach().numpy(), atol=1e-4)
+
+
+def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
+    import torch
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
+    scores, value = validator(network, cfg)()
+    assert value == scores["average"] == pytest.approx((scores["A"] + scores["B"]) / 2)
+    assert validator(network, cfg, best_on="B")()[1] == scores["B"]
+    assert network.training
+
+
+# .bin files -----------------------------------------------------------------------------------------------------------
+
+IMAGES = [encode(noise(k)) for k in range(4)]
+SAME = [True, False]
+
+
+def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
+    """The opcodes that Python 2 writes for a tuple of a list of str and a list of bool, protocol 2."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + len(value).to_bytes(4, "little") + value
+
+    flags = b"".join(b"\x88" if value else b"\x89" for value in same)
+    return b"\x80\x02(" + b"](" + b"".join(map(string, images)) + b"e" + b"](" + flags + b"e" + b"t."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pickle.dumps((IMAGES, SAME), protocol=protocol) for protocol in range(6)),
+        python2_pickle(IMAGES, SAME),
+        pickle.dumps((IMAGES, np.array(SAME)), protocol=2),
+        pickle.dumps(([np.frombuffer(image, np.uint8) for image in IMAGES], SAME), protocol=4),
+    ],
+)
+def test_bin_files_of_every_protocol_are_read(content, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    pairs = load_bin(tmp_path / "x.bin")
+    assert isinstance(pairs, Pairs)
+    assert pairs.images.shape == (4, 112, 112, 3)
+    assert pairs.images.dtype == np.uint8
+    assert pairs.same.tolist() == SAME
+    png = pickle.dumps(([encode(noise(k), ".png") for k in range(4)], SAME))
+    (tmp_path / "png.bin").write_bytes(png)
+    assert np.array_equal(load_bin(tmp_path / "png.bin").images[3], noise(3)[..., ::-1])
+
+
+class Gadget:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        Gadget(Path.touch, Path("executed")),
+        Gadget(eval, "open('executed', 'w')"),
+        Gadget(exec, "open('executed', 'w')"),
+        Gadget(__import__("os").system, "touch executed"),
+        Gadget(getattr, __import__("os"), "system"),
+        Gadget(np.load, "executed", "r"),
+    ],
+    ids=["touch", "eval", "exec", "system", "getattr", "numpy"],
+)
+def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        content = pickle.dumps(([gadget, *IMAGES[1:]], SAME), protocol=2)
+    except (pickle.PicklingError, TypeError):  # a module as an argument: name it by hand
+        content = b"cos\nsystem\n(S'touch executed'\ntR."
+    Path("x.bin").write_bytes(content)
+    with pytest.raises(InputError, match="x.bin is damaged or no set of pairs"):
+        load_bin("x.bin")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (pickle.dumps((IMAGES, SAME))[:-100], "damaged or no set of pairs"),
+        (b"", "damaged or no set of pairs"),
+        (b"hello", "damaged or no set of pairs"),
+        (pickle.dumps([IMAGES, SAME, 1]), r"expected \(images, same or not\)"),
+        (pickle.dumps((1, 2)), "expected two lists"),
+        (pickle.dumps(([], [])), "holds 0 images for 0 pairs"),
+        (pickle.dumps((IMAGES[:3], SAME)), "holds 3 images for 2 pairs"),
+        (pickle.dumps((IMAGES, [True])), "holds 4 images for 1 pairs"),
+        (pickle.dumps((IMAGES, [True, 7])), "must be True or False"),
+        (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no readable image"),
+        (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is empty"),
+        (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
+    ],
+)
+def test_foreign_bin_files_are_refused(content, sentence, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        load_bin(tmp_path / "x.bin")
+
+
+def test_all_missing_bin_files_are_named(cfg):
+    for path in (cfg.pairs_file("A"), cfg.pairs_file("B")):
+        path.unlink()
+    with pytest.raises(InputError, match=r"Missing: .*A_test.bin, .*B_test.bin"):
+        load_pairs(cfg)
