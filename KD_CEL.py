@@ -1,0 +1,37 @@
+"""Stage 7: EAF-KD, a student that learns the multi-teacher embeddings and to classify with ElasticArcFace.
+
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/
+Writes  <output>/<setting>/<network>/students/<student network>/<adaptor>-EAF-KD/
+Run     python KD_CEL.py [--is_dual_layer] [--has_dropout]
+"""
+
+import torch.nn.functional as F
+
+from backbones import build_backbone
+from config.config import Config
+from eval.verification import validator
+from utils.dataset import Faces
+from utils.engine import announce, fit, run, setup
+from utils.losses import ElasticArcFace
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    faces = Faces(cfg, target=cfg.adaptor, flip=True)
+    student = build_backbone(cfg.student_network, cfg.embedding_size)
+    header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
+
+    def losses(image, label, target):
+        embedding = F.normalize(student(image))
+        return {
+            "eaf": F.cross_entropy(header(embedding, label), label),
+            "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
+        }
+
+    folder = cfg.student_dir("EAF-KD")
+    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, cfg))
+    announce(cfg, folder, "-m eval.evaluation")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,31 @@
+"""Stage 6: a-KD, a student that learns nothing but the multi-teacher embeddings; it needs no identity labels.
+
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/
+Writes  <output>/<setting>/<network>/students/<student network>/<adaptor>-a-KD/
+Run     python KD_alone.py [--is_dual_layer] [--has_dropout]
+"""
+
+import torch.nn.functional as F
+
+from backbones import build_backbone
+from config.config import Config
+from eval.verification import validator
+from utils.dataset import Faces
+from utils.engine import announce, fit, run, setup
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    faces = Faces(cfg, target=cfg.adaptor, flip=True)
+    student = build_backbone(cfg.student_network, cfg.embedding_size)
+
+    def losses(image, target):
+        return {"kd": cfg.loss_lambda * F.mse_loss(F.normalize(student(image)), target)}
+
+    folder = cfg.student_dir("a-KD")
+    fit(losses, faces, folder, cfg, student, schedule=cfg.schedule, validate=validator(student, cfg))
+    announce(cfg, folder, "KD_CEL.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,27 @@
+"""Stage 1 (baseline only): deals the identities of each ethnicity to one quarter per baseline teacher.
+
+Reads   <data>/<ethnicity>/<identity>/
+Writes  <output>/baseline/split/<ethnicity>.json, lists of identities; no image is opened or copied
+Run     python baseline_data_split.py [--ethnicity African]
+"""
+
+from pathlib import Path
+
+from config.config import Config
+from utils.engine import announce, run
+from utils.split import write_split
+from utils.store import scan
+
+
+def main(cfg: Config) -> None:
+    index = scan(Path(cfg.data), cfg.selected_ethnicities)
+    for ethnicity in cfg.selected_ethnicities:
+        identities = [name for name in index.identities if name.startswith(f"{ethnicity}/")]
+        split = write_split(cfg, ethnicity, identities)
+        sizes = ", ".join(f"{quarter} {len(names):,}" for quarter, names in split.items())
+        print(f"{ethnicity}: {len(identities):,} identities: {sizes}")
+    announce(cfg, cfg.split_dir, "train.py --is_teacher_baseline")
+
+
+if __name__ == "__main__":
+    run(main)

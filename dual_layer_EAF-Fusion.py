@@ -1,0 +1,36 @@
+"""Stage 5: trains a dual-layer adaptor on the concatenated embeddings of the teachers, then applies it.
+
+It trains DuL, or with has_dropout DLDPO, which has dropout 0.2 before its activation.
+
+Reads   <output>/<setting>/<network>/embeddings/
+Writes  <output>/<setting>/<network>/adaptors/<DuL|DLDPO>/, and in it the multi-teacher embeddings of all images
+Run     python dual_layer_EAF-Fusion.py [--has_dropout]
+"""
+
+import torch.nn.functional as F
+
+from backbones import build_adaptor
+from config.config import Config
+from utils.dataset import Faces
+from utils.engine import announce, fit, run, setup
+from utils.extract import embed_targets
+from utils.losses import ElasticArcFace
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    name = "DLDPO" if cfg.has_dropout else "DuL"
+    faces = Faces(cfg, inputs=cfg.teachers)
+    adaptor = build_adaptor(name, cfg)
+    header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
+
+    def losses(embedding, label):
+        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+
+    fit(losses, faces, cfg.adaptor_dir(name), cfg, adaptor, header, schedule=cfg.schedule_fc)
+    embed_targets(name, adaptor, faces, cfg)
+    announce(cfg, cfg.adaptor_dir(name), "KD_alone.py")
+
+
+if __name__ == "__main__":
+    run(main)

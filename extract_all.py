@@ -1,0 +1,40 @@
+"""Stage 3: the unit-length embeddings of all images, of every ethnicity, by each teacher.
+
+Reads   <data>, <output>/<setting>/<network>/teachers/<teacher>/
+Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets those of the flipped images too
+Run     python extract_all.py [--ethnicity African]
+"""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import nn
+
+from backbones import load_backbone
+from config.config import Config
+from utils.dataset import Faces
+from utils.embeddings import origin
+from utils.engine import announce, run, setup
+from utils.extract import embed_all
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    faces = Faces(cfg)
+    teachers = {name: load_backbone(cfg.network, cfg.teacher_dir(name), cfg) for name in cfg.selected_teachers}
+    for name in teachers:
+        for flipped in cfg.target_views:
+            extract(cfg, faces, name, *teachers[name], flipped)
+    announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")
+
+
+def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, weights: Path, flipped: bool) -> None:
+    def embedding(image):
+        return F.normalize(teacher(image.flip(-1) if flipped else image))
+
+    made_from = origin(faces.store.id, weights, flipped)
+    embed_all(embedding, teacher, faces.columns, cfg.teacher_embeddings(name, flipped), made_from, cfg)
+
+
+if __name__ == "__main__":
+    run(main)

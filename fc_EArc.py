@@ -1,0 +1,33 @@
+"""Stage 4: trains the single-layer adaptor (SL) on the concatenated embeddings of the teachers, then applies it.
+
+Reads   <output>/<setting>/<network>/embeddings/
+Writes  <output>/<setting>/<network>/adaptors/SL/, and in it the multi-teacher embeddings of all images
+Run     python fc_EArc.py
+"""
+
+import torch.nn.functional as F
+
+from backbones import build_adaptor
+from config.config import Config
+from utils.dataset import Faces
+from utils.engine import announce, fit, run, setup
+from utils.extract import embed_targets
+from utils.losses import ElasticArcFace
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    faces = Faces(cfg, inputs=cfg.teachers)
+    adaptor = build_adaptor("SL", cfg)
+    header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
+
+    def losses(embedding, label):
+        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+
+    fit(losses, faces, cfg.adaptor_dir("SL"), cfg, adaptor, header, schedule=cfg.schedule_fc)
+    embed_targets("SL", adaptor, faces, cfg)
+    announce(cfg, cfg.adaptor_dir("SL"), "dual_layer_EAF-Fusion.py")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,284 @@
+"""The scripts themselves, run in order as a user runs them, on a few generated faces."""
+
+import csv
+import inspect
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backbones import DualLayerAdaptor, MultiTeacher, build_adaptor, build_backbone, load_weights
+from config.config import Config
+from eval.evaluation import fuse
+from eval.verification import load_bin, ten_fold, views
+from utils.dataset import Faces, to_network
+from utils.synthetic import generate
+
+ROOT = Path(__file__).parents[1]
+GROUPS = ("African", "Asian", "Caucasian", "Indian")
+
+
+def run(script: str, arguments: list[str], expect: int = 0) -> None:
+    """Runs a script or module in this process with a command line, and checks its exit status."""
+    before, sys.argv = sys.argv, [script, *arguments]
+    try:
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            sys.modules.pop(script, None)
+            runpy.run_module(script, run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+    assert status == expect, f"{script} ended with {status}"
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generated") / "faces"
+    generate(folder, GROUPS, identities=4, images=4, pairs=20, seed=3)
+    return folder
+
+
+def arguments(faces: Path, output: Path) -> list[str]:
+    paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
+    paths += ["--cache", str(faces.parent / "cache")]
+    small = "--network iresnet_tiny --student_network iresnet_tiny --embedding_size 32 --middle_layer_size 32"
+    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2"
+    return [*paths, *f"{small} {short}".split()]
+
+
+@pytest.fixture(scope="module")
+def trained(faces, tmp_path_factory) -> tuple[Config, list[str]]:
+    """All seven stages of the specialised setting, then the baseline's teachers."""
+    given = arguments(faces, tmp_path_factory.mktemp("output"))
+    run("baseline_data_split.py", given)
+    run("train.py", given)
+    run("extract_all.py", [*given, "--flip_targets"])
+    run("fc_EArc.py", [*given, "--flip_targets", "--is_dual_layer"])  # no flag makes it write a dual-layer adaptor
+    run("dual_layer_EAF-Fusion.py", given)
+    run("dual_layer_EAF-Fusion.py", [*given, "--has_dropout"])
+    run("KD_alone.py", given)
+    run("KD_CEL.py", [*given, "--is_dual_layer", "--has_dropout"])
+    run("train.py", [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"])
+    run("eval.evaluation", given)
+    return Config.from_args(given), given
+
+
+def test_every_stage_writes_what_the_next_one_reads(trained):
+    cfg, _ = trained
+    found = {str(p.relative_to(cfg.output)) for p in Path(cfg.output).rglob("best_backbone.pth")}
+    base = "specialized/iresnet_tiny"
+    assert found == {
+        *(f"{base}/teachers/{name}/best_backbone.pth" for name in GROUPS),
+        *(f"{base}/adaptors/{name}/best_backbone.pth" for name in ("SL", "DuL", "DLDPO")),
+        f"{base}/students/iresnet_tiny/SL-a-KD/best_backbone.pth",
+        f"{base}/students/iresnet_tiny/DLDPO-EAF-KD/best_backbone.pth",
+        "baseline/iresnet_tiny/teachers/quarter2/best_backbone.pth",
+    }
+    for run_folder in {path.parent for path in Path(cfg.output).rglob("best_backbone.pth")}:
+        has_header = run_folder.name != "SL-a-KD"
+        assert (run_folder / "best_header.pth").exists() == has_header
+        assert len((run_folder / "log.jsonl").read_text().splitlines()) == 2
+        assert json.loads((run_folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_headers_count_the_identities_of_their_stage(trained):
+    cfg, _ = trained
+
+    def classes(folder):
+        return torch.load(folder / "best_header.pth", weights_only=True)["kernel"].shape
+
+    assert classes(cfg.teacher_dir("Asian")) == (32, 4)
+    assert classes(cfg.adaptor_dir("DuL")) == (32, 16)
+    assert classes(Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2") == (32, 4)
+    names = (cfg.teacher_dir("Asian") / "identities.txt").read_text().split()
+    assert names == sorted(names)
+    assert {name.split("/")[0] for name in names} == {"Asian"}
+
+
+def test_embeddings_are_those_of_the_teacher_and_of_unit_length(trained):
+    cfg, _ = trained
+    store = Faces(cfg).store
+    teacher = build_backbone("iresnet_tiny", 32)
+    load_weights(teacher, cfg.teacher_dir("Indian") / "best_backbone.pth")
+    with torch.no_grad():
+        for flipped in (False, True):
+            image = to_network(torch.from_numpy(np.array(store.images)), np.full(64, flipped))
+            wanted = F.normalize(teacher.eval()(image)).numpy()
+            written = np.load(cfg.teacher_embeddings("Indian", flipped))
+            assert np.allclose(written, wanted, atol=1e-5)
+            assert np.allclose(np.linalg.norm(written, axis=1), 1, atol=1e-5)
+
+
+def test_targets_are_the_adaptor_of_the_concatenation_in_published_order(trained):
+    cfg, _ = trained
+    order = ("Asian", "African", "Caucasian", "Indian")
+    for name, views_written in (("SL", (False, True)), ("DLDPO", (False,))):
+        adaptor = build_adaptor(name, cfg)
+        load_weights(adaptor, cfg.adaptor_dir(name) / "best_backbone.pth")
+        for flipped in views_written:
+            rows = np.concatenate([np.load(cfg.teacher_embeddings(teacher, flipped)) for teacher in order], 1)
+            with torch.no_grad():
+                wanted = F.normalize(adaptor.eval()(torch.from_numpy(rows))).numpy()
+            assert np.allclose(np.load(cfg.adaptor_embeddings(name, flipped)), wanted, atol=1e-5)
+    assert isinstance(adaptor, DualLayerAdaptor)
+    assert adaptor.dropout.p == 0.2
+
+
+def test_the_best_adaptor_is_that_of_the_lowest_training_loss(trained):
+    cfg, _ = trained
+    log = [json.loads(line) for line in (cfg.adaptor_dir("SL") / "log.jsonl").read_text().splitlines()]
+    assert log[0]["scores"] == {}
+    assert [line["best"] for line in log] == [True, log[1]["loss"]["eaf"] < log[0]["loss"]["eaf"]]
+
+
+def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
+    """Every number of the CSV, from the weights by another way: whole networks, one set of pairs at a time."""
+    cfg, _ = trained
+    text = (Path(cfg.output) / "evaluation" / "accuracy.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [(row["setting"], row["kind"], row["model"]) for row in rows] == [
+        *(("specialized", "teacher", name) for name in GROUPS),
+        *(("specialized", "adaptor", name) for name in ("SL", "DuL", "DLDPO")),
+        ("specialized", "a-KD", "SL iresnet_tiny"),
+        ("specialized", "EAF-KD", "DLDPO iresnet_tiny"),
+        ("baseline", "teacher", "quarter2"),
+    ]
+
+    def network(folder):
+        backbone = build_backbone("iresnet_tiny", 32)
+        load_weights(backbone, folder / "best_backbone.pth")
+        return backbone
+
+    def adaptor(name):
+        module = build_adaptor(name, cfg)
+        load_weights(module, cfg.adaptor_dir(name) / "best_backbone.pth")
+        return module
+
+    teachers = [network(cfg.teacher_dir(name)) for name in cfg.teachers]
+    students = cfg.network_dir / "students" / "iresnet_tiny"
+    models = [
+        *(teachers[cfg.teachers.index(name)] for name in GROUPS),
+        *(MultiTeacher(teachers, adaptor(name)) for name in ("SL", "DuL", "DLDPO")),
+        network(students / "SL-a-KD"),
+        network(students / "DLDPO-EAF-KD"),
+        network(Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2"),
+    ]
+    for row, model in zip(rows, models, strict=True):
+        accuracies = []
+        for name in GROUPS:
+            pairs = load_bin(cfg.pairs_file(name))
+            image = to_network(torch.from_numpy(pairs.images))
+            with torch.no_grad():
+                embedding = F.normalize(model.eval()(image) + model(image.flip(-1))).numpy()
+            accuracies.append(100 * ten_fold(embedding, pairs.same).accuracy.mean())
+        assert [float(row[name]) for name in GROUPS] == pytest.approx(accuracies)
+        assert float(row["average"]) == pytest.approx(np.mean(accuracies))
+        assert float(row["std"]) == pytest.approx(np.std(accuracies))
+        ratio = (100 - min(accuracies)) / (100 - max(accuracies))
+        assert float(row["ser"]) == pytest.approx(ratio)
+
+
+def test_tables_and_pictures_of_generated_faces_say_so(trained):
+    cfg, _ = trained
+    folder = Path(cfg.output) / "evaluation"
+    assert (folder / "accuracy.md").read_text().startswith("Generated faces, not photographs")
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fused_features_equal_the_whole_model(trained):
+    cfg, _ = trained
+    torch.manual_seed(0)
+    teachers = [build_backbone("iresnet_tiny", 32).eval() for _ in cfg.teachers]
+    adaptor = build_adaptor("DuL", cfg).eval()
+    images = load_bin(cfg.pairs_file("Asian")).images
+    apart = fuse(adaptor, [views(teacher, images, cfg, "test") for teacher in teachers], cfg)
+    assert np.allclose(apart, views(MultiTeacher(teachers, adaptor), images, cfg, "test"), atol=1e-5)
+
+
+def test_flipped_targets_change_the_student(trained, tmp_path):
+    cfg, given = trained
+    output = tmp_path / "output"
+    shutil.copytree(cfg.output, output)
+    shutil.rmtree(output / "specialized/iresnet_tiny/students")
+    run("KD_alone.py", [*given, "--output", str(output), "--flip_targets"])
+    student = Path("specialized/iresnet_tiny/students/iresnet_tiny/SL-a-KD/best_backbone.pth")
+    one, other = (torch.load(Path(base) / student, weights_only=True) for base in (cfg.output, output))
+    assert not torch.equal(one["fc.weight"], other["fc.weight"])
+    run("KD_alone.py", [*given, "--output", str(output)], expect=2)
+
+
+def test_a_student_without_header_reads_no_label():
+    source = (ROOT / "KD_alone.py").read_text()
+    assert "def losses(image, target):" in source
+    assert "label" not in source.split('"""')[2]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "baseline_data_split.py",
+        "train.py",
+        "extract_all.py",
+        "fc_EArc.py",
+        "dual_layer_EAF-Fusion.py",
+        "KD_alone.py",
+        "KD_CEL.py",
+    ],
+)
+def test_scripts_fit_on_one_screen_and_import_no_script(script):
+    lines = (ROOT / script).read_text().splitlines()
+    assert len(lines) <= 50
+    imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imported <= {"backbones", "config", "eval", "utils", "torch", "pathlib"}
+    assert inspect.cleandoc(lines[0].strip('"')).startswith("Stage ")
+
+
+def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path, capsys):
+    given = arguments(faces, tmp_path / "output")
+    for script, extra, sentence in (
+        ("train.py", ["--is_teacher_baseline"], "run python baseline_data_split.py first"),
+        ("extract_all.py", [], "teachers/Asian holds no best_backbone.pth: train it first"),
+        ("fc_EArc.py", [], "Run python extract_all.py first"),
+        ("dual_layer_EAF-Fusion.py", [], "Run python extract_all.py first"),
+        ("KD_alone.py", [], "Run python fc_EArc.py first"),
+        ("KD_CEL.py", ["--is_dual_layer"], "Run python dual_layer_EAF-Fusion.py first"),
+        ("eval.evaluation", [], "holds no trained model: run python train.py first"),
+        ("train.py", ["--pairs", "nowhere"], "Missing: nowhere/African_test.bin, nowhere/Asian_test.bin"),
+        ("train.py", ["--data", "nowhere"], "There is no folder nowhere"),
+    ):
+        run(script, [*given, *extra], expect=2)
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):
+    given = arguments(faces, tmp_path / "output")
+    cfg = Config.from_args(given)
+    for name in GROUPS:
+        cfg.teacher_dir(name).mkdir(parents=True)
+        torch.save(build_backbone("iresnet_tiny", 32).state_dict(), cfg.teacher_dir(name) / "30000backbone.pth")
+    run("train.py", given)
+    assert capsys.readouterr().out.count("30000backbone.pth, which is not ours: used as it is") == 4
+    run("extract_all.py", given)
+    run("fc_EArc.py", given)
+    assert cfg.adaptor_embeddings("SL").exists()
+
+
+def test_stages_that_are_done_are_not_done_again(trained, capsys):
+    cfg, given = trained
+    before = {path: path.stat().st_mtime_ns for path in cfg.network_dir.rglob("*") if path.is_file()}
+    for script in ("baseline_data_split.py", "train.py", "extract_all.py", "fc_EArc.py", "KD_alone.py"):
+        run(script, [*given, "--flip_targets"] if script.startswith(("extract", "fc")) else given)
+    assert "is up to date" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in cfg.network_dir.rglob("*") if path.is_file()}
+    assert after == before
