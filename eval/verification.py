@@ -78,9 +78,12 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
             return _latin1
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name)
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+        # How NumPy writes arrays and numbers: under another module name in each of its major versions.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            for value in (np.empty(0), np.int64(0)):
+                if (rebuild := value.__reduce__()[0]).__name__ == name:
+                    return rebuild
+        if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read")
 

@@ -330,7 +330,7 @@ def _device(cfg: Config) -> torch.device:
 
 
 def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence((*numbers, 2)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((*numbers, 2)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _listed(numbers: dict[str, float]) -> str:

@@ -217,12 +217,13 @@ def _windowed(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahe
 @contextlib.contextmanager
 def _chatter_silenced() -> Iterator[None]:
     """Keeps OpenCV from logging about files that are reported here by name."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 and 4
+    level = logging.getLogLevel()
+    logging.setLogLevel(0)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        logging.setLogLevel(level)
 
 
 def _size(count: float) -> str:
