@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from config.config import Config
-from eval.verification import validator
+from eval.verification import load_pairs, validator
 from utils.dataset import Faces
 from utils.engine import announce, fit, run, setup
 from utils.losses import ElasticArcFace
@@ -17,6 +17,7 @@ from utils.losses import ElasticArcFace
 
 def main(cfg: Config) -> None:
     setup(cfg)
+    pairs = load_pairs(cfg)
     faces = Faces(cfg, target=cfg.adaptor, flip=True)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
     header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
@@ -29,7 +30,7 @@ def main(cfg: Config) -> None:
         }
 
     folder = cfg.student_dir("EAF-KD")
-    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, cfg))
+    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "-m eval.evaluation")
 
 

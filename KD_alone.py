@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from config.config import Config
-from eval.verification import validator
+from eval.verification import load_pairs, validator
 from utils.dataset import Faces
 from utils.engine import announce, fit, run, setup
 
 
 def main(cfg: Config) -> None:
     setup(cfg)
+    pairs = load_pairs(cfg)
     faces = Faces(cfg, target=cfg.adaptor, flip=True)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
 
@@ -23,7 +24,7 @@ def main(cfg: Config) -> None:
         return {"kd": cfg.loss_lambda * F.mse_loss(F.normalize(student(image)), target)}
 
     folder = cfg.student_dir("a-KD")
-    fit(losses, faces, folder, cfg, student, schedule=cfg.schedule, validate=validator(student, cfg))
+    fit(losses, faces, folder, cfg, student, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "KD_CEL.py")
 
 

@@ -5,6 +5,7 @@ Writes  <output>/baseline/split/<ethnicity>.json, lists of identities; no image 
 Run     python baseline_data_split.py [--ethnicity African]
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from config.config import Config
@@ -20,7 +21,7 @@ def main(cfg: Config) -> None:
         split = write_split(cfg, ethnicity, identities)
         sizes = ", ".join(f"{quarter} {len(names):,}" for quarter, names in split.items())
         print(f"{ethnicity}: {len(identities):,} identities: {sizes}")
-    announce(cfg, cfg.split_dir, "train.py --is_teacher_baseline")
+    announce(replace(cfg, is_teacher_baseline=True), cfg.split_dir, "train.py")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
 
     print(f"Drawing generated faces in {faces}: not photographs, and the group names mean nothing.", flush=True)
     started = time.monotonic()
-    generate(faces, GROUPS, identities=60, images=12, pairs=300, seed=seed)
+    generate(faces, GROUPS, identities=60, images=16, pairs=300, seed=seed)
     times = [("drawing the faces", time.monotonic() - started)]
     for script, own in STAGES:
         command = f"{script} {paths} {SMALL} {own}".strip()

@@ -7,6 +7,8 @@ Writes  <output>/<setting>/<network>/adaptors/<DuL|DLDPO>/, and in it the multi-
 Run     python dual_layer_EAF-Fusion.py [--has_dropout]
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 
 from backbones import build_adaptor
@@ -29,7 +31,7 @@ def main(cfg: Config) -> None:
 
     fit(losses, faces, cfg.adaptor_dir(name), cfg, adaptor, header, schedule=cfg.schedule_fc)
     embed_targets(name, adaptor, faces, cfg)
-    announce(cfg, cfg.adaptor_dir(name), "KD_alone.py")
+    announce(replace(cfg, is_dual_layer=True), cfg.adaptor_dir(name), "KD_alone.py")
 
 
 if __name__ == "__main__":

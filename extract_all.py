@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import load_backbone
+from backbones import load_backbones
 from config.config import Config
 from utils.dataset import Faces
 from utils.embeddings import origin
@@ -20,11 +20,12 @@ from utils.extract import embed_all
 
 def main(cfg: Config) -> None:
     setup(cfg)
+    names = cfg.selected_teachers
+    teachers = load_backbones(cfg.network, [cfg.teacher_dir(name) for name in names], cfg)
     faces = Faces(cfg)
-    teachers = {name: load_backbone(cfg.network, cfg.teacher_dir(name), cfg) for name in cfg.selected_teachers}
-    for name in teachers:
+    for name, (teacher, weights) in zip(names, teachers, strict=True):
         for flipped in cfg.target_views:
-            extract(cfg, faces, name, *teachers[name], flipped)
+            extract(cfg, faces, name, teacher, weights, flipped)
     announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")
 
 
@@ -32,7 +33,7 @@ def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, weights: P
     def embedding(image):
         return F.normalize(teacher(image.flip(-1) if flipped else image))
 
-    made_from = origin(faces.store.id, weights, flipped)
+    made_from = origin(faces.store.digest, weights, flipped)
     embed_all(embedding, teacher, faces.columns, cfg.teacher_embeddings(name, flipped), made_from, cfg)
 
 

@@ -9,24 +9,26 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from config.config import Config
-from eval.verification import validator
+from eval.verification import Pairs, load_pairs, validator
 from utils.dataset import Faces
 from utils.engine import announce, fit, run, setup
 from utils.losses import build_header
+from utils.store import ImageStore
 
 
 def main(cfg: Config) -> None:
-    for teacher in cfg.selected_teachers:
-        train_teacher(cfg, teacher)
+    teachers, pairs, store = cfg.selected_teachers, load_pairs(cfg), ImageStore(cfg)
+    for teacher in teachers:
+        train_teacher(cfg, teacher, pairs, store)
     announce(cfg, cfg.network_dir / "teachers", "extract_all.py")
 
 
-def train_teacher(cfg: Config, teacher: str) -> None:
+def train_teacher(cfg: Config, teacher: str, pairs: dict[str, Pairs], store: ImageStore) -> None:
     setup(cfg)
-    faces = Faces(cfg, teacher=teacher, flip=True)
+    faces = Faces(cfg, teacher=teacher, flip=True, store=store)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
     header = build_header(cfg.loss, cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
-    validate = validator(backbone, cfg, best_on="" if cfg.is_teacher_baseline else teacher)
+    validate = validator(backbone, pairs, cfg, best_on="" if cfg.is_teacher_baseline else teacher)
 
     def losses(image, label):
         embedding = F.normalize(backbone(image))

@@ -18,7 +18,7 @@ __all__ = [
     "SingleLayerAdaptor",
     "build_adaptor",
     "build_backbone",
-    "load_backbone",
+    "load_backbones",
     "load_weights",
 ]
 
@@ -67,22 +67,29 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if isinstance(module, DualLayerAdaptor):
         state = {name: value for name, value in state.items() if not name.startswith(UNUSED_IN_PUBLISHED_ADAPTOR)}
     expected = module.state_dict()
-    missing = [name for name in expected if name not in state]
-    foreign = [name for name in state if name not in expected]
-    other = [name for name in expected if name in state and state[name].shape != expected[name].shape]
-    if missing or foreign or other:
-        found = [
-            f"{len(names)} {what} ({names[0]}{', ...' if len(names) > 1 else ''})"
-            for what, names in (("missing", missing), ("unknown", foreign), ("of another shape", other))
-            if names
+    wrong = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "of another shape": [name for name in expected if name in state and state[name].shape != expected[name].shape],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:2])})" for what, names in wrong.items() if names]
+    if found:
+        shapes = [
+            f"{n} is {tuple(state[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong["of another shape"][:1]
         ]
-        raise InputError(f"{path} does not fit {type(module).__name__}: parameters {', '.join(found)}.")
+        text = "; ".join([f"parameters {', '.join(found)}", *shapes])
+        raise InputError(f"{path} does not fit this {type(module).__name__}: {text}.")
     module.load_state_dict(state)
 
 
-def load_backbone(name: str, folder: Path, cfg: Config) -> tuple[nn.Module, Path]:
-    """The trained network of a run folder, in eval mode, and the file that it was read from."""
-    path = need_weights(folder, cfg.weights)
-    backbone = build_backbone(name, cfg.embedding_size)
-    load_weights(backbone, path)
-    return backbone.eval(), path
+def load_backbones(name: str, folders: list[Path], cfg: Config) -> list[tuple[nn.Module, Path]]:
+    """The trained networks of some run folders, in eval mode, and the files that they were read from.
+
+    Raises InputError that names all run folders without weights.
+    """
+    loaded = []
+    for path in need_weights(folders, cfg.weights):
+        backbone = build_backbone(name, cfg.embedding_size)
+        load_weights(backbone, path)
+        loaded.append((backbone.eval(), path))
+    return loaded

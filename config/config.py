@@ -39,7 +39,7 @@ class Config:
     # Losses
     loss: str = "ElasticArcFace"  # of teachers; or ElasticCosFace (both also with +), ArcFace, CosFace, CurricularFace
     s: float = 64.0  # scale of the logits
-    m: float = 0.50  # margin (0.35 is usual for the CosFace losses)
+    m: float = 0.50  # margin of all headers: of the teachers' loss (CosFace losses: 0.35), adaptors and EAF-KD
     std: float = 0.05  # spread of the elastic margin (+: 0.0175 for ElasticArcFace+, 0.02 for ElasticCosFace+)
     std_fc: float = 0.0125  # spread of the elastic margin of the adaptors
     loss_lambda: float = 10000.0  # weight of the distillation loss of the students
@@ -79,22 +79,16 @@ class Config:
                 raise InputError(f"{field.name} = {value!r} must be of type {type(field.default).__name__}.")
         for name, allowed in CHOICES.items():
             self._check(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
-        for name in (
-            "embedding_size",
-            "middle_layer_size",
-            "num_epoch",
-            "num_epoch_fc",
-            "batch_size",
-            "infer_batch_size",
-        ):
+        self._check("batch_size", self.batch_size >= 2, "at least 2: one image has no statistics to normalise by")
+        for name in ("embedding_size", "middle_layer_size", "num_epoch", "num_epoch_fc", "infer_batch_size"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
             self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("m", "std", "std_fc", "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("momentum", self.momentum < 1, "below 1")
-        for name in ("seed", "num_threads"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("seed", 0 <= self.seed < 2**63, "0 or more, and below 2**63")
+        self._check("num_threads", 0 <= self.num_threads <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             value = getattr(self, name)
             holds = all(type(v) is int and v > 1 for v in value) and sorted(set(value)) == list(value)
@@ -106,7 +100,7 @@ class Config:
         plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
         self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")
         self._check("ethnicities", len(set(names)) == len(names), "different names")
-        reserved = {"All", *self.quarters}.intersection(names)
+        reserved = sorted({"All", "average", *self.quarters}.intersection(names))
         self._check("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
         self._check("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
@@ -185,6 +179,7 @@ class Config:
     def adaptor(self) -> str:
         """The adaptor that the students learn from: SL, DuL or DLDPO."""
         if not self.is_dual_layer:
+            self._check("has_dropout", not self.has_dropout, "False for the single-layer adaptor, or set is_dual_layer")
             return "SL"
         return "DLDPO" if self.has_dropout else "DuL"
 
@@ -299,7 +294,7 @@ PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25)}
 DECISIVE = {
     "every run": ("seed", "batch_size", "momentum", "weight_decay", "max_grad_norm", "embedding_size", "s", "m"),
     "teachers": ("network", "loss", "std", "num_epoch", "milestones", "lr"),
-    "adaptors": ("std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
+    "adaptors": ("teachers", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
     "students": ("student_network", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
 }
 

@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from torch import nn
 
-from backbones import build_adaptor, load_backbone, load_weights
+from backbones import build_adaptor, build_backbone, load_backbones, load_weights
 from config.config import ADAPTORS, NETWORKS, Config
 from eval.fairness import summary
 from eval.figures import draw_accuracies
-from eval.verification import Pairs, embed, load_pairs, normalize, ten_fold, views
-from utils.checkpoint import find_weights, need_weights
+from eval.verification import Pairs, accuracy, load_pairs, normalize, views
+from utils.checkpoint import find_weights, need_weights, weights_with_digest
 from utils.dataset import Column
 from utils.engine import infer, run, setup
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import read_json, write_text
 from utils.synthetic import is_generated
 
-KINDS = ("teacher", "adaptor", "a-KD", "EAF-KD")
+METHODS = ("a-KD", "EAF-KD")
+KINDS = ("teacher", "adaptor", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -71,42 +72,78 @@ def _teachers(cfg: Config) -> list[str]:
 def _students(cfg: Config) -> list[tuple[Config, str]]:
     """Settings and method of every student of this family."""
     found = []
-    for student in NETWORKS:
+    for network in NETWORKS:
         for is_dual_layer, has_dropout in ((False, False), (True, False), (True, True)):
-            one = replace(cfg, student_network=student, is_dual_layer=is_dual_layer, has_dropout=has_dropout)
-            found += [(one, method) for method in KINDS[2:] if find_weights(one.student_dir(method), cfg.weights)]
+            student = replace(cfg, student_network=network, is_dual_layer=is_dual_layer, has_dropout=has_dropout)
+            found += [(student, method) for method in METHODS if find_weights(student.student_dir(method), cfg.weights)]
     return found
 
 
 def _score_teachers(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
-    """All teachers, and if none is missing the adaptors on top of them; each teacher sees each image once."""
-    teachers = {name: load_backbone(cfg.network, cfg.teacher_dir(name), cfg)[0] for name in _teachers(cfg)}
-    adaptors = {}
-    if len(teachers) == len(cfg.teachers):
-        for name in ADAPTORS:
-            if find_weights(cfg.adaptor_dir(name), cfg.weights):
-                adaptors[name] = build_adaptor(name, cfg)
-                load_weights(adaptors[name], need_weights(cfg.adaptor_dir(name), cfg.weights))
+    """All teachers, and the adaptors on top of those that they were trained on; each network sees each image once."""
+    names = _teachers(cfg)
+    paths = need_weights([cfg.teacher_dir(name) for name in names], cfg.weights)
+    adaptors = {name: found for name in ADAPTORS if (found := _adaptor(cfg, name))}
+    networks = {path: None for _, inputs in adaptors.values() for path in inputs} | dict.fromkeys(paths)
+    for path in networks:
+        networks[path] = build_backbone(cfg.network, cfg.embedding_size)
+        load_weights(networks[path], path)
 
     scores: dict[tuple[str, str], list[float]] = {}
     for ethnicity, one in pairs.items():
         features = {}
-        for name, teacher in teachers.items():
-            features[name] = views(teacher, one.images, cfg, f"{ethnicity} pairs, teacher {name}")
-            scores.setdefault(("teacher", name), []).append(_accuracy(features[name], one))
-        for name, adaptor in adaptors.items():
-            fused = fuse(adaptor, [features[teacher] for teacher in cfg.teachers], cfg)
-            scores.setdefault(("adaptor", name), []).append(_accuracy(fused, one))
+        for path, network in networks.items():
+            features[path] = views(network, one.images, cfg, f"{ethnicity} pairs, teacher {path.parent.name}")
+        for name, path in zip(names, paths, strict=True):
+            scores.setdefault(("teacher", name), []).append(accuracy(features[path], one))
+        for name, (adaptor, inputs) in adaptors.items():
+            fused = fuse(adaptor, [features[path] for path in inputs], cfg)
+            scores.setdefault(("adaptor", name), []).append(accuracy(fused, one))
     return [Row(cfg.setting, cfg.network, *model, tuple(values)) for model, values in scores.items()]
+
+
+def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
+    """An adaptor and the weights of its teachers, in its order, or None with a line that says why it is left out.
+
+    One of ours goes with the teachers whose embeddings it was trained on, be they the best or the last; one of which
+    that is not known, a released one, with those that `cfg.weights` selects.
+    """
+    folder = cfg.adaptor_dir(name)
+    weights = find_weights(folder, cfg.weights)
+    if weights is None:
+        return None
+    digests = {}
+    if (folder / "config.json").exists():
+        about = read_json(folder / "config.json")
+        trained_on = tuple(about.get("settings", {}).get("teachers", ()))
+        if trained_on != cfg.teachers:
+            print(
+                f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
+            )
+            return None
+        digests = {teacher: about["sources"][f"embedding {teacher}"]["weights"] for teacher in cfg.teachers}
+    inputs = []
+    for teacher in cfg.teachers:
+        run_folder = cfg.teacher_dir(teacher)
+        digest = digests.get(teacher)
+        inputs.append(weights_with_digest(run_folder, digest) if digest else find_weights(run_folder, cfg.weights))
+    missing = [teacher for teacher, path in zip(cfg.teachers, inputs, strict=True) if path is None]
+    if missing:
+        print(f"{folder} is left out: the teachers it was trained on are not there any more: {', '.join(missing)}.")
+        return None
+    adaptor = build_adaptor(name, cfg)
+    load_weights(adaptor, weights)
+    return adaptor, inputs
 
 
 def _score_students(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
     rows = []
-    for one, method in tqdm(_students(cfg), "students", disable=None, leave=False):
-        student, _ = load_backbone(one.student_network, one.student_dir(method), cfg)
-        title = f"{one.adaptor}-{method}"
-        scores = [_accuracy(views(student, s.images, cfg, f"{name} pairs, {title}"), s) for name, s in pairs.items()]
-        rows.append(Row(cfg.setting, cfg.network, method, f"{one.adaptor} {one.student_network}", tuple(scores)))
+    for settings, method in _students(cfg):
+        (student, _), *_ = load_backbones(settings.student_network, [settings.student_dir(method)], cfg)
+        title = f"{settings.adaptor}-{method}"
+        scores = [accuracy(views(student, s.images, cfg, f"{name} pairs, {title}"), s) for name, s in pairs.items()]
+        name = f"{settings.adaptor} {settings.student_network}"
+        rows.append(Row(cfg.setting, cfg.network, method, name, tuple(scores)))
     return rows
 
 
@@ -116,10 +153,6 @@ def fuse(adaptor, features: list[np.ndarray], cfg: Config) -> np.ndarray:
     flat = [feature.reshape(2 * count, -1) for feature in features]
     columns = {"embedding": Column(tuple(normalize(feature) for feature in flat))}
     return infer(lambda embedding: adaptor(embedding), adaptor, columns, cfg, "adaptor").reshape(count, 2, -1)
-
-
-def _accuracy(features: np.ndarray, pairs: Pairs) -> float:
-    return 100 * float(ten_fold(embed(features), pairs.same).accuracy.mean())
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -142,7 +175,7 @@ def as_csv(rows: list[Row], ethnicities: tuple[str, ...]) -> str:
 
 
 def as_table(rows: list[Row], ethnicities: tuple[str, ...], note: str) -> str:
-    """Aligned Markdown table, accuracies in percent, a rule between kinds of models."""
+    """Aligned Markdown table, accuracies in percent."""
     header = ["Setting", "Teachers", "Kind", "Model", *ethnicities, "Average", "STD", "SER"]
     body = [[row.setting, row.network, row.kind, row.name, *_cells(row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from utils.engine import Validate, infer
 from utils.errors import InputError
 from utils.store import decode
 
+FOLDS = 10
 THRESHOLDS = np.arange(0, 4, 0.01)
 """On the squared distance of unit vectors, which lies in [0, 4]."""
 
@@ -53,8 +55,10 @@ def load_bin(path: Path) -> Pairs:
         raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 2):
         raise InputError(f"{path} is no set of pairs: expected (images, same or not).")
-    encoded, same = content
-    if not all(isinstance(part, (list, tuple, np.ndarray)) for part in (encoded, same)):
+    encoded, same = (part.value if isinstance(part, _Array) else part for part in content)
+    if not all(
+        isinstance(part, (list, tuple)) or (isinstance(part, np.ndarray) and part.ndim) for part in (encoded, same)
+    ):
         raise InputError(f"{path} is no set of pairs: expected two lists.")
     if len(encoded) == 0 or len(encoded) != 2 * len(same):
         raise InputError(f"{path} holds {len(encoded)} images for {len(same)} pairs: expected two for each.")
@@ -62,8 +66,9 @@ def load_bin(path: Path) -> Pairs:
         raise InputError(f"{path}: whether a pair is the same must be True or False.")
 
     def decode_item(k: int) -> np.ndarray:
+        item = encoded[k].value.tobytes() if isinstance(encoded[k], _Array) else encoded[k]
         try:
-            return decode(bytes(encoded[k]) if isinstance(encoded[k], (bytes, np.ndarray)) else b"")
+            return decode(item if isinstance(item, bytes) else b"")
         except ValueError as error:
             raise InputError(f"{path}: image {k} {error}.") from error
 
@@ -73,19 +78,54 @@ def load_bin(path: Path) -> Pairs:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused."""
+    """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused.
+
+    Arrays are rebuilt by the classes below: NumPy's own functions, called with what a file chooses, can reach beyond
+    an array's memory.
+    """
 
     def find_class(self, module: str, name: str):
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in old protocols
-            return _latin1
-        # How NumPy writes arrays and numbers: under another module name in each of its major versions.
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            for value in (np.empty(0), np.int64(0)):
-                if (rebuild := value.__reduce__()[0]).__name__ == name:
-                    return rebuild
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+        known = {
+            "_codecs.encode": _latin1,  # how Python 3 writes bytes in old protocols
+            "numpy.ndarray": None,
+            "numpy.dtype": _DType,
+            "numpy.multiarray._reconstruct": lambda *_: _Array(),
+            "numpy.multiarray.scalar": lambda dtype, data: dtype.array(data, (1,))[0],
+            "numpy.numeric._frombuffer": lambda data, dtype, shape, order: _Array(dtype.array(data, shape, order)),
+        }
+        # Protocol 5 and the major versions of NumPy differ in the modules that they name.
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.").replace("numpy.core.", "numpy.")
+        if full in known:
+            return known[full]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read")
+
+
+class _DType:
+    """A plain type of bytes, booleans or integers, from the code that NumPy writes."""
+
+    def __init__(self, code: str | bytes, *_):
+        self.code = code.decode() if isinstance(code, bytes) else code
+        if not re.fullmatch(r"[biu][1248]", self.code):
+            raise pickle.UnpicklingError(f"it holds an array of type {self.code!r}, which is not read")
+        self.order = "="
+
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.order = order if order in ("<", ">") else "="
+
+    def array(self, data: bytes, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order)).reshape(shape, order=order)
+
+
+class _Array:
+    """An array that is being read; its value comes with the state that the pickle gives it."""
+
+    def __init__(self, value: np.ndarray | None = None):
+        self.value = value
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.value = dtype.array(data, shape, "F" if is_fortran else "C")
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -94,7 +134,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def ten_fold(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> TenFold:
+def ten_fold(embeddings: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:
     """Verification accuracy of unit-length embeddings (2P, D); pair k is rows 2k and 2k + 1, `same` is (P,) bool.
 
     Folds are consecutive, not shuffled. A pair is accepted where its squared distance is below the threshold; of
@@ -160,24 +200,32 @@ def normalize(features: np.ndarray) -> np.ndarray:
     return features / np.where(length == 0, 1, length)
 
 
+def accuracy(features: np.ndarray, pairs: Pairs) -> float:
+    """Mean accuracy of the ten folds in percent, from both views' features (2P, 2, D)."""
+    return 100 * float(ten_fold(embed(features), pairs.same).accuracy.mean())
+
+
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
     """The verification sets of all groups; raises InputError that names all that are missing."""
-    missing = [str(cfg.pairs_file(name)) for name in cfg.ethnicities if not cfg.pairs_file(name).is_file()]
+    paths = {name: cfg.pairs_file(name) for name in cfg.ethnicities}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise InputError(f"Missing: {', '.join(missing)}. Set pairs to the folder of the <ethnicity>_test.bin files.")
-    return {name: load_bin(cfg.pairs_file(name)) for name in cfg.ethnicities}
+    sets = {name: load_bin(path) for name, path in paths.items()}
+    for name, pairs in sets.items():
+        if len(pairs.same) < FOLDS:
+            raise InputError(f"{paths[name]} holds {len(pairs.same)} pairs, too few for {FOLDS} folds.")
+    return sets
 
 
-def validator(network: nn.Module, cfg: Config, best_on: str = "") -> Validate:
-    """Verification accuracy in percent on every group's pairs; the best epoch is that of the group `best_on`, else of
-    the average. The pairs are read at once, so that a missing file is found before training."""
-    sets = load_pairs(cfg)
+def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: str = "") -> Validate:
+    """Verification accuracy of every set; the best epoch is that of the group `best_on`, else that of the average."""
 
     def validate() -> tuple[dict[str, float], float]:
-        scores = {}
-        for name, pairs in sets.items():
-            features = views(network, pairs.images, cfg, f"verify {name}")
-            scores[name] = round(100 * float(ten_fold(embed(features), pairs.same).accuracy.mean()), 4)
+        scores = {
+            name: round(accuracy(views(network, pairs.images, cfg, f"verify {name}"), pairs), 4)
+            for name, pairs in sets.items()
+        }
         scores["average"] = round(sum(scores.values()) / len(scores), 4)
         return scores, scores[best_on or "average"]
 

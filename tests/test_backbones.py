@@ -184,7 +184,10 @@ def test_the_published_adaptor_loads_without_its_unused_parameters(tmp_path):
     [
         (lambda s: s.pop("fc.bias"), r"1 missing \(fc.bias\)"),
         (lambda s: s.update({"attention.in_proj_bias": torch.zeros(3)}), r"1 unknown \(attention.in_proj_bias\)"),
-        (lambda s: s.update({"fc.bias": torch.zeros(7)}), r"1 of another shape \(fc.bias\)"),
+        (
+            lambda s: s.update({"fc.bias": torch.zeros(7)}),
+            r"1 of another shape \(fc.bias\); fc.bias is \(7,\), not \(16,\)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, sentence, tmp_path):

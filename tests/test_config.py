@@ -69,12 +69,15 @@ def test_changed_settings_reach_the_next_command_unchanged():
         (["--network", "resnet"], "network = 'resnet' must be one of iresnet18"),
         (["--loss", "Triplet"], "loss = 'Triplet' must be one of ElasticArcFace"),
         (["--device", "tpu"], "device = 'tpu' must be one of auto, cpu, cuda"),
-        (["--batch_size", "0"], "batch_size = 0 must be at least 1"),
+        (["--batch_size", "1"], "batch_size = 1 must be at least 2"),
+        (["--num_epoch", "0"], "num_epoch = 0 must be at least 1"),
         (["--lr", "-1"], "lr = -1.0 must be a number above 0"),
         (["--lr", "nan"], "lr = nan must be a number above 0"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--momentum", "1"], "momentum = 1.0 must be below 1"),
         (["--seed", "-3"], "seed = -3 must be 0 or more"),
+        (["--seed", "9" * 20], "must be 0 or more, and below 2**63"),
+        (["--ethnicities", "average,B"], "without average, which means something else"),
         (["--milestones", "5,3"], "milestones = (5, 3) must be increasing epoch numbers above 1"),
         (["--ethnicities", "A,A"], "ethnicities = ('A', 'A') must be different names"),
         (["--ethnicities", "A,../B"], "must be names of folders"),
@@ -132,6 +135,12 @@ def test_teachers_and_groups_are_selected_by_ethnicity():
         _ = Config(ethnicity="Asian", is_teacher_baseline=True).selected_teachers
     with pytest.raises(InputError, match="must be a group: All, African"):
         _ = Config(ethnicity="quarter1").selected_ethnicities
+
+
+def test_dropout_without_a_dual_layer_names_no_adaptor():
+    assert Config(is_dual_layer=True, has_dropout=True).adaptor == "DLDPO"
+    with pytest.raises(InputError, match="has_dropout = True must be False for the single-layer adaptor"):
+        _ = Config(has_dropout=True).adaptor
 
 
 def test_run_folders():

@@ -21,7 +21,7 @@ def write_embeddings(cfg, teacher, flipped=False, images=None):
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         torch.save({"name": torch.tensor(list(teacher.encode()))}, weights)
-    made_from = origin(images or ImageStore(cfg).id, weights, flipped)
+    made_from = origin(images or ImageStore(cfg).digest, weights, flipped)
     values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
     with new_embeddings(cfg.teacher_embeddings(teacher, flipped), (20, 16), made_from) as out:
         out[:] = values
@@ -58,17 +58,16 @@ def test_an_image_that_cannot_be_used_is_in_no_set(cfg, monkeypatch):
 
 def test_each_epoch_has_its_own_order_without_the_incomplete_batch(cfg):
     faces = Faces(replace(cfg, batch_size=6), flip=True)
-    cfg = replace(cfg, batch_size=6)
-    first, again, second = (list(faces.batches(cfg, epoch, 0)) for epoch in (0, 0, 1))
+    first, again, second = (list(faces.batches(epoch, 0)) for epoch in (0, 0, 1))
     rows = [np.concatenate([batch[0] for batch in epoch]) for epoch in (first, again, second)]
     assert [len(batch[0]) for batch in first] == [6, 6, 6]
     assert len(set(rows[0].tolist())) == 18
     assert np.array_equal(rows[0], rows[1])
     assert not np.array_equal(rows[0], rows[2])
-    resumed = list(faces.batches(cfg, 0, 2))
+    resumed = list(faces.batches(0, 2))
     assert np.array_equal(resumed[0][0], first[2][0])
     assert np.array_equal(resumed[0][1], first[2][1])
-    flips = np.concatenate([batch[1] for e in range(60) for batch in faces.batches(cfg, e, 0)])
+    flips = np.concatenate([batch[1] for e in range(60) for batch in faces.batches(e, 0)])
     assert flips.mean() == pytest.approx(0.5, abs=0.05)
 
 
@@ -98,6 +97,18 @@ def test_a_flipped_image_gets_the_flipped_target():
     assert column.gather(rows, flips)[:, 0].tolist() == [1, 0, 1]
     assert column.gather(rows, None).sum() == 0
     assert Column((plain,)).gather(rows, flips).sum() == 0  # as published: the target of the image as it is
+
+
+def test_image_and_target_are_of_the_same_view():
+    images = np.stack([noise(k) for k in range(6)])
+    plain, mirrored = np.arange(6, dtype=np.float32)[:, None], np.arange(6, dtype=np.float32)[:, None] + 100
+    columns = {"image": Column((images,)), "target": Column((plain,), (mirrored,))}
+    rows, flips = np.array([3, 1, 5, 0]), np.array([True, False, False, True])
+    batch = next(stream(columns, [(rows, flips)], torch.device("cpu")))
+    assert batch["target"][:, 0].tolist() == [103, 1, 5, 100]
+    for image, row, flipped in zip(batch["image"], rows, flips, strict=True):
+        seen = images[row][:, ::-1] if flipped else images[row]
+        assert torch.equal(image, to_network(torch.from_numpy(seen.copy()[None]))[0])
 
 
 def test_the_reader_yields_every_batch_in_order_and_passes_errors_on():
@@ -147,6 +158,37 @@ def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(InputError, match=r"B.npy cannot be read"):
         Faces(cfg, inputs=cfg.teachers)
+
+
+def write_targets(cfg, inputs):
+    """SL's embeddings as made from these teachers."""
+    folder = cfg.adaptor_dir("SL")
+    folder.mkdir(parents=True)
+    torch.save({"fc.bias": torch.zeros(1)}, folder / "best_backbone.pth")
+    made_from = origin(ImageStore(cfg).digest, folder / "best_backbone.pth", False, inputs)
+    with new_embeddings(cfg.adaptor_embeddings("SL"), (20, 16), made_from) as out:
+        out[:] = 1
+
+
+def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    faces = Faces(cfg, inputs=cfg.teachers)
+    write_targets(cfg, [faces.origins[cfg.teacher_embeddings(name)] for name in cfg.teachers])
+    assert "target" in Faces(cfg, target="SL").columns
+    torch.save({"other": torch.zeros(1)}, cfg.teacher_dir("B") / "best_backbone.pth")
+    with pytest.raises(InputError, match=r"SL/embeddings.npy was made by other weights than .*B/best_backbone.pth"):
+        Faces(cfg, target="SL")
+
+
+def test_what_is_missing_is_said_before_an_image_is_decoded(cfg):
+    for refused in (
+        {"inputs": cfg.teachers},
+        {"target": "DLDPO"},
+    ):
+        with pytest.raises(InputError, match="Missing"):
+            Faces(cfg, **refused)
+    assert not cfg.cache_dir.exists()
 
 
 def test_two_weights_in_one_folder_are_refused(cfg):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.dataset import Column, Faces
+from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
 from utils.engine import Interrupted, _seed, fit, infer, setup
 from utils.errors import InputError
-from utils.losses import ElasticArcFace
+from utils.losses import CurricularFace, ElasticArcFace
 
 FEATURES = 3 * 112 * 112
 
@@ -79,14 +80,14 @@ def test_equals_a_plain_loop(cfg):
     momentum = [torch.zeros_like(p) for p in parameters]
     for epoch in range(2):
         lr = 0.1 * cfg.batch_size / 512 * (0.1 if epoch == 1 else 1)  # two epochs: one drop, at 2
-        order = np.random.default_rng((cfg.seed, epoch, 0)).permutation(20)
+        order = np.random.default_rng((ORDER, cfg.seed, epoch)).permutation(20)
         for step in range(5):
             rows = order[4 * step : 4 * step + 4]
-            flips = np.random.default_rng((cfg.seed, epoch, 1, step)).random(4) < 0.5
+            flips = np.random.default_rng((FLIPS, cfg.seed, epoch, step)).random(4) < 0.5
             batch = [images[r][:, ::-1] if f else images[r] for r, f in zip(rows, flips, strict=True)]
             x = torch.stack([torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 127.5 - 1 for i in batch])
             y = torch.from_numpy(labels[rows])
-            torch.manual_seed(_seed(cfg.seed, epoch, step))
+            torch.manual_seed(_seed(STEP, cfg.seed, epoch, step))
             for p in parameters:
                 p.grad = None
             F.cross_entropy(plain_header(plain(x), y), y).backward()
@@ -225,19 +226,124 @@ def test_a_run_of_other_settings_or_images_is_refused(cfg):
         train(cfg)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cfg):
-    train(cfg, epochs=1)
+@pytest.mark.parametrize("what", ["loss 'bad'", "gradient"])
+def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(cfg, what):
     setup(cfg)
-    faces, network = Faces(cfg), Linear()
+    faces, network, calls = Faces(cfg), Linear(), []
 
     def losses(image):
+        calls.append(1)
         value = network(image).square().mean()
-        return {"good": value, "bad": value * float("nan")}
+        bad = value * 0
+        if len(calls) == 7:  # in the second epoch
+            # The root of zero is finite and has no slope: only the gradient shows it.
+            bad = bad + float("nan") if what.startswith("loss") else bad.sqrt()
+        return {"good": value, "bad": bad}
 
     folder = cfg.teacher_dir("N")
-    with pytest.raises(InputError, match="loss 'bad' is nan in epoch 1"):
+    with pytest.raises(InputError, match=f"The {what} is (nan|inf) in epoch 2, by step .*last checkpoint is good"):
         fit(losses, faces, folder, cfg, network, schedule=cfg.schedule)
-    assert not (folder / "checkpoint.pth").exists()
+    kept = checkpoint(cfg, "N")
+    assert (kept["epoch"], kept["step"]) == (1, 0)
+    assert all(torch.isfinite(value).all() for value in kept["backbone"].values())
+    last = torch.load(folder / "last_backbone.pth", weights_only=True)
+    assert torch.equal(last["fc.weight"], kept["backbone"]["fc.weight"])
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_claims_no_folder(cfg):
+    def crash(call):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        train(cfg, before_step=crash)
+    train(replace(cfg, lr=0.05))
+    assert (cfg.teacher_dir("T") / "config.json").exists()
+
+
+def test_a_kill_between_the_first_weights_and_their_checkpoint_loses_nothing(cfg, monkeypatch):
+    """Weights without a checkpoint count as a finished model: they must never come first."""
+    train(cfg)
+    killed = replace(cfg, output=cfg.output + "2")
+
+    def kill(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("utils.checkpoint.Run.save_weights", kill)
+        train(killed)
+    train(killed)
+    assert_equal_runs(checkpoint(cfg), checkpoint(killed))
+
+
+def test_a_checkpoint_of_another_kind_is_refused(cfg):
+    train(cfg)
+    path = cfg.teacher_dir("T") / "checkpoint.pth"
+    whole = path.read_bytes()
+    torch.save({"fc.weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"checkpoint.pth is no checkpoint of a run: delete it to train anew"):
+        train(cfg)
+    path.write_bytes(whole[:-5000])
+    with pytest.raises(InputError, match=r"checkpoint.pth is damaged"):
+        train(cfg)
+
+
+def test_a_finished_run_without_its_best_weights_is_refused(cfg):
+    train(cfg)
+    (cfg.teacher_dir("T") / "best_backbone.pth").unlink()
+    with pytest.raises(InputError, match="No best_backbone.pth in"):
+        train(cfg)
+    train(replace(cfg, weights="last"))
+
+
+def test_a_disk_that_is_full_is_reported_and_the_old_checkpoint_kept(cfg):
+    train(cfg, epochs=1)
+    before = (cfg.teacher_dir("T") / "checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(InputError, match=r"could not be written"):
+            train(cfg, name="U", epochs=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert (cfg.teacher_dir("T") / "checkpoint.pth").read_bytes() == before
+    assert not list(cfg.teacher_dir("U").glob("*.pth*"))
+
+
+class Small(torch.nn.Module):
+    """Convolution and batch normalisation: their statistics have to be resumed too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 7, stride=16)
+        self.bn = torch.nn.BatchNorm2d(16)
+
+    def forward(self, image):
+        return self.bn(self.conv(image)).relu().mean((2, 3))
+
+
+def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
+    def train_small(cfg, stop_at=0):
+        setup(cfg)
+        faces, network, calls = Faces(cfg, flip=True), Small(), []
+        header = CurricularFace(16, faces.num_classes, s=8.0)
+
+        def losses(image, label):
+            calls.append(1)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"margin": F.cross_entropy(header(network(image), label), label)}
+
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, schedule=cfg.schedule)
+
+    train_small(cfg)
+    stopped = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(Interrupted):
+        train_small(stopped, stop_at=7)
+    train_small(stopped)
+    assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+    assert checkpoint(cfg)["header"]["t"] != 0
 
 
 def test_fewer_rows_than_a_batch_are_refused(cfg):

@@ -1,6 +1,9 @@
 """Index and decoded images: labels from names alone, nothing trusted that changed, every bad image named."""
 
 import os
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +58,7 @@ def test_an_unchanged_folder_is_not_decoded_again(cfg, capsys):
     assert "Decoding 20 images" in capsys.readouterr().out
     second = ImageStore(cfg)
     assert capsys.readouterr().out == ""
-    assert second.id == first.id
+    assert second.digest == first.digest
     assert np.array_equal(second.images, first.images)
 
 
@@ -107,22 +110,22 @@ def damage_the_index(cfg):
 )
 def test_a_cache_that_no_longer_matches_is_made_anew(cfg, capsys, change):
     first = ImageStore(cfg)
-    first_id = first.id
+    first_digest = first.digest
     capsys.readouterr()
     change(cfg)
     second = ImageStore(cfg)
     assert "Decoding" in capsys.readouterr().out
-    assert (second.id == first_id) == change.__name__.startswith("damage")
+    assert (second.digest == first_digest) == change.__name__.startswith("damage")
     for row, path in enumerate(second.index.paths):
         assert np.array_equal(second.images[row], cv2.imread(str(Path(cfg.data) / path))[..., ::-1])
 
 
-def test_the_id_depends_on_contents_and_names_but_not_on_place_or_time(cfg, tmp_path):
-    first = ImageStore(cfg).id
+def test_the_digest_depends_on_contents_and_names_but_not_on_place_or_time(cfg, tmp_path):
+    first = ImageStore(cfg).digest
     Path(cfg.data).rename(tmp_path / "moved")
     for path in (tmp_path / "moved").rglob("*.jpg"):
         os.utime(path, (1, 1))
-    assert ImageStore(replace(cfg, data=str(tmp_path / "moved"))).id == first
+    assert ImageStore(replace(cfg, data=str(tmp_path / "moved"))).digest == first
 
 
 def spoil(cfg):
@@ -191,6 +194,48 @@ def test_missing_and_empty_folders_are_refused(cfg):
     (data / "C" / "nobody" / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match="C holds no image"):
         scan(data, ("A", "C"))
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_image(cfg):
+    (Path(cfg.data) / "A" / "a1" / "zz.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(InputError, match=r"zz.jpg cannot be read \(No such file or directory\)"):
+        ImageStore(cfg)
+
+
+def test_names_of_files_need_not_be_text(cfg):
+    folder = Path(cfg.data) / "A" / "a1"
+    (folder / "0.jpg").rename(folder / os.fsdecode(b"\xff \n.jpg"))
+    first = ImageStore(cfg)
+    assert len(first.index.paths) == 20
+    assert ImageStore(cfg).digest == first.digest
+
+
+def test_an_impossible_size_in_a_header_is_a_bad_image(cfg):
+    content = bytearray(encode(noise(0), ".png"))
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (Path(cfg.data) / "A" / "a1" / "0.jpg").write_bytes(content)
+    with pytest.raises(InputError, match="1 of 20 images"):
+        ImageStore(cfg)
+
+
+def test_two_processes_share_one_cache(cfg):
+    """Teachers are trained side by side: whoever comes second waits and reads."""
+    code = f"from config.config import Config; from utils.store import ImageStore; print(ImageStore({cfg!r}).digest)"
+    start = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code], **start) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    assert outputs[0][-1] == outputs[1][-1] == ImageStore(cfg).digest
+    assert sorted(map(len, outputs)) == [1, 2]  # one of them decoded
+
+
+def test_what_a_killed_process_left_behind_is_removed(cfg):
+    ImageStore(cfg)
+    (cfg.cache_dir / "index.npz").unlink()
+    leftover = cfg.cache_dir / "images.npy.999999999.partial"  # no process has this number
+    leftover.write_bytes(b"x")
+    ImageStore(cfg)
+    assert not leftover.exists()
 
 
 def test_an_identity_in_two_groups_is_refused(cfg):

@@ -9,7 +9,7 @@ from sklearn.model_selection import KFold
 
 from config.config import Config
 from eval.verification import THRESHOLDS, Pairs, embed, load_bin, load_pairs, ten_fold, validator, views
-from tests.conftest import encode, noise
+from tests.conftest import encode, noise, write_pairs
 from utils.errors import InputError
 
 
@@ -107,9 +107,10 @@ def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
     import torch
 
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
-    scores, value = validator(network, cfg)()
+    sets = load_pairs(cfg)
+    scores, value = validator(network, sets, cfg)()
     assert value == scores["average"] == pytest.approx((scores["A"] + scores["B"]) / 2)
-    assert validator(network, cfg, best_on="B")()[1] == scores["B"]
+    assert validator(network, sets, cfg, best_on="B")()[1] == scores["B"]
     assert network.training
 
 
@@ -117,6 +118,7 @@ def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
 
 IMAGES = [encode(noise(k)) for k in range(4)]
 SAME = [True, False]
+ARRAYS = [np.frombuffer(image, np.uint8) for image in IMAGES]
 
 
 def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
@@ -134,8 +136,8 @@ def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
     [
         *(pickle.dumps((IMAGES, SAME), protocol=protocol) for protocol in range(6)),
         python2_pickle(IMAGES, SAME),
-        pickle.dumps((IMAGES, np.array(SAME)), protocol=2),
-        pickle.dumps(([np.frombuffer(image, np.uint8) for image in IMAGES], SAME), protocol=4),
+        *(pickle.dumps((IMAGES, np.array(SAME)), protocol=protocol) for protocol in range(2, 6)),
+        *(pickle.dumps((ARRAYS, list(map(np.bool_, SAME))), protocol=protocol) for protocol in range(2, 6)),
     ],
 )
 def test_bin_files_of_every_protocol_are_read(content, tmp_path):
@@ -167,8 +169,10 @@ class Gadget:
         Gadget(__import__("os").system, "touch executed"),
         Gadget(getattr, __import__("os"), "system"),
         Gadget(np.load, "executed", "r"),
+        Gadget(np.ndarray, (4,), np.dtype("O"), b"A" * 32),  # pointers of the file's choice
+        np.array([Path("x")], dtype=object),
     ],
-    ids=["touch", "eval", "exec", "system", "getattr", "numpy"],
+    ids=["touch", "eval", "exec", "system", "getattr", "numpy", "ndarray", "objects"],
 )
 def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -190,6 +194,7 @@ def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
         (b"hello", "damaged or no set of pairs"),
         (pickle.dumps([IMAGES, SAME, 1]), r"expected \(images, same or not\)"),
         (pickle.dumps((1, 2)), "expected two lists"),
+        (pickle.dumps((np.array(1), SAME)), "expected two lists"),
         (pickle.dumps(([], [])), "holds 0 images for 0 pairs"),
         (pickle.dumps((IMAGES[:3], SAME)), "holds 3 images for 2 pairs"),
         (pickle.dumps((IMAGES, [True])), "holds 4 images for 1 pairs"),
@@ -203,6 +208,12 @@ def test_foreign_bin_files_are_refused(content, sentence, tmp_path):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         load_bin(tmp_path / "x.bin")
+
+
+def test_too_few_pairs_are_found_before_training(cfg):
+    write_pairs(cfg.pairs_file("B"), pairs=9)
+    with pytest.raises(InputError, match=r"B_test.bin holds 9 pairs, too few for 10 folds"):
+        load_pairs(cfg)
 
 
 def test_all_missing_bin_files_are_named(cfg):

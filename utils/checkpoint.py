@@ -10,22 +10,25 @@ log.jsonl                            one line of metrics per epoch
 
 import platform
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 
 from config.config import Config
 from utils.errors import InputError
-from utils.files import read_json, replaced, write_json, write_text
+from utils.files import replaced, sha256, write_json, write_text
 
 
 def save(path: Path, value: Any) -> None:
     with replaced(path) as partial:
-        torch.save(value, partial)
+        try:
+            torch.save(value, partial)
+        except RuntimeError as error:  # how PyTorch reports a disk that is full
+            raise OSError(str(error).strip().split("\n")[0]) from error
 
 
 def load(path: Path) -> Any:
@@ -37,60 +40,69 @@ def load(path: Path) -> Any:
     except Exception as error:
         # torch.load has no exception of its own: what it raises on a damaged file depends on where the damage is.
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is damaged or no checkpoint of tensors ({reason}).") from error
-
-
-def find_released(folder: Path) -> Path | None:
-    """The `<step>backbone.pth` of the published code that was put into a run folder, or None.
-
-    Raises InputError where it is not alone, and it cannot be known which file is meant.
-    """
-    own = [folder / f"{which}_backbone.pth" for which in ("best", "last")]
-    released = sorted(set(folder.glob("*backbone.pth")).difference(own))
-    if released and len(found := released + [path for path in own if path.exists()]) > 1:
-        raise InputError(f"{folder} holds {', '.join(path.name for path in found)}: keep the one that is to be used.")
-    return released[0] if released else None
+        raise InputError(f"{path} is damaged or holds more than tensors ({reason}): delete or replace it.") from error
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
-    """The backbone's state dict in a run folder: the released one, else our `<which>_backbone.pth`, else None."""
-    own = folder / f"{which}_backbone.pth"
-    return find_released(folder) or (own if own.exists() else None)
+    """The backbone's state dict in a run folder: the released `<step>backbone.pth`, else our own `which` (best, last).
+
+    None where there is none. Raises InputError where it cannot be known which file is meant.
+    """
+    own = [folder / f"{kind}_backbone.pth" for kind in ("best", "last")]
+    released = sorted(set(folder.glob("*backbone.pth")).difference(own))
+    if released and len(found := released + [path for path in own if path.exists()]) > 1:
+        raise InputError(f"{folder} holds {', '.join(path.name for path in found)}: keep the one that is to be used.")
+    mine = folder / f"{which}_backbone.pth"
+    return released[0] if released else mine if mine.exists() else None
 
 
-def need_weights(folder: Path, which: str) -> Path:
-    """Like `find_weights`, but raises InputError where there is none."""
-    found = find_weights(folder, which)
-    if found is None:
+def need_weights(folders: list[Path], which: str) -> list[Path]:
+    """Like `find_weights` for several run folders; raises InputError that names all where there is none."""
+    found = [find_weights(folder, which) for folder in folders]
+    missing = [str(folder) for folder, path in zip(folders, found, strict=True) if path is None]
+    if missing:
         raise InputError(
-            f"{folder} holds no {which}_backbone.pth: train it first, or put a released *backbone.pth there."
+            f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth there."
         )
     return found
 
 
+def weights_with_digest(folder: Path, digest: str) -> Path | None:
+    """The backbone in a run folder whose SHA-256 is `digest`, be it the best, the last or a released one."""
+    return next((path for path in sorted(folder.glob("*backbone.pth")) if sha256(path) == digest), None)
+
+
 class Run:
-    """One run folder: claims it for these settings and this data, and keeps its files."""
+    """One run folder: belongs to the settings and data that its first checkpoint was made with."""
 
     def __init__(self, folder: Path, cfg: Config, sources: dict, identities: tuple[str, ...]):
         """Raises InputError where the folder holds a run of other settings or data."""
         self.folder = folder
-        kind = folder.relative_to(cfg.network_dir).parts[0]
-        self.decided_by = {"settings": _plain(cfg.decisive(kind)), "sources": sources}
-        config = folder / "config.json"
-        if config.exists():
-            different = _differences(read_json(config), self.decided_by)
-            if different:
-                raise InputError(
-                    f"{folder} holds a run with other settings or data ({'; '.join(different)}): "
-                    "set them as they were, set another output, or move the folder away to train anew."
-                )
-        else:
-            write_text(folder / "identities.txt", "".join(f"{name}\n" for name in identities))
-            write_json(config, {**self.decided_by, "all settings": _plain(asdict(cfg)), "versions": versions()})
+        self.checkpoint = folder / "checkpoint.pth"
+        self.identities = identities
+        self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
+        self.about = {**self.decided_by, "all settings": _plain(asdict(cfg)), "versions": versions()}
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pth"
+    def resume(self) -> dict | None:
+        """The state of the last checkpoint, or None where the run has none."""
+        if not self.checkpoint.exists():
+            return None
+        state = load(self.checkpoint)
+        if not isinstance(state, dict) or "decided_by" not in state:
+            raise InputError(f"{self.checkpoint} is no checkpoint of a run: delete it to train anew.")
+        different = _differences(state["decided_by"], self.decided_by)
+        if different:
+            raise InputError(
+                f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
+                "set them as they were, set another output, or move the folder away to train anew."
+            )
+        return state
+
+    def save(self, state: dict) -> None:
+        if not self.checkpoint.exists():
+            write_text(self.folder / "identities.txt", "".join(f"{name}\n" for name in self.identities))
+            write_json(self.folder / "config.json", self.about)
+        save(self.checkpoint, {**state, "decided_by": self.decided_by})
 
     def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> None:
         save(self.folder / f"{which}_backbone.pth", backbone.state_dict())
@@ -98,11 +110,16 @@ class Run:
             save(self.folder / f"{which}_header.pth", header.state_dict())
 
 
+def kind_of(folder: Path) -> str:
+    """teachers, adaptors or students: the folder that a run folder lies in, <output>/<setting>/<network>/<kind>/..."""
+    return next(part for part in reversed(folder.parts) if part in ("teachers", "adaptors", "students"))
+
+
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
         "cuda": str(torch.version.cuda),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

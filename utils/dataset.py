@@ -9,7 +9,6 @@ Loss functions name the columns that they read by their parameters:
 """
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,16 @@ import numpy as np
 import torch
 
 from config.config import Config
-from utils.embeddings import read_embeddings
+from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.split import read_quarter
 from utils.store import ImageStore, Index
 
 AHEAD = 2  # batches gathered ahead of the consumer
+ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
+
+EXTRACT = "extract_all.py"
+ADAPT = {"SL": "fc_EArc.py", "DuL": "dual_layer_EAF-Fusion.py", "DLDPO": "dual_layer_EAF-Fusion.py --has_dropout"}
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Rows (B,) int64 and whether each is seen flipped (B,) bool, or None where none is."""
@@ -57,39 +60,42 @@ class Faces:
     `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
     `inputs` adds the column `embedding` from these teachers, `target` the column of that name from one adaptor.
     With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
-    probability one half.
+    probability one half. `store` spares reading the index again.
 
     Labels count the identities of the set in order of group and name. Raises InputError for whatever is not there or
-    does not belong to this data folder.
+    does not belong to this data folder, before an image is decoded where that can be known.
     """
 
     def __init__(
-        self, cfg: Config, teacher: str = "", inputs: tuple[str, ...] = (), target: str = "", flip: bool = False
+        self,
+        cfg: Config,
+        teacher: str = "",
+        inputs: tuple[str, ...] = (),
+        target: str = "",
+        flip: bool = False,
+        store: ImageStore | None = None,
     ):
-        store = ImageStore(cfg)
-        index = store.index
+        self.cfg, self.flip = cfg, flip
+        if inputs:
+            self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
+        if target:
+            self._require([cfg.adaptor_embeddings(target, view) for view in cfg.target_views], ADAPT[target])
+        self.store = store or ImageStore(cfg)
+        index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
-        self.rows = np.flatnonzero(chosen[index.identity] & store.usable)
+        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable)
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
         self.identities = tuple(index.identities[i] for i in present)
         label = np.full(len(index.paths), -1, np.int64)
         label[self.rows] = labels
-        self.flip = flip
-        self.columns = {"image": Column((store.images,)), "label": Column((label,))}
-        self.sources = {"images": store.id, "identities": _digest(self.identities)}
+        self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
+        identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
+        self.sources = {"images": self.store.digest, "identities": identities}
         self.origins: dict[Path, dict] = {}  # what made each array of embeddings
-        self.store = store
-
         if inputs:
-            runs = [cfg.teacher_dir(name) for name in inputs]
-            paths = {
-                flipped: [cfg.teacher_embeddings(name, flipped) for name in inputs] for flipped in cfg.target_views
-            }
-            self._add("embedding", paths, runs, "extract_all.py", cfg)
+            self._add_inputs(inputs)
         if target:
-            script = "fc_EArc.py" if target == "SL" else "dual_layer_EAF-Fusion.py"
-            paths = {flipped: [cfg.adaptor_embeddings(target, flipped)] for flipped in cfg.target_views}
-            self._add("target", paths, [cfg.adaptor_dir(target)], script, cfg)
+            self._add_target(target)
 
     @property
     def num_classes(self) -> int:
@@ -98,32 +104,52 @@ class Faces:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _add(self, name: str, paths: dict[bool, list[Path]], runs: list[Path], script: str, cfg: Config) -> None:
-        """Adds a column of embeddings that the weights in `runs` made; the paths are those of both views."""
-        missing = [path for view in paths.values() for path in view if not path.exists()]
+    def _require(self, paths: list[Path], script: str) -> None:
+        missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            hint = " --flip_targets" if cfg.flip_targets else ""
-            raise InputError(f"Missing: {', '.join(map(str, missing))}. Run python {script}{hint} first.")
-        shape = (len(self.store.index.paths), cfg.embedding_size)
-        arrays = {False: [], True: []}
-        for flipped, view in paths.items():
-            for path, run in zip(view, runs, strict=True):
-                array, made_from = read_embeddings(path, shape, self.store.id, run, cfg.weights, script)
-                arrays[flipped].append(array)
-                self.origins[path] = made_from
-                if not flipped:
-                    self.sources[f"{name} {run.name}"] = _digest((json.dumps(made_from, sort_keys=True),))
-        self.columns[name] = Column(tuple(arrays[False]), tuple(arrays[True]))
+            hint = " --flip_targets" if self.cfg.flip_targets else ""
+            raise InputError(f"Missing: {', '.join(missing)}. Run python {script}{hint} first.")
 
-    def batches(self, cfg: Config, epoch: int, first: int) -> Iterator[Batch]:
+    def _read(self, path: Path, run: Path, script: str) -> np.ndarray:
+        """Embeddings of all images by the weights of a run folder."""
+        shape = (len(self.store.index.paths), self.cfg.embedding_size)
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, script)
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, script)
+        return array
+
+    def _add_inputs(self, teachers: tuple[str, ...]) -> None:
+        arrays = {False: [], True: []}
+        for name in teachers:
+            for flipped in self.cfg.target_views:
+                path = self.cfg.teacher_embeddings(name, flipped)
+                arrays[flipped].append(self._read(path, self.cfg.teacher_dir(name), EXTRACT))
+            # The adaptor is trained on the images as they are: the flipped view is no source of it.
+            self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
+        self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
+
+    def _add_target(self, adaptor: str) -> None:
+        """The targets by an adaptor; its teachers must still be those that the adaptor was trained on."""
+        views = []
+        for flipped in self.cfg.target_views:
+            path = self.cfg.adaptor_embeddings(adaptor, flipped)
+            views.append(self._read(path, self.cfg.adaptor_dir(adaptor), ADAPT[adaptor]))
+            inputs = self.origins[path].get("inputs", [])
+            for name, made_from in zip(self.cfg.teachers, inputs, strict=False):
+                run = self.cfg.teacher_dir(name)
+                check_weights(path, made_from.get("weights"), run, self.cfg.weights, f"{EXTRACT} and {ADAPT[adaptor]}")
+            self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
+        self.columns["target"] = Column((views[0],), tuple(views[1:]))
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of one epoch from step `first`: all rows in a random order, without the incomplete last batch.
 
         Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch.
         """
-        order = self.rows[np.random.default_rng((cfg.seed, epoch, 0)).permutation(len(self.rows))]
-        for step in range(first, len(self.rows) // cfg.batch_size):
-            rows = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
-            flips = np.random.default_rng((cfg.seed, epoch, 1, step)).random(len(rows)) < 0.5 if self.flip else None
+        seed, size = self.cfg.seed, self.cfg.batch_size
+        order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
+        for step in range(first, len(self.rows) // size):
+            rows = order[step * size : (step + 1) * size]
+            flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
             yield rows, flips
 
 
@@ -174,7 +200,3 @@ def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
         return np.array([name.split("/")[0] == teacher for name in index.identities])
     chosen = set(read_quarter(cfg, teacher, index))
     return np.array([name in chosen for name in index.identities])
-
-
-def _digest(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()

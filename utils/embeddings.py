@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.checkpoint import find_weights
 from utils.errors import InputError
-from utils.files import read_json, replaced, sha256, write_json
+from utils.files import new_array, read_json, replaced, sha256, write_json
 
 
 def sidecar(path: Path) -> Path:
@@ -29,31 +29,33 @@ def new_embeddings(path: Path, shape: tuple[int, int], made_from: dict) -> Itera
     """Yields the mapped array to fill; file and sidecar appear when the block ends without an exception."""
     sidecar(path).unlink(missing_ok=True)
     with replaced(path) as partial:
-        array = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        array = new_array(partial, shape, np.float32)
         yield array
         array.flush()
     write_json(sidecar(path), made_from)
 
 
-def is_current(path: Path, made_from: dict) -> bool:
-    """Whether the embeddings are there and were made from exactly this."""
-    return path.exists() and sidecar(path).exists() and read_json(sidecar(path)) == made_from
+def is_current(path: Path, shape: tuple[int, int], made_from: dict) -> bool:
+    """Whether the embeddings are there, whole, and were made from exactly this."""
+    if not (path.exists() and sidecar(path).exists()):
+        return False
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == shape and array.dtype == np.float32 and read_json(sidecar(path)) == made_from
+    except (OSError, ValueError, EOFError):  # damaged, which is an InputError too
+        return False
 
 
-def read_embeddings(path: Path, shape: tuple[int, int], images: str, run: Path, which: str, script: str):
-    """The mapped array and its sidecar.
+def read_embeddings(path: Path, shape: tuple[int, int], images: str, script: str) -> tuple[np.ndarray, dict]:
+    """The mapped array (N, D) and what it was made from.
 
-    Raises InputError where it is missing or was made for other images, or by other weights than the run folder `run`
-    holds (if it still holds any; `which` of them, see `find_weights`); `script` is the one that makes it.
+    Raises InputError where it is missing, damaged or made for other images; `script` is the one that makes it.
     """
     if not (path.exists() and sidecar(path).exists()):
         raise InputError(f"{path} is missing: run python {script} first.")
     made_from = read_json(sidecar(path))
     if made_from.get("images") != images:
         raise InputError(f"{path} was made for other images than data holds now: run python {script} again.")
-    weights = find_weights(run, which)
-    if weights and made_from.get("weights") != sha256(weights):
-        raise InputError(f"{path} was made by other weights than {weights}: run python {script} again.")
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -64,3 +66,13 @@ def read_embeddings(path: Path, shape: tuple[int, int], images: str, run: Path, 
             f"set embedding_size, or run python {script} again."
         )
     return array, made_from
+
+
+def check_weights(path: Path, digest: str, run: Path, which: str, script: str) -> None:
+    """Raises InputError where the run folder holds other weights than those with which `path` was made.
+
+    A run folder without weights is no contradiction: embeddings may be handed on without them.
+    """
+    weights = find_weights(run, which)
+    if weights and sha256(weights) != digest:
+        raise InputError(f"{path} was made by other weights than {weights}: run python {script} again.")

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,13 +20,16 @@ from torch import nn
 from tqdm import tqdm
 
 from config.config import Config, Schedule
-from utils.checkpoint import Run, find_released, load, save
-from utils.dataset import Column, Faces, in_order, stream
+from utils.checkpoint import Run, find_weights, need_weights
+from utils.dataset import STEP, Column, Faces, in_order, stream
 from utils.errors import InputError
 from utils.files import write_text
 
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Named losses of a batch; the parameters are named after the columns that it reads (see utils.dataset)."""
+
+GRADIENT = "gradient"
+"""The name under which the norm of the gradient is kept beside the losses, to notice when it is not finite."""
 
 Validate = Callable[[], tuple[dict[str, float], float]]
 """Scores to log, and the one that decides which epoch is best (higher is better)."""
@@ -34,14 +38,18 @@ Validate = Callable[[], tuple[dict[str, float], float]]
 def run(main: Callable[[Config], None]) -> None:
     """Calls a script's `main` with the settings of the command line; bad input is one sentence and exit status 2."""
     script = Path(sys.argv[0]).name
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(Config.from_args())
     except InputError as error:
-        sys.exit(_complain(f"{script}: {error}", 2))
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stop:
-        sys.exit(_complain(f"{script}: {stop}", 128 + stop.signal))
-    except KeyboardInterrupt:
-        sys.exit(_complain(f"{script}: interrupted, nothing is half-written; continue with: {_this_command()}", 130))
+        print(f"{script}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def setup(cfg: Config) -> torch.device:
@@ -53,18 +61,20 @@ def setup(cfg: Config) -> torch.device:
         torch.set_num_threads(cfg.num_threads)
     torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
     _keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
     return _device(cfg)
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
-    """Says where a stage's result lies and which command comes next."""
-    changed = cfg.changed
-    if "--ethnicity" in changed:
-        at = changed.index("--ethnicity")
-        del changed[at : at + 2]
-    print(f"Written to {result}. Next: python {script} {shlex.join(changed)}".rstrip())
+    """Says where a stage's result lies and which command comes next, with the settings `cfg`."""
+    print(f"Written to {result}. Next: {next_command(cfg, script)}")
+
+
+def next_command(cfg: Config, script: str) -> str:
+    """The next stage works on all ethnicities, whichever one this stage was called for."""
+    return f"python {script} {shlex.join(replace(cfg, ethnicity='All').changed)}".rstrip()
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -88,98 +98,108 @@ def fit(
     continues where it was when it is started again, a finished one is left as it is.
 
     Raises InputError where the folder holds a run of other settings, where there are fewer rows than one batch, and
-    where a loss is not finite.
+    where a loss or gradient is not finite.
     """
     steps = len(faces) // cfg.batch_size
     if steps == 0:
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
-    if (released := find_released(folder)) is not None:
-        print(f"{folder} holds {released.name}, which is not ours: used as it is, nothing to train.")
+    run = Run(folder, cfg, faces.sources, faces.identities)
+    if not run.checkpoint.exists() and (given := find_weights(folder, "best") or find_weights(folder, "last")):
+        print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
         return
-    progress = _Progress(Run(folder, cfg, faces.sources, faces.identities), backbone, header)
+
     device = _device(cfg)
     backbone.to(device, memory_format=torch.channels_last)
     modules = [backbone] if header is None else [backbone, header.to(device)]
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, schedule.base_lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    progress.restore(optimizer)
+    progress = _Progress(run, backbone, header, optimizer)
+    progress.restore()
     if progress.epoch >= schedule.epochs:
+        need_weights([folder], cfg.weights)
         print(f"{folder} is already trained; move it away to train anew.")
         return
     if progress.epoch or progress.step:
-        print(f"{folder}: continuing in epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}.")
+        print(f"{folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
 
     columns = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     with _StopSignals() as stop:
         while progress.epoch < schedule.epochs:
-            epoch, started, first = progress.epoch, time.monotonic(), progress.step
+            epoch, first, started = progress.epoch, progress.step, time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(epoch)
             for module in modules:
                 module.train()
-            batches = stream(columns, faces.batches(cfg, epoch, first), device)
-            with _bar(f"epoch {epoch + 1}/{schedule.epochs}", steps, first, cfg.batch_size) as bar:
+            batches = stream(columns, faces.batches(epoch, first), device)
+            with _Bar(f"epoch {epoch + 1}/{schedule.epochs}", steps * cfg.batch_size, first * cfg.batch_size) as bar:
                 for batch in batches:
-                    torch.manual_seed(_seed(cfg.seed, epoch, progress.step))  # margins and dropout
-                    optimizer.zero_grad()
-                    named = losses(**batch)
-                    sum(named.values()).backward()
-                    nn.utils.clip_grad_norm_(backbone.parameters(), cfg.max_grad_norm)
-                    optimizer.step()
-                    progress.add(named)
+                    torch.manual_seed(_seed(STEP, cfg.seed, epoch, progress.step))  # margins and dropout
+                    progress.add(_step(losses, batch, backbone, optimizer, cfg.max_grad_norm))
                     bar.update(cfg.batch_size)
-                    if bar.due():
+                    if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
                         bar.set_postfix_str(_listed(progress.means()), refresh=False)
                     if stop.received or progress.due(cfg.checkpoint_minutes):
-                        progress.save(optimizer)
+                        progress.save()
                         stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}")
-            rate = (progress.step - first) * cfg.batch_size / (time.monotonic() - started)
-            means = progress.means()
-
+            trained = time.monotonic()
             try:
                 with stop.at_once():
-                    scores, value = validate() if validate else ({}, -sum(means.values()))
+                    scores, value = validate() if validate else ({}, -sum(progress.means().values()))
             except Interrupted:
-                progress.save(optimizer)
+                progress.save()
                 raise
-            best = progress.finish_epoch(schedule.lr(epoch), scores, value, rate, optimizer)
-            left = (schedule.epochs - epoch - 1) * (time.monotonic() - started) * steps / max(1, steps - first)
+            seconds_per_step = (trained - started) / max(1, steps - first)
+            left = (schedule.epochs - epoch - 1) * (seconds_per_step * steps + time.monotonic() - trained)
             tqdm.write(
-                f"epoch {epoch + 1}/{schedule.epochs}  {_listed(means)}  {_listed(scores)}  "
-                f"{rate:,.0f} images/s, {_duration(left)} left{'  (best so far)' if best else ''}"
+                progress.finish_epoch(schedule, scores, value, cfg.batch_size / max(seconds_per_step, 1e-9), left)
             )
+        stop.leave("stopped after the last epoch")
+
+
+def _step(losses: Losses, batch: dict, backbone: nn.Module, optimizer, max_grad_norm: float) -> dict[str, torch.Tensor]:
+    """One step of the optimizer; gives the named losses, and the norm of the backbone's gradient before clipping."""
+    optimizer.zero_grad()
+    named = losses(**batch)
+    sum(named.values()).backward()
+    norm = nn.utils.clip_grad_norm_(backbone.parameters(), max_grad_norm)
+    optimizer.step()
+    return {**named, GRADIENT: norm}
 
 
 class _Progress:
     """Where a run stands: position, summed losses of the epoch, log and best score; saved with the weights."""
 
-    def __init__(self, run: Run, backbone: nn.Module, header: nn.Module | None):
-        self.run, self.backbone, self.header = run, backbone, header
+    def __init__(self, run: Run, backbone: nn.Module, header: nn.Module | None, optimizer: torch.optim.Optimizer):
+        self.run, self.backbone, self.header, self.optimizer = run, backbone, header, optimizer
         self.epoch = self.step = 0
         self.best = -math.inf
         self.sums: dict[str, torch.Tensor] = {}
         self.log: list[dict] = []
         self.saved_at = time.monotonic()
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.run.checkpoint.exists():
+    def restore(self) -> None:
+        state = self.run.resume()
+        if state is None:
             return
-        state = load(self.run.checkpoint)
-        self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
         device = next(self.backbone.parameters()).device
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.backbone.load_state_dict(state["backbone"])
-        if self.header is not None:
-            self.header.load_state_dict(state["header"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
+            self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            self.backbone.load_state_dict(state["backbone"])
+            if self.header is not None:
+                self.header.load_state_dict(state["header"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{self.run.checkpoint} is not of this version ({error}): delete it to train anew."
+            ) from error
 
-    def save(self, optimizer: torch.optim.Optimizer) -> None:
+    def save(self) -> None:
         self.means()  # a checkpoint with numbers that are not finite would be no good
         state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log, "sums": self.sums}
         state["backbone"] = self.backbone.state_dict()
         state["header"] = self.header.state_dict() if self.header is not None else {}
-        state["optimizer"] = optimizer.state_dict()
-        save(self.run.checkpoint, state)
+        self.run.save({**state, "optimizer": self.optimizer.state_dict()})
         self.saved_at = time.monotonic()
 
     def due(self, minutes: float) -> bool:
@@ -191,30 +211,37 @@ class _Progress:
         self.step += 1
 
     def means(self) -> dict[str, float]:
-        """Mean of each loss over the epoch so far; raises InputError where one is not finite."""
+        """Mean of each loss over the epoch so far; raises InputError where one, or the gradient, is not finite."""
         means = {name: total.item() / self.step for name, total in self.sums.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise InputError(
-                    f"The loss {name!r} is {mean} in epoch {self.epoch + 1}, by step {self.step}: lower the learning "
-                    f"rate; {self.run.folder} keeps the last good checkpoint."
-                )
-        return means
+                what = "gradient" if name == GRADIENT else f"loss {name!r}"
+                advice = "lower the learning rate or s"
+                if self.run.checkpoint.exists():
+                    advice += f" and move {self.run.folder} away, whose last checkpoint is good"
+                raise InputError(f"The {what} is {mean} in epoch {self.epoch + 1}, by step {self.step}: {advice}.")
+        return {name: mean for name, mean in means.items() if name != GRADIENT}
 
-    def finish_epoch(self, lr: float, scores: dict, value: float, rate: float, optimizer) -> bool:
-        """Logs the epoch and writes its files; whether it is the best so far."""
-        is_best = value > self.best
-        entry = {"epoch": self.epoch + 1, "lr": lr, "loss": self.means(), "scores": scores, "best": is_best}
-        self.log.append({**entry, "images_per_second": round(rate, 1)})
+    def finish_epoch(self, schedule: Schedule, scores: dict, value: float, rate: float, left: float) -> str:
+        """Logs the epoch and writes its files; gives the line that says how it went."""
+        if not self.run.checkpoint.exists():
+            self.save()  # weights without a checkpoint are a finished model that was put there
+        is_best, means = value > self.best, self.means()
+        entry = {"epoch": self.epoch + 1, "lr": schedule.lr(self.epoch), "loss": means, "scores": scores}
+        self.log.append({**entry, "best": is_best, "images_per_second": round(rate, 1)})
         self.best = max(self.best, value)
+        line = (
+            f"epoch {self.epoch + 1}/{schedule.epochs}  {_listed(means)}  {_listed(scores)}  "
+            f"{rate:,.0f} images/s, {_duration(left)} left{'  (best so far)' if is_best else ''}"
+        )
         if is_best:
             self.run.save_weights("best", self.backbone, self.header)
         self.run.save_weights("last", self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
         write_text(self.run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-        self.save(optimizer)
-        return is_best
+        self.save()
+        return line
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -239,7 +266,7 @@ def infer(
     was_training = network.training
     network.to(device).eval()
     try:
-        with _bar(title, count, 0, 1, leave=False) as bar:
+        with _Bar(title, count) as bar:
             done = 0
             for batch in stream(read, in_order(count, cfg.infer_batch_size), device):
                 result = function(**batch).float().cpu().numpy()
@@ -257,11 +284,15 @@ def infer(
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, after everything was saved; the message says how to continue."""
+    """Ctrl-C or SIGTERM, with everything saved that there was to save; the message says how to continue."""
 
-    def __init__(self, what: str, received: int):
+    def __init__(self, what: str, number: int):
         super().__init__(f"{what}; continue with: {_this_command()}")
-        self.signal = received
+        self.signal = number
+
+
+def _interrupt(number: int, _) -> None:
+    raise Interrupted("interrupted, nothing is half-written", number)
 
 
 class _StopSignals:
@@ -296,16 +327,15 @@ class _StopSignals:
             self._at_once = False
 
 
-class _bar(tqdm):
+class _Bar(tqdm):
     """Progress of images with named numbers behind it; silent where the output is no terminal."""
 
-    def __init__(self, title: str, steps: int, first: int, batch_size: int, leave: bool = False):
-        total, initial = steps * batch_size, first * batch_size
-        super().__init__(desc=title, total=total, initial=initial, unit=" images", leave=leave, disable=None)
+    def __init__(self, title: str, total: int, initial: int = 0):
+        super().__init__(desc=title, total=total, initial=initial, unit=" images", leave=False, disable=None)
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Twice a second: reading a loss makes the device wait, so it is done no more often."""
+        """Whether half a second has gone by since the last time."""
         now = time.monotonic()
         if now - self._shown < 0.5:
             return False
@@ -329,8 +359,8 @@ def _device(cfg: Config) -> torch.device:
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence((*numbers, 2)).generate_state(1, np.uint64)[0]) >> 1
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _listed(numbers: dict[str, float]) -> str:
@@ -344,9 +374,6 @@ def _duration(seconds: float) -> str:
 
 
 def _this_command() -> str:
-    return "python " + shlex.join(sys.argv)
-
-
-def _complain(text: str, status: int) -> int:
-    print(text, file=sys.stderr)
-    return status
+    module = sys.modules["__main__"].__spec__
+    script = ["-m", module.name] if module else [sys.argv[0]]
+    return "python " + shlex.join([*script, *sys.argv[1:]])

@@ -24,13 +24,13 @@ def embed_all(
     cfg: Config,
 ) -> None:
     """Writes `function` of all rows, (N, D), to `path`, unless it is there already and was made from the same."""
-    if is_current(path, made_from):
+    shape = (len(columns["image"].arrays[0]), cfg.embedding_size)
+    if is_current(path, shape, made_from):
         print(f"{path} is up to date.")
         return
-    count = len(columns["image"].arrays[0])
-    with new_embeddings(path, (count, cfg.embedding_size), made_from) as out:
+    with new_embeddings(path, shape, made_from) as out:
         infer(function, network, columns, cfg, f"embed {path.stem}", out)
-    print(f"{path}: {count:,} embeddings.")
+    print(f"{path}: {shape[0]:,} embeddings.")
 
 
 def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> None:
@@ -38,7 +38,7 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
 
     `faces` holds the teachers' embeddings. Loads the weights of the adaptor's run folder into `adaptor`.
     """
-    weights = need_weights(cfg.adaptor_dir(name), cfg.weights)
+    weights = need_weights([cfg.adaptor_dir(name)], cfg.weights)[0]
     load_weights(adaptor, weights)
     column = faces.columns["embedding"]
     for flipped in cfg.target_views:
@@ -48,5 +48,5 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
         def target(embedding):
             return F.normalize(adaptor(embedding))
 
-        made_from = origin(faces.store.id, weights, flipped, inputs)
+        made_from = origin(faces.store.digest, weights, flipped, inputs)
         embed_all(target, adaptor, columns, cfg.adaptor_embeddings(name, flipped), made_from, cfg)

@@ -1,6 +1,6 @@
-"""Margin heads: classifiers that see angles, and make the target class harder to reach while training.
+"""Margin headers: classifiers that see angles, and make the target class harder to reach while training.
 
-All heads hold one parameter `kernel` of shape (D, C), a column per class, and turn embeddings (B, D) and labels (B,)
+All headers hold one parameter `kernel` of shape (D, C), a column per class, and turn embeddings (B, D) and labels (B,)
 into scaled logits (B, C) for the cross-entropy. Neither input needs to be normalised: both are, here.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 from utils.errors import InputError
 
 
-class MarginHead(nn.Module):
+class MarginHeader(nn.Module):
     """Scaled cosines of embeddings and class centres; subclasses say what becomes of the target's cosine."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0):
@@ -36,12 +36,8 @@ class MarginHead(nn.Module):
         """The cosines (B, C) of the other classes, unchanged by most losses."""
         return cosine
 
-    def extra_repr(self) -> str:
-        margins = (f"{name}={getattr(self, name)}" for name in ("s", "m", "std", "plus") if hasattr(self, name))
-        return ", ".join((*map(str, self.kernel.shape), *margins))
 
-
-class ArcFace(MarginHead):
+class ArcFace(MarginHeader):
     """Target logit s * cos(theta + m) (Deng et al., CVPR 2019)."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.50):
@@ -52,7 +48,7 @@ class ArcFace(MarginHead):
         return cos_of_sum(target, self.m)
 
 
-class CosFace(MarginHead):
+class CosFace(MarginHeader):
     """Target logit s * (cos(theta) - m) (Wang et al., CVPR 2018)."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.35):
@@ -63,7 +59,7 @@ class CosFace(MarginHead):
         return target - self.m
 
 
-class ElasticHead(MarginHead):
+class ElasticHeader(MarginHeader):
     """A margin drawn afresh from N(m, std^2) for every sample and step, not clamped (Boutros et al., CVPRW 2022).
 
     With `plus` the drawn margins are dealt by difficulty: the sample with the lowest target cosine gets the largest.
@@ -82,7 +78,7 @@ class ElasticHead(MarginHead):
         return torch.empty_like(drawn).scatter_(0, easiest_first, drawn.sort(0).values)
 
 
-class ElasticArcFace(ElasticHead):
+class ElasticArcFace(ElasticHeader):
     """Target logit s * cos(theta + m_i); published spreads: std 0.05, with `plus` 0.0175."""
 
     def __init__(self, in_features: int, out_features: int, s=64.0, m=0.50, std=0.05, plus=False):
@@ -92,7 +88,7 @@ class ElasticArcFace(ElasticHead):
         return cos_of_sum(target, self.margins(target))
 
 
-class ElasticCosFace(ElasticHead):
+class ElasticCosFace(ElasticHeader):
     """Target logit s * (cos(theta) - m_i); published spreads: std 0.05, with `plus` 0.02."""
 
     def __init__(self, in_features: int, out_features: int, s=64.0, m=0.35, std=0.05, plus=False):
@@ -102,7 +98,7 @@ class ElasticCosFace(ElasticHead):
         return target - self.margins(target)
 
 
-class CurricularFace(MarginHead):
+class CurricularFace(MarginHeader):
     """ArcFace that weighs hard negatives more as training goes on (Huang et al., CVPR 2020, Eq. 4-10).
 
     A negative is hard where its cosine exceeds the target's cos(theta + m); its logit becomes s * cos * (t + cos), with
@@ -134,13 +130,14 @@ def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     return cosine * cos_m - sine * sin_m
 
 
-def build_header(name: str, in_features: int, out_features: int, s: float, m: float, std: float) -> MarginHead:
-    """The head that the setting `loss` names; a '+' after an elastic head deals margins by difficulty."""
-    heads = {head.__name__: head for head in (ElasticArcFace, ElasticCosFace, ArcFace, CosFace, CurricularFace)}
+def build_header(name: str, in_features: int, out_features: int, s: float, m: float, std: float) -> MarginHeader:
+    """The header that the setting `loss` names; a '+' after an elastic one deals margins by difficulty."""
+    known = (ElasticArcFace, ElasticCosFace, ArcFace, CosFace, CurricularFace)
+    header = {kind.__name__: kind for kind in known}.get(name.removesuffix("+"))
     plus = name.endswith("+")
-    head = heads.get(name.removesuffix("+"))
-    if head is None or (plus and not issubclass(head, ElasticHead)):
-        raise InputError(f"loss = {name!r} must be one of {', '.join(heads)}, or an elastic one followed by '+'.")
-    if issubclass(head, ElasticHead):
-        return head(in_features, out_features, s=s, m=m, std=std, plus=plus)
-    return head(in_features, out_features, s=s, m=m)
+    if header is None or (plus and not issubclass(header, ElasticHeader)):
+        names = ", ".join(kind.__name__ for kind in known)
+        raise InputError(f"loss = {name!r} must be one of {names}, or an elastic one followed by '+'.")
+    if issubclass(header, ElasticHeader):
+        return header(in_features, out_features, s=s, m=m, std=std, plus=plus)
+    return header(in_features, out_features, s=s, m=m)

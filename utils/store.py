@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config.config import Config
 from utils.errors import InputError
-from utils.files import replaced, write_text
+from utils.files import locked, new_array, replaced, write_text
 
 SIZE = 112  # pixels, height and width of every image
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -34,11 +34,6 @@ class Index:
     identity: np.ndarray  # (N,) int64: which identity an image shows
     stamps: np.ndarray  # (N, 2) int64: size in bytes and time of change in nanoseconds
 
-    @property
-    def groups(self) -> np.ndarray:
-        """(N,) str: the group of each image."""
-        return np.array([name.split("/")[0] for name in self.identities])[self.identity]
-
 
 def scan(data: Path, ethnicities: Iterable[str]) -> Index:
     """Lists <data>/<ethnicity>/<identity>/<image>; opens no image.
@@ -47,7 +42,13 @@ def scan(data: Path, ethnicities: Iterable[str]) -> Index:
     """
     if not data.is_dir():
         raise InputError(f"There is no folder {data}: set data to the folder that holds one folder per ethnicity.")
-    groups = tuple(sorted(ethnicities))
+    try:
+        return _scan(data, sorted(ethnicities))
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+
+
+def _scan(data: Path, groups: list[str]) -> Index:
     missing = [name for name in groups if not (data / name).is_dir()]
     if missing:
         raise InputError(f"{data} has no folder for {', '.join(missing)}: set data or ethnicities.")
@@ -86,8 +87,11 @@ def _images(path: Path) -> list[tuple[str, int, int]]:
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS):
-                stat = entry.stat()
-                found.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                try:
+                    stat = entry.stat()
+                    found.append((entry.name, stat.st_size, stat.st_mtime_ns))
+                except FileNotFoundError:  # a link that leads nowhere: listed with the bad images
+                    found.append((entry.name, -1, -1))
     return sorted(found)
 
 
@@ -99,7 +103,10 @@ def decode(content: bytes) -> np.ndarray:
     for kind, start, end in (("JPEG", b"\xff\xd8", b"\xff\xd9"), ("PNG", b"\x89PNG", b"IEND")):
         if content.startswith(start) and end not in content[-1024:]:
             raise ValueError(f"is a truncated {kind}")
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # an impossible size in the header, say
+        image = None
     if image is None:
         raise ValueError("is no readable image")
     if image.shape[:2] != (SIZE, SIZE):
@@ -118,38 +125,37 @@ class ImageStore:
     index: Index
     images: np.ndarray  # (N, 112, 112, 3) uint8, mapped
     usable: np.ndarray  # (N,) bool
-    id: str  # digest of the paths and contents of all files, in order
+    digest: str  # of the paths and contents of all files, in order
 
     def __init__(self, cfg: Config):
         data, folder = Path(cfg.data), cfg.cache_dir
         self.index = scan(data, cfg.ethnicities)
-        stored = _load_store(folder, self.index) or _make_store(folder, self.index, data)
-        self.id, bad = stored
+        with locked(folder):  # teachers may be trained side by side, each in its own process
+            self.digest, bad = _load_store(folder, self.index) or _make_store(folder, self.index, data)
+            self.images = np.load(folder / "images.npy", mmap_mode="r")
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
-        self.images = np.load(folder / "images.npy", mmap_mode="r")
 
 
 def _load_store(folder: Path, index: Index) -> tuple[str, dict[int, str]] | None:
-    """Id and unusable images (row -> reason) of the store in `folder`, or None where it is not that of `index`."""
+    """Digest and unusable images (row -> reason) of the store in `folder`, or None where it is not that of `index`."""
     try:
         shape = np.load(folder / "images.npy", mmap_mode="r").shape
         with open(folder / "index.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
             same = (
                 shape == (len(index.paths), SIZE, SIZE, 3)
-                and str(stored["paths"]) == "\n".join(index.paths)
+                and np.array_equal(stored["paths"], _pack(index.paths))
                 and np.array_equal(stored["stamps"], index.stamps)
             )
-            bad = zip(stored["bad_rows"].tolist(), str(stored["bad_reasons"]).split("\n"), strict=False)
-            return (str(stored["id"]), dict(bad)) if same else None
+            bad = zip(stored["bad_rows"].tolist(), _unpack(stored["bad_reasons"]), strict=False)
+            return (str(stored["digest"]), dict(bad)) if same else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, str]]:
     count = len(index.paths)
-    folder.mkdir(parents=True, exist_ok=True)
     needed, free = count * SIZE * SIZE * 3, shutil.disk_usage(folder).free
     print(f"Decoding {count:,} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
     if needed > free:
@@ -157,7 +163,7 @@ def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, 
 
     (folder / "index.npz").unlink(missing_ok=True)
     with replaced(folder / "images.npy") as partial:
-        images = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, SIZE, SIZE, 3))
+        images = new_array(partial, (count, SIZE, SIZE, 3), np.uint8)
         with _chatter_silenced(), ThreadPoolExecutor() as pool:
             results = _windowed(pool, lambda row: _decode_file(data / index.paths[row], images[row]), range(count))
             digests = list(tqdm(results, "decode", count, unit=" images", disable=None, smoothing=0))
@@ -165,26 +171,36 @@ def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, 
 
     content = hashlib.sha256()
     for path, (digest, _) in zip(index.paths, digests, strict=True):
-        content.update(path.encode() + b"\0" + digest)
+        content.update(os.fsencode(path) + b"\0" + digest)
     bad = {row: reason for row, (_, reason) in enumerate(digests) if reason}
     with replaced(folder / "index.npz") as partial, open(partial, "wb") as file:
         np.savez(
             file,
-            paths="\n".join(index.paths),
+            paths=_pack(index.paths),
             stamps=index.stamps,
             bad_rows=np.array(list(bad), np.int64),
-            bad_reasons="\n".join(bad.values()),
-            id=content.hexdigest(),
+            bad_reasons=_pack(bad.values()),
+            digest=content.hexdigest(),
         )
     return content.hexdigest(), bad
+
+
+def _pack(texts: Iterable[str]) -> np.ndarray:
+    """Any number of names as one array of bytes; names of files need not be text."""
+    return np.frombuffer(b"\0".join(map(os.fsencode, texts)), np.uint8)
+
+
+def _unpack(packed: np.ndarray) -> list[str]:
+    return [os.fsdecode(text) for text in packed.tobytes().split(b"\0")]
 
 
 def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool) -> None:
     if not bad:
         return
     listing = folder / "bad_images.txt"
-    write_text(listing, "".join(f"{reason}\n" for reason in bad.values()))
-    shown = [f"\n  {reason}" for reason in list(bad.values())[:20]] + ["\n  ..."] * (len(bad) > 20)
+    printable = [os.fsencode(reason).decode(errors="replace") for reason in bad.values()]
+    write_text(listing, "".join(f"{reason}\n" for reason in printable))
+    shown = [f"\n  {reason}" for reason in printable[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
     if not skip:
         raise InputError(f"{text}\nMend or remove them, or set skip_bad_images to train without them.")
@@ -198,7 +214,9 @@ def _decode_file(path: Path, out: np.ndarray) -> tuple[bytes, str]:
     try:
         content = path.read_bytes()
         out[:] = decode(content)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return b"", f"{path} cannot be read ({error.strerror})"
+    except ValueError as error:
         return b"", f"{path} {error}"
     return hashlib.sha256(content).digest()[:16], ""
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 MARKER = "GENERATED.txt"
-"""A folder that holds this file holds generated faces; every table and picture made from it says so."""
+"""A folder that holds this file holds generated faces; the printed table and the picture made from it say so."""
 
 FOLDS = 10
 
@@ -153,7 +153,7 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
     x, y = 56.0, 62.0
     width, height = 35 + 6.0 * a["face_width"], 46 + 6.0 * a["face_height"]
     chin = y + height
-    hairline = y - height + 17 - 8.5 * a["hair_height"]
+    hairline = y - height + 15 - 9.5 * a["hair_height"]
 
     _ellipse(canvas, (x, 128), (50, 24), shirt)
     cv2.fillPoly(canvas, [_points((x - 15, 88), (x + 15, 88), (x + 18, 114), (x - 18, 114))], shadow, cv2.LINE_AA)
@@ -178,7 +178,7 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
     canvas[:] = canvas * (1 - alpha) + np.array([52, 40, 34]) * alpha
 
     gap, eye_y, size = 16 + 4.0 * a["eye_gap"], 54 + 4.5 * a["eye_height"], 6.4 + 2.4 * a["eye_size"]
-    brow_y = eye_y - size - 5.5 - 3.0 * a["brow_gap"]
+    brow_y = eye_y - size - 5.8 - 3.6 * a["brow_gap"]
     raised = random.normal(0, 0.5)
     gaze = random.normal(0, 0.8)
     iris = tuple(map(float, random.uniform((40, 40, 30), (110, 120, 130))))
@@ -207,8 +207,8 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
         _ellipse(canvas, (x + side * nose_width * 0.72, nose_end - 0.2), (nose_width * 0.33, 2.7), shadow)
         _ellipse(canvas, (x + side * nose_width * 0.45, nose_end + 1.0), (1.5, 0.9), tuple(0.45 * c for c in skin))
 
-    mouth_y = 90 + 4.0 * a["mouth_position"]
-    mouth, lips = 13 + 5.5 * a["mouth_width"], 3.3 + 2.2 * a["lip_thickness"]
+    mouth_y = 90 + 5.5 * a["mouth_position"]
+    mouth, lips = 13 + 5.5 * a["mouth_width"], 3.6 + 2.6 * a["lip_thickness"]
     smile, opening = random.normal(0.8, 1.3), max(0.0, random.normal(-0.4, 1.2))
     red = tuple(map(float, skin * np.array([0.86, 0.56, 0.56])))
     mouth_y = min(mouth_y, chin - lips - opening - 4)
@@ -243,11 +243,11 @@ def _photograph(canvas: np.ndarray, random) -> np.ndarray:
     """Pose (a small homography), light from one side, blur and sensor noise; then 112 x 112."""
     side = SIZE * SCALE
     centre = np.float32([side / 2, side / 2])
-    angle, zoom = np.radians(random.normal(0, 3.5)), 1 + random.normal(0, 0.025)
+    angle, zoom = np.radians(random.normal(0, 2.5)), 1 + random.normal(0, 0.02)
     rotation = zoom * np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     corners = np.float32([[0, 0], [side, 0], [side, side], [0, side]])
-    moved = (corners - centre) @ rotation.T + centre + random.normal(0, 1.2 * SCALE, 2)
-    yaw, pitch = random.normal(0, 0.035, 2)
+    moved = (corners - centre) @ rotation.T + centre + random.normal(0, SCALE, 2)
+    yaw, pitch = random.normal(0, 0.025, 2)
     away = (corners - centre) / (side / 2)
     moved += away * (side / 2) * (yaw * away[:, :1] + pitch * away[:, 1:])
     homography = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
@@ -260,5 +260,5 @@ def _photograph(canvas: np.ndarray, random) -> np.ndarray:
     image *= gain[..., None].astype(np.float32) * random.normal(1, 0.03, 3).astype(np.float32)
     if random.random() < 0.25:
         image = cv2.GaussianBlur(image, (0, 0), random.uniform(0.5, 1.1))
-    image += random.normal(0, random.uniform(2, 7), image.shape)
+    image += random.normal(0, random.uniform(1, 5), image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
