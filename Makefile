@@ -15,6 +15,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 .venv/installed: requirements.txt Makefile
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "pytest>=8" "ruff==0.17.5"
 	touch $@

@@ -17,9 +17,11 @@ S = 16.0
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (4, 5) and kernel (5, 6), smooth numbers that need no random generator."""
+    """Embeddings (4, 5) and kernel (5, 6), smooth numbers that need no random generator and reach every branch."""
     embeddings = np.array([[math.sin(1.7 * i + 0.9 * j + 1) for j in range(DIMENSIONS)] for i in range(BATCH)])
     kernel = np.array([[math.cos(2.3 * i - 1.1 * j + 0.5) for j in range(CLASSES)] for i in range(DIMENSIONS)])
+    embeddings[0] += 2 * kernel[:, LABEL[0]]  # close to its class: its negatives are easy
+    embeddings[3] -= 5 * kernel[:, LABEL[3]]  # beyond pi - m: CurricularFace's target is linear there
     return embeddings, kernel
 
 

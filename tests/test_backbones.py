@@ -15,8 +15,10 @@ from backbones import (
     build_backbone,
     load_weights,
 )
+from backbones.iresnet import SqueezeExcitation
 from config.config import Config
 from utils.errors import InputError
+from utils.losses import ArcFace, CosFace, ElasticArcFace, ElasticCosFace
 
 PUBLISHED = json.loads(Path(__file__).with_name("published_state_dicts.json").read_text())
 UNUSED = ("attention.", "key_vector", "value_vector")
@@ -36,6 +38,21 @@ def test_published_names_and_shapes(name):
 
 def test_published_names_and_shapes_with_squeeze_and_excitation():
     assert shapes(build_backbone("iresnet34", use_se=True)) == PUBLISHED["iresnet34_se"]
+
+
+def test_published_names_and_shapes_of_the_headers():
+    assert PUBLISHED["header"] == {"kernel": [512, "C"]}
+    for header in (ElasticArcFace, ElasticCosFace, ArcFace, CosFace):
+        assert shapes(header(512, 7)) == {"kernel": [512, 7]}
+
+
+def test_squeeze_and_excitation_scales_each_channel():
+    block = SqueezeExcitation(32)
+    x = torch.randn(2, 32, 3, 4)
+    state = block.state_dict()
+    squeezed = x.mean((2, 3)) @ state["fc1.weight"][:, :, 0, 0].T
+    scale = torch.sigmoid(squeezed.clamp_min(0) @ state["fc2.weight"][:, :, 0, 0].T)
+    assert torch.allclose(block(x), x * scale[:, :, None, None], atol=1e-6)
 
 
 def test_published_names_and_shapes_of_the_adaptors():

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,17 @@ def test_logits_loss_and_gradients_are_those_of_the_formula(name):
     assert torch.allclose(loss, wanted["loss"], rtol=0, atol=1e-8)
     assert torch.allclose(embeddings.grad, wanted["embeddings_gradient"], rtol=0, atol=2e-6)
     assert torch.allclose(head.kernel.grad, wanted["kernel_gradient"], rtol=0, atol=2e-6)
+
+
+def test_the_golden_inputs_reach_every_branch():
+    embeddings, kernel = inputs()
+    cosine = embeddings @ kernel / np.outer(np.linalg.norm(embeddings, axis=1), np.linalg.norm(kernel, axis=0))
+    target = cosine[range(4), LABEL]
+    hard = cosine > np.cos(np.arccos(target) + 0.5)[:, None]
+    hard[range(4), LABEL] = False
+    assert not hard[0].any()
+    assert hard[1].any()
+    assert target[3] < math.cos(math.pi - 0.5) < target[1]
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))

@@ -1,0 +1,35 @@
+"""The demo calls scripts and settings that exist, and the report over seeds computes what it says."""
+
+import shlex
+from pathlib import Path
+
+import demo
+from benchmarks.demo_seeds import GROUPS, report
+from config.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_stage_is_called_with_settings_that_exist():
+    scripts = [script for script, _ in demo.STAGES]
+    assert scripts[:3] == ["baseline_data_split.py", "train.py", "extract_all.py"]
+    assert scripts[-1] == "-m eval.evaluation"
+    for script, own in demo.STAGES:
+        assert script.startswith("-m ") or (ROOT / script).exists()
+        cfg = Config.from_args(shlex.split(f"{demo.SMALL} {own}"))
+        assert cfg.network == cfg.student_network == "iresnet_tiny"
+    assert tuple(demo.GROUPS) == Config().ethnicities
+
+
+def test_the_report_over_seeds():
+    def table(gain):
+        teachers = {("teacher", group): [50.0] * 4 for group in GROUPS}
+        for i, group in enumerate(GROUPS):
+            teachers["teacher", group][i] = 70.0
+        return {**teachers, ("EAF-KD", "SL x"): [60 + gain, 60, 60, 60]}
+
+    text = report([table(0), table(2), table(4)])
+    assert "| teacher | African | 70.00 ± 0.00 | 50.00 ± 0.00 |" in text
+    assert "| EAF-KD | SL x | 62.00 ± 2.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.50 ± 0.50 |" in text
+    assert "| 0 | +20.00 | +5.00 | +8.66 |" in text
+    assert "| 2 | +20.00 | +6.00 | +6.93 |" in text
