@@ -121,7 +121,8 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
                 f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
             )
             return None
-        digests = {teacher: about["sources"][f"embedding {teacher}"]["weights"] for teacher in cfg.teachers}
+        sources = about.get("sources", {})
+        digests = {name: sources.get(f"embedding {name}", {}).get("weights") for name in cfg.teachers}
     inputs = []
     for teacher in cfg.teachers:
         run_folder = cfg.teacher_dir(teacher)

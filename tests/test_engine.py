@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import Interrupted, _seed, fit, infer, setup
+from utils.engine import Interrupted, _seed, fit, infer, run, setup
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 
@@ -129,6 +129,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
     assert checkpoint(stopped)["step"] == (step % 5 or 5)
     train(stopped)
     assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_training_ends_in_a_sentence(number, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["extract_all.py", "--seed", "3"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(lambda cfg: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number
+    error = capsys.readouterr().err
+    assert error.startswith("extract_all.py: interrupted, nothing is half-written; continue with: python")
+    assert error.count("\n") == 1
+    assert signal.getsignal(number) is before
 
 
 def test_a_run_stopped_while_verifying_does_not_train_the_epoch_again(cfg):
@@ -280,7 +293,7 @@ def test_a_checkpoint_of_another_kind_is_refused(cfg):
     path = cfg.teacher_dir("T") / "checkpoint.pth"
     whole = path.read_bytes()
     torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match=r"checkpoint.pth is no checkpoint of a run: delete it to train anew"):
+    with pytest.raises(InputError, match=r"checkpoint.pth is no checkpoint of a run: move .* away to train anew"):
         train(cfg)
     path.write_bytes(whole[:-5000])
     with pytest.raises(InputError, match=r"checkpoint.pth is damaged"):

@@ -40,7 +40,9 @@ def load(path: Path) -> Any:
     except Exception as error:
         # torch.load has no exception of its own: what it raises on a damaged file depends on where the damage is.
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} is damaged or holds more than tensors ({reason}): delete or replace it.") from error
+        raise InputError(
+            f"{path} is damaged or holds more than tensors ({reason}): replace it, or move its folder away."
+        ) from error
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
@@ -89,7 +91,7 @@ class Run:
             return None
         state = load(self.checkpoint)
         if not isinstance(state, dict) or "decided_by" not in state:
-            raise InputError(f"{self.checkpoint} is no checkpoint of a run: delete it to train anew.")
+            raise InputError(f"{self.checkpoint} is no checkpoint of a run: move {self.folder} away to train anew.")
         different = _differences(state["decided_by"], self.decided_by)
         if different:
             raise InputError(

@@ -191,7 +191,7 @@ class _Progress:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"{self.run.checkpoint} is not of this version ({error}): delete it to train anew."
+                f"{self.run.checkpoint} is not of this version ({error}): move {self.run.folder} away to train anew."
             ) from error
 
     def save(self) -> None:
