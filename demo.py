@@ -6,11 +6,13 @@ Run     python demo.py [--seed 1]   (or: make demo)
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from utils.errors import InputError
 from utils.synthetic import generate
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
@@ -38,6 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="decides the generated faces and the training")
     seed = parser.parse_args().seed
+    if seed < 0:
+        parser.error("seed must be 0 or more.")
     folder = Path("demo" if seed == 0 else f"demo-{seed}")
     faces, output = folder / "faces", folder / "output"
     paths = f"--data {faces}/train --pairs {faces}/pairs --output {output} --cache {folder}/cache --seed {seed}"
@@ -50,7 +54,7 @@ def main() -> None:
         command = f"{script} {paths} {SMALL} {own}".strip()
         print(f"\n$ python {command}", flush=True)
         started = time.monotonic()
-        status = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode
+        status = run_stage(command)
         if status:
             sys.exit(status)
         times.append((f"{script} {own}".strip(), time.monotonic() - started))
@@ -63,8 +67,18 @@ def main() -> None:
     print("  python train.py --data data/BUPT-BalancedFace --pairs data/RFW")
 
 
+def run_stage(command: str) -> int:
+    """Runs a stage and waits for its end, also when a signal comes: the stage saves what it has, then it ends."""
+    processes = []
+    # Ctrl-C reaches the stage from the terminal by itself; SIGTERM has to be handed on.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda number, _: [process.send_signal(number) for process in processes])
+    processes.append(subprocess.Popen([sys.executable, *shlex.split(command)]))
+    return processes[0].wait()
+
+
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("demo.py: interrupted; the same command continues where it was.")
+    except InputError as error:
+        sys.exit(f"demo.py: {error}")

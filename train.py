@@ -11,21 +11,24 @@ from backbones import build_backbone
 from config.config import Config
 from eval.verification import Pairs, load_pairs, validator
 from utils.dataset import Faces
-from utils.engine import announce, fit, run, setup
+from utils.engine import announce, check_run, fit, run, setup
 from utils.losses import build_header
-from utils.store import ImageStore
 
 
 def main(cfg: Config) -> None:
-    teachers, pairs, store = cfg.selected_teachers, load_pairs(cfg), ImageStore(cfg)
-    for teacher in teachers:
-        train_teacher(cfg, teacher, pairs, store)
+    setup(cfg)
+    pairs, store, faces = load_pairs(cfg), None, {}
+    for teacher in cfg.selected_teachers:  # what is wrong with the last one is said before the first is trained
+        faces[teacher] = Faces(cfg, teacher=teacher, flip=True, store=store)
+        store = faces[teacher].store
+        check_run(faces[teacher], cfg.teacher_dir(teacher), cfg)
+    for teacher in faces:
+        train_teacher(cfg, teacher, faces[teacher], pairs)
     announce(cfg, cfg.network_dir / "teachers", "extract_all.py")
 
 
-def train_teacher(cfg: Config, teacher: str, pairs: dict[str, Pairs], store: ImageStore) -> None:
+def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pairs]) -> None:
     setup(cfg)
-    faces = Faces(cfg, teacher=teacher, flip=True, store=store)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
     header = build_header(cfg.loss, cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
     validate = validator(backbone, pairs, cfg, best_on="" if cfg.is_teacher_baseline else teacher)

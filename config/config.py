@@ -6,7 +6,9 @@ import difflib
 import hashlib
 import inspect
 import math
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,8 @@ class Config:
         plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
         self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")
         self._check("ethnicities", len(set(names)) == len(names), "different names")
-        reserved = sorted({"All", "average", *self.quarters}.intersection(names))
+        meant = {"All", "average", "teachers", "adaptors", "students", *self.quarters}
+        reserved = sorted(name for name in names if name in meant or name.endswith("_flipped"))
         self._check("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
         self._check("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
@@ -195,7 +198,7 @@ class Config:
         """Index and decoded images of these groups of this data folder; another folder has another cache."""
         data = Path(self.data).resolve()
         source = "\n".join([str(data), *sorted(self.ethnicities)])
-        return Path(self.cache) / f"{data.name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        return Path(self.cache) / f"{data.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
     @property
     def split_dir(self) -> Path:
@@ -251,6 +254,10 @@ class Config:
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 arguments += [f"--{field.name}", text]
         return arguments
+
+    def command(self, script: str) -> str:
+        """The command that runs another stage with these settings, on all ethnicities."""
+        return f"python {script} {shlex.join(dataclasses.replace(self, ethnicity='All').changed)}".rstrip()
 
     def decisive(self, kind: str) -> dict[str, Any]:
         """The settings that decide what a run computes; `kind` is teachers, adaptors or students."""

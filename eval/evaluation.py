@@ -18,11 +18,11 @@ from config.config import ADAPTORS, NETWORKS, Config
 from eval.fairness import summary
 from eval.figures import draw_accuracies
 from eval.verification import Pairs, accuracy, load_pairs, normalize, views
-from utils.checkpoint import find_weights, need_weights, weights_with_digest
+from utils.checkpoint import find_weights, load_decided_by, need_weights, weights_with_digest
 from utils.dataset import Column
 from utils.engine import infer, run, setup
 from utils.errors import InputError
-from utils.files import read_json, write_text
+from utils.files import write_text
 from utils.synthetic import is_generated
 
 METHODS = ("a-KD", "EAF-KD")
@@ -44,7 +44,9 @@ def main(cfg: Config) -> None:
     setup(cfg)
     families = [family for family in _families(cfg) if _teachers(family) or _students(family)]
     if not families:
-        raise InputError(f"{Path(cfg.output)} holds no trained model: run python train.py first, or set output.")
+        raise InputError(
+            f"{Path(cfg.output)} holds no trained model. Set output, or run first: {cfg.command('train.py')}"
+        )
     pairs = load_pairs(cfg)
     rows = [row for family in families for row in (*_score_teachers(family, pairs), *_score_students(family, pairs))]
     rows.sort(key=lambda row: (row.setting != "specialized", NETWORKS.index(row.network), KINDS.index(row.kind)))
@@ -113,16 +115,15 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
     if weights is None:
         return None
     digests = {}
-    if (folder / "config.json").exists():
-        about = read_json(folder / "config.json")
-        trained_on = tuple(about.get("settings", {}).get("teachers", ()))
+    if (folder / "checkpoint.pth").exists():
+        decided_by = load_decided_by(folder / "checkpoint.pth")
+        trained_on = tuple(decided_by["settings"]["teachers"])
         if trained_on != cfg.teachers:
             print(
                 f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
             )
             return None
-        sources = about.get("sources", {})
-        digests = {name: sources.get(f"embedding {name}", {}).get("weights") for name in cfg.teachers}
+        digests = {name: decided_by["sources"][f"embedding {name}"]["weights"] for name in cfg.teachers}
     inputs = []
     for teacher in cfg.teachers:
         run_folder = cfg.teacher_dir(teacher)

@@ -66,7 +66,8 @@ def load_bin(path: Path) -> Pairs:
         raise InputError(f"{path}: whether a pair is the same must be True or False.")
 
     def decode_item(k: int) -> np.ndarray:
-        item = encoded[k].value.tobytes() if isinstance(encoded[k], _Array) else encoded[k]
+        item = encoded[k].value if isinstance(encoded[k], _Array) else encoded[k]
+        item = item.tobytes() if isinstance(item, np.ndarray) else item
         try:
             return decode(item if isinstance(item, bytes) else b"")
         except ValueError as error:

@@ -82,6 +82,7 @@ def test_changed_settings_reach_the_next_command_unchanged():
         (["--ethnicities", "A,A"], "ethnicities = ('A', 'A') must be different names"),
         (["--ethnicities", "A,../B"], "must be names of folders"),
         (["--ethnicities", "All,B"], "without All, which means something else"),
+        (["--ethnicities", "A,A_flipped,students"], "without A_flipped, students, which means something else"),
         (["--has_dropout", "perhaps"], "argument --has_dropout: invalid bool value: 'perhaps'"),
         (["--data", ""], "data = '' must be a path"),
     ],

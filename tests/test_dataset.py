@@ -121,14 +121,16 @@ def test_the_reader_yields_every_batch_in_order_and_passes_errors_on():
 
 def test_missing_embeddings_are_all_named(cfg):
     write_embeddings(cfg, "A")
-    with pytest.raises(InputError, match=r"Missing: .*B.npy. Run python extract_all.py first"):
+    with pytest.raises(InputError, match=r"Missing: .*B.npy. Run first: python extract_all.py --data"):
         Faces(cfg, inputs=cfg.teachers)
-    with pytest.raises(InputError, match=r"SL/embeddings.npy. Run python fc_EArc.py first"):
+    with pytest.raises(InputError, match=r"SL/embeddings.npy. Run first: python fc_EArc.py"):
         Faces(cfg, target="SL")
-    with pytest.raises(InputError, match=r"embeddings.npy. Run python dual_layer_EAF-Fusion.py first"):
+    with pytest.raises(InputError, match=r"embeddings.npy. Run first: python dual_layer_EAF-Fusion.py"):
         Faces(cfg, target="DuL")
     write_embeddings(cfg, "B")
-    with pytest.raises(InputError, match=r"A_flipped.npy.*B_flipped.npy. Run python extract_all.py --flip_targets"):
+    with pytest.raises(
+        InputError, match=r"A_flipped.npy.*B_flipped.npy. Run first: python extract_all.py .*--flip_targets True"
+    ):
         Faces(replace(cfg, flip_targets=True), inputs=cfg.teachers)
 
 
@@ -137,7 +139,9 @@ def test_embeddings_of_other_images_are_refused(cfg):
         write_embeddings(cfg, name)
     Faces(cfg, inputs=cfg.teachers)
     (Path(cfg.data) / "A" / "a1" / "0.jpg").write_bytes(encode(noise(77)))
-    with pytest.raises(InputError, match="was made for other images than data holds now: run python extract_all.py"):
+    with pytest.raises(
+        InputError, match="was made for other images than data holds now. Run again: python extract_all.py"
+    ):
         Faces(cfg, inputs=cfg.teachers)
 
 
@@ -174,8 +178,10 @@ def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
     faces = Faces(cfg, inputs=cfg.teachers)
-    write_targets(cfg, [faces.origins[cfg.teacher_embeddings(name)] for name in cfg.teachers])
+    write_targets(cfg, {name: faces.origins[cfg.teacher_embeddings(name)] for name in cfg.teachers})
     assert "target" in Faces(cfg, target="SL").columns
+    with pytest.raises(InputError, match=r"was made from the teachers A, B, in this order: set ethnicities so"):
+        Faces(replace(cfg, ethnicities=("B", "A"), cache=cfg.cache), target="SL")
     torch.save({"other": torch.zeros(1)}, cfg.teacher_dir("B") / "best_backbone.pth")
     with pytest.raises(InputError, match=r"SL/embeddings.npy was made by other weights than .*B/best_backbone.pth"):
         Faces(cfg, target="SL")

@@ -50,7 +50,7 @@ def test_another_split_is_not_written_over(cfg):
 def test_later_stages_name_the_groups_that_are_missing(cfg):
     index = scan(Path(cfg.data), cfg.ethnicities)
     write_split(cfg, "A", ["A/a1", "A/a2", "A/a3"])
-    with pytest.raises(InputError, match="no split of B: run python baseline_data_split.py"):
+    with pytest.raises(InputError, match="no split of B: run first: python baseline_data_split.py --data"):
         read_quarter(cfg, "quarter1", index)
     write_split(cfg, "B", ["B/b1", "B/b3"])
     with pytest.raises(InputError, match=r"B.json was made when data held other identities"):

@@ -248,14 +248,24 @@ def test_another_order_of_ethnicities_is_refused_where_it_matters(trained, capsy
     for script, status in (("fc_EArc.py", 0), ("eval.evaluation", 0)):  # the published names have an order of their own
         run(script, [*given, "--flip_targets", "--ethnicities", "Indian,Caucasian,Asian,African"], status)
     assert "left out" not in capsys.readouterr().out
-    checkpoint = cfg.adaptor_dir("SL") / "config.json"
-    before = checkpoint.read_text()
-    stored = json.loads(before)
-    stored["settings"]["teachers"].reverse()
-    checkpoint.write_text(json.dumps(stored))
+    path = cfg.adaptor_dir("SL") / "checkpoint.pth"
+    before = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    state["decided_by"]["settings"]["teachers"].reverse()
+    torch.save(state, path)
+    run("fc_EArc.py", given, expect=2)
+    assert "teachers was ['Indian', 'Caucasian', 'African', 'Asian']" in capsys.readouterr().err
     run("eval.evaluation", given)
     assert "SL is left out: it was trained on Indian, Caucasian, African, Asian" in capsys.readouterr().out
-    checkpoint.write_text(before)
+    path.write_bytes(before)
+
+
+def test_a_teacher_that_would_be_refused_is_found_before_another_is_trained(faces, tmp_path, capsys):
+    given = arguments(faces, tmp_path / "output")
+    run("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
+    run("train.py", given, expect=2)
+    assert "teachers/Indian holds a run with other settings or data (num_epoch was 1, now 2)" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "output/specialized/iresnet_tiny/teachers").iterdir()] == ["Indian"]
 
 
 def test_an_adaptor_is_scored_through_the_teachers_it_was_trained_on(trained, capsys, tmp_path):
@@ -341,21 +351,22 @@ def test_scripts_fit_on_one_screen_and_import_no_script(script):
 
 
 def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path, capsys):
-    given = arguments(faces, tmp_path / "output")
+    given = [*arguments(faces, tmp_path / "output"), "--cache", str(tmp_path / "cache")]
     for script, extra, sentence in (
-        ("train.py", ["--is_teacher_baseline"], "run python baseline_data_split.py first"),
+        ("train.py", ["--is_teacher_baseline"], "run first: python baseline_data_split.py --data"),
         ("extract_all.py", [], "teachers/Asian, "),
-        ("fc_EArc.py", [], "Run python extract_all.py first"),
-        ("dual_layer_EAF-Fusion.py", [], "Run python extract_all.py first"),
-        ("KD_alone.py", [], "Run python fc_EArc.py first"),
-        ("KD_CEL.py", ["--is_dual_layer"], "Run python dual_layer_EAF-Fusion.py first"),
-        ("eval.evaluation", [], "holds no trained model: run python train.py first"),
+        ("fc_EArc.py", [], "Run first: python extract_all.py --data"),
+        ("dual_layer_EAF-Fusion.py", [], "Run first: python extract_all.py --data"),
+        ("KD_alone.py", [], "Run first: python fc_EArc.py --data"),
+        ("KD_CEL.py", ["--is_dual_layer"], "Run first: python dual_layer_EAF-Fusion.py --data"),
+        ("eval.evaluation", [], "holds no trained model. Set output, or run first: python train.py --data"),
         ("train.py", ["--pairs", "nowhere"], "Missing: nowhere/African_test.bin, nowhere/Asian_test.bin"),
         ("train.py", ["--data", "nowhere"], "There is no folder nowhere"),
+        *([] if torch.cuda.is_available() else [("train.py", ["--device", "cuda"], "finds no CUDA device")]),
     ):
         run(script, [*given, *extra], expect=2)
         assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "output").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eval.verification import load_bin
+from utils.errors import InputError
 from utils.store import scan
 from utils.synthetic import ATTRIBUTES, MARKER, NAMES, draw_face, generate, identity_parameters, is_generated
 
@@ -66,7 +67,7 @@ def test_a_folder_is_drawn_once_and_a_foreign_one_is_not_touched(tmp_path):
     assert len(list((tmp_path / "x" / "train" / "A").iterdir())) == 3
 
     (tmp_path / "photographs").mkdir()
-    with pytest.raises(ValueError, match="does not hold generated faces"):
+    with pytest.raises(InputError, match="does not hold generated faces"):
         generate(tmp_path / "photographs", ("A",), identities=2, images=2, pairs=20)
-    with pytest.raises(ValueError, match="one to four groups"):
+    with pytest.raises(InputError, match="one to four groups"):
         generate(tmp_path / "y", tuple("ABCDE"))

@@ -90,9 +90,7 @@ class Run:
         if not self.checkpoint.exists():
             return None
         state = load(self.checkpoint)
-        if not isinstance(state, dict) or "decided_by" not in state:
-            raise InputError(f"{self.checkpoint} is no checkpoint of a run: move {self.folder} away to train anew.")
-        different = _differences(state["decided_by"], self.decided_by)
+        different = _differences(_decided_by(state, self.checkpoint), self.decided_by)
         if different:
             raise InputError(
                 f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
@@ -110,6 +108,17 @@ class Run:
         save(self.folder / f"{which}_backbone.pth", backbone.state_dict())
         if header is not None:
             save(self.folder / f"{which}_header.pth", header.state_dict())
+
+
+def load_decided_by(checkpoint: Path) -> dict:
+    """The settings and sources that decided the run of a checkpoint."""
+    return _decided_by(load(checkpoint), checkpoint)
+
+
+def _decided_by(state: Any, path: Path) -> dict:
+    if not isinstance(state, dict) or "decided_by" not in state:
+        raise InputError(f"{path} is no checkpoint of a run: move its folder away to train anew.")
+    return state["decided_by"]
 
 
 def kind_of(folder: Path) -> str:

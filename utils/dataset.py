@@ -21,14 +21,14 @@ import torch
 from config.config import Config
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
-from utils.split import read_quarter
+from utils.split import read_quarter, require_split
 from utils.store import ImageStore, Index
 
 AHEAD = 2  # batches gathered ahead of the consumer
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
 
 EXTRACT = "extract_all.py"
-ADAPT = {"SL": "fc_EArc.py", "DuL": "dual_layer_EAF-Fusion.py", "DLDPO": "dual_layer_EAF-Fusion.py --has_dropout"}
+ADAPT = {"SL": "fc_EArc.py", "DuL": "dual_layer_EAF-Fusion.py", "DLDPO": "dual_layer_EAF-Fusion.py"}
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Rows (B,) int64 and whether each is seen flipped (B,) bool, or None where none is."""
@@ -76,6 +76,8 @@ class Faces:
         store: ImageStore | None = None,
     ):
         self.cfg, self.flip = cfg, flip
+        if teacher and cfg.is_teacher_baseline:
+            require_split(cfg)
         if inputs:
             self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
         if target:
@@ -107,14 +109,13 @@ class Faces:
     def _require(self, paths: list[Path], script: str) -> None:
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            hint = " --flip_targets" if self.cfg.flip_targets else ""
-            raise InputError(f"Missing: {', '.join(missing)}. Run python {script}{hint} first.")
+            raise InputError(f"Missing: {', '.join(missing)}. Run first: {self.cfg.command(script)}")
 
     def _read(self, path: Path, run: Path, script: str) -> np.ndarray:
         """Embeddings of all images by the weights of a run folder."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, script)
-        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, script)
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, self.cfg.command(script))
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, self.cfg.command(script))
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
@@ -133,10 +134,14 @@ class Faces:
         for flipped in self.cfg.target_views:
             path = self.cfg.adaptor_embeddings(adaptor, flipped)
             views.append(self._read(path, self.cfg.adaptor_dir(adaptor), ADAPT[adaptor]))
-            inputs = self.origins[path].get("inputs", [])
-            for name, made_from in zip(self.cfg.teachers, inputs, strict=False):
-                run = self.cfg.teacher_dir(name)
-                check_weights(path, made_from.get("weights"), run, self.cfg.weights, f"{EXTRACT} and {ADAPT[adaptor]}")
+            inputs = self.origins[path].get("inputs", {})
+            if tuple(inputs) != self.cfg.teachers:
+                raise InputError(
+                    f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
+                )
+            for name, made_from in inputs.items():
+                again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(ADAPT[adaptor])}"
+                check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
 

@@ -15,10 +15,11 @@ def sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def origin(images: str, weights: Path, flipped: bool, inputs: list[dict] | None = None) -> dict:
+def origin(images: str, weights: Path, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
     """What decides the embeddings that `weights` gives to the image store with the id `images`.
 
-    `inputs` are the origins of the embeddings that the weights were applied to, if they were not applied to images.
+    `inputs` are, per teacher in order, the origins of the embeddings that the weights were applied to, if they were not
+    applied to images.
     """
     made_from = {"images": images, "weights": sha256(weights), "flipped": flipped}
     return made_from if inputs is None else {**made_from, "inputs": inputs}
@@ -46,33 +47,33 @@ def is_current(path: Path, shape: tuple[int, int], made_from: dict) -> bool:
         return False
 
 
-def read_embeddings(path: Path, shape: tuple[int, int], images: str, script: str) -> tuple[np.ndarray, dict]:
+def read_embeddings(path: Path, shape: tuple[int, int], images: str, command: str) -> tuple[np.ndarray, dict]:
     """The mapped array (N, D) and what it was made from.
 
-    Raises InputError where it is missing, damaged or made for other images; `script` is the one that makes it.
+    Raises InputError where it is missing, damaged or made for other images; `command` makes it.
     """
     if not (path.exists() and sidecar(path).exists()):
-        raise InputError(f"{path} is missing: run python {script} first.")
+        raise InputError(f"{path} is missing. Run first: {command}")
     made_from = read_json(sidecar(path))
     if made_from.get("images") != images:
-        raise InputError(f"{path} was made for other images than data holds now: run python {script} again.")
+        raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run python {script} again.") from error
+        raise InputError(f"{path} cannot be read ({error}). Run again: {command}") from error
     if array.shape != shape or array.dtype != np.float32:
         raise InputError(
             f"{path} holds {array.dtype} of shape {array.shape}, expected float32 of {shape}: "
-            f"set embedding_size, or run python {script} again."
+            f"set embedding_size, or run again: {command}"
         )
     return array, made_from
 
 
-def check_weights(path: Path, digest: str, run: Path, which: str, script: str) -> None:
+def check_weights(path: Path, digest: str, run: Path, which: str, command: str) -> None:
     """Raises InputError where the run folder holds other weights than those with which `path` was made.
 
     A run folder without weights is no contradiction: embeddings may be handed on without them.
     """
     weights = find_weights(run, which)
     if weights and sha256(weights) != digest:
-        raise InputError(f"{path} was made by other weights than {weights}: run python {script} again.")
+        raise InputError(f"{path} was made by other weights than {weights}. Run again: {command}")

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -20,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config.config import Config, Schedule
-from utils.checkpoint import Run, find_weights, need_weights
+from utils.checkpoint import Run, find_weights
 from utils.dataset import STEP, Column, Faces, in_order, stream
 from utils.errors import InputError
 from utils.files import write_text
@@ -43,6 +42,9 @@ def run(main: Callable[[Config], None]) -> None:
         main(Config.from_args())
     except InputError as error:
         print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{script}: {error.strerror}: {error.filename}.", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"{script}: {stop}", file=sys.stderr)
@@ -69,12 +71,7 @@ def setup(cfg: Config) -> torch.device:
 
 def announce(cfg: Config, result: Path, script: str) -> None:
     """Says where a stage's result lies and which command comes next, with the settings `cfg`."""
-    print(f"Written to {result}. Next: {next_command(cfg, script)}")
-
-
-def next_command(cfg: Config, script: str) -> str:
-    """The next stage works on all ethnicities, whichever one this stage was called for."""
-    return f"python {script} {shlex.join(replace(cfg, ethnicity='All').changed)}".rstrip()
+    print(f"Written to {result}. Next: {cfg.command(script)}")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -97,26 +94,27 @@ def fit(
     epoch `validate` scores it; without one the epoch with the lowest training loss is the best. An interrupted run
     continues where it was when it is started again, a finished one is left as it is.
 
-    Raises InputError where the folder holds a run of other settings, where there are fewer rows than one batch, and
-    where a loss or gradient is not finite.
+    Raises InputError where `check_run` does, and where a loss or gradient is not finite.
     """
-    steps = len(faces) // cfg.batch_size
-    if steps == 0:
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
-    run = Run(folder, cfg, faces.sources, faces.identities)
-    if not run.checkpoint.exists() and (given := find_weights(folder, "best") or find_weights(folder, "last")):
+    run, state = check_run(faces, folder, cfg)
+    if state is None and (given := find_weights(folder, "best") or find_weights(folder, "last")):
         print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
         return
 
+    steps = len(faces) // cfg.batch_size
     device = _device(cfg)
     backbone.to(device, memory_format=torch.channels_last)
     modules = [backbone] if header is None else [backbone, header.to(device)]
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, schedule.base_lr, cfg.momentum, weight_decay=cfg.weight_decay)
     progress = _Progress(run, backbone, header, optimizer)
-    progress.restore()
+    if state is not None:
+        progress.restore(state)
     if progress.epoch >= schedule.epochs:
-        need_weights([folder], cfg.weights)
+        if find_weights(folder, cfg.weights) is None:
+            raise InputError(
+                f"{folder} is trained but has lost its {cfg.weights}_backbone.pth: move it away to train anew."
+            )
         print(f"{folder} is already trained; move it away to train anew.")
         return
     if progress.epoch or progress.step:
@@ -148,12 +146,25 @@ def fit(
             except Interrupted:
                 progress.save()
                 raise
-            seconds_per_step = (trained - started) / max(1, steps - first)
-            left = (schedule.epochs - epoch - 1) * (seconds_per_step * steps + time.monotonic() - trained)
-            tqdm.write(
-                progress.finish_epoch(schedule, scores, value, cfg.batch_size / max(seconds_per_step, 1e-9), left)
-            )
+            line = progress.finish_epoch(schedule, scores, value)
+            if steps > first:  # an epoch that was stopped while verifying has no steps left to measure
+                seconds = (trained - started) / (steps - first)
+                left = (schedule.epochs - epoch - 1) * (seconds * steps + time.monotonic() - trained)
+                line += f"  {cfg.batch_size / seconds:,.0f} images/s, {_duration(left)} left"
+            tqdm.write(line)
         stop.leave("stopped after the last epoch")
+
+
+def check_run(faces: Faces, folder: Path, cfg: Config) -> tuple[Run, dict | None]:
+    """The run of these settings in `folder`, and the state of its checkpoint if it has one.
+
+    Raises InputError where the folder holds a run of other settings or data, and where there are fewer rows than one
+    batch. A script that trains several networks calls it for all of them before it trains the first.
+    """
+    if len(faces) < cfg.batch_size:
+        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
+    run = Run(folder, cfg, faces.sources, faces.identities)
+    return run, run.resume()
 
 
 def _step(losses: Losses, batch: dict, backbone: nn.Module, optimizer, max_grad_norm: float) -> dict[str, torch.Tensor]:
@@ -177,10 +188,7 @@ class _Progress:
         self.log: list[dict] = []
         self.saved_at = time.monotonic()
 
-    def restore(self) -> None:
-        state = self.run.resume()
-        if state is None:
-            return
+    def restore(self, state: dict) -> None:
         device = next(self.backbone.parameters()).device
         try:
             self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
@@ -222,26 +230,23 @@ class _Progress:
                 raise InputError(f"The {what} is {mean} in epoch {self.epoch + 1}, by step {self.step}: {advice}.")
         return {name: mean for name, mean in means.items() if name != GRADIENT}
 
-    def finish_epoch(self, schedule: Schedule, scores: dict, value: float, rate: float, left: float) -> str:
+    def finish_epoch(self, schedule: Schedule, scores: dict, value: float) -> str:
         """Logs the epoch and writes its files; gives the line that says how it went."""
         if not self.run.checkpoint.exists():
             self.save()  # weights without a checkpoint are a finished model that was put there
         is_best, means = value > self.best, self.means()
         entry = {"epoch": self.epoch + 1, "lr": schedule.lr(self.epoch), "loss": means, "scores": scores}
-        self.log.append({**entry, "best": is_best, "images_per_second": round(rate, 1)})
+        self.log.append({**entry, "best": is_best})
         self.best = max(self.best, value)
-        line = (
-            f"epoch {self.epoch + 1}/{schedule.epochs}  {_listed(means)}  {_listed(scores)}  "
-            f"{rate:,.0f} images/s, {_duration(left)} left{'  (best so far)' if is_best else ''}"
-        )
+        line = f"epoch {self.epoch + 1}/{schedule.epochs}  {_listed(means)}  {_listed(scores)}"
         if is_best:
             self.run.save_weights("best", self.backbone, self.header)
         self.run.save_weights("last", self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
-        write_text(self.run.folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+        write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self.save()
-        return line
+        return f"{line} (best so far)" if is_best else line
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -283,7 +288,7 @@ def infer(
 # Signals and progress -------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, with everything saved that there was to save; the message says how to continue."""
 
     def __init__(self, what: str, number: int):

@@ -42,7 +42,7 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
     load_weights(adaptor, weights)
     column = faces.columns["embedding"]
     for flipped in cfg.target_views:
-        inputs = [faces.origins[cfg.teacher_embeddings(teacher, flipped)] for teacher in cfg.teachers]
+        inputs = {teacher: faces.origins[cfg.teacher_embeddings(teacher, flipped)] for teacher in cfg.teachers}
         columns = {**faces.columns, "embedding": Column(column.mirrored if flipped else column.arrays)}
 
         def target(embedding):

@@ -28,7 +28,7 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path)
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -41,8 +41,10 @@ def replaced(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Deletes partial files of `path` whose process was killed."""
+    if fcntl is None:  # on Windows asking after a process can end it
+        return
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         try:
             os.kill(int(leftover.name.split(".")[-2]), 0)
@@ -65,14 +67,14 @@ def _flush_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder for this process: another one waits until the block ends. A lock dies with its process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror}): set another folder.") from error
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder} is in use by another process: waiting for it.", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

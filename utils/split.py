@@ -29,16 +29,20 @@ def write_split(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str,
     return split
 
 
+def require_split(cfg: Config) -> None:
+    """Raises InputError that names the groups that have not been split."""
+    missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
+    if missing:
+        command = cfg.command("baseline_data_split.py")
+        raise InputError(f"{cfg.split_dir} has no split of {', '.join(missing)}: run first: {command}")
+
+
 def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:
     """The identities ("<group>/<identity>") of one quarter, from all groups.
 
     Raises InputError where a group has not been split, or was split when the data folder held other identities.
     """
-    missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
-    if missing:
-        raise InputError(
-            f"{cfg.split_dir} has no split of {', '.join(missing)}: run python baseline_data_split.py first."
-        )
+    require_split(cfg)
     chosen = []
     for ethnicity in cfg.ethnicities:
         path = cfg.split_dir / f"{ethnicity}.json"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config.config import Config
 from utils.errors import InputError
-from utils.files import locked, new_array, replaced, write_text
+from utils.files import locked, new_array, remove_leftovers, replaced, write_text
 
 SIZE = 112  # pixels, height and width of every image
 EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -156,12 +156,14 @@ def _load_store(folder: Path, index: Index) -> tuple[str, dict[int, str]] | None
 
 def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, str]]:
     count = len(index.paths)
+    for stale in ("index.npz", "images.npy"):  # before the space on the disk is measured
+        (folder / stale).unlink(missing_ok=True)
+    remove_leftovers(folder / "images.npy")
     needed, free = count * SIZE * SIZE * 3, shutil.disk_usage(folder).free
     print(f"Decoding {count:,} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
     if needed > free:
         raise InputError(f"{folder} has only {_size(free)} free of {_size(needed)}: set cache to a larger disk.")
 
-    (folder / "index.npz").unlink(missing_ok=True)
     with replaced(folder / "images.npy") as partial:
         images = new_array(partial, (count, SIZE, SIZE, 3), np.uint8)
         with _chatter_silenced(), ThreadPoolExecutor() as pool:

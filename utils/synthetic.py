@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from utils.errors import InputError
+
 MARKER = "GENERATED.txt"
 """A folder that holds this file holds generated faces; the printed table and the picture made from it say so."""
 
@@ -45,12 +47,12 @@ def generate(
     another one is replaced only if it holds generated faces.
     """
     if not 1 <= len(groups) <= len(ATTRIBUTES) or pairs % (2 * FOLDS) or min(identities, images, pairs) < 1:
-        raise ValueError("Faces are generated for one to four groups, with a multiple of 20 pairs.")
+        raise InputError("Faces are generated for one to four groups, with a multiple of 20 pairs.")
     recipe = f"These faces are generated (utils/synthetic.py): {groups=} {identities=} {images=} {pairs=} {seed=}\n"
     if folder.exists():
         marker = folder / "train" / MARKER
         if not marker.exists():
-            raise ValueError(f"{folder} is there and does not hold generated faces.")
+            raise InputError(f"{folder} is there and does not hold generated faces: move it away.")
         if marker.read_text() == recipe:
             return
         shutil.rmtree(folder)
