@@ -44,7 +44,7 @@ def run(main: Callable[[Config], None]) -> None:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"{script}: {error.strerror}: {error.filename}.", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(f"{script}: {stop}", file=sys.stderr)
@@ -61,6 +61,8 @@ def setup(cfg: Config) -> torch.device:
     torch.manual_seed(cfg.seed)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # NumPy 1 measures denormals when first asked, and warns where they are flushed
     torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
