@@ -17,7 +17,7 @@ from utils.store import scan
 def main(cfg: Config) -> None:
     index = scan(Path(cfg.data), cfg.selected_ethnicities)
     for ethnicity in cfg.selected_ethnicities:
-        identities = [name for name in index.identities if name.startswith(f"{ethnicity}/")]
+        identities = index.identities_of(ethnicity)
         split = write_split(cfg, ethnicity, identities)
         sizes = ", ".join(f"{quarter} {len(names):,}" for quarter, names in split.items())
         print(f"{ethnicity}: {len(identities):,} identities: {sizes}")

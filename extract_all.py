@@ -10,8 +10,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import load_backbones
+from backbones import load_backbone
 from config.config import Config
+from utils.checkpoint import need_weights
 from utils.dataset import Faces
 from utils.embeddings import origin
 from utils.engine import announce, run, setup
@@ -21,9 +22,10 @@ from utils.extract import embed_all
 def main(cfg: Config) -> None:
     setup(cfg)
     names = cfg.selected_teachers
-    teachers = load_backbones(cfg.network, [cfg.teacher_dir(name) for name in names], cfg)
+    paths = need_weights([cfg.teacher_dir(name) for name in names], cfg.weights)
+    teachers = [load_backbone(cfg.network, path, cfg) for path in paths]
     faces = Faces(cfg)
-    for name, (teacher, weights) in zip(names, teachers, strict=True):
+    for name, teacher, weights in zip(names, teachers, paths, strict=True):
         for flipped in cfg.target_views:
             extract(cfg, faces, name, teacher, weights, flipped)
     announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")

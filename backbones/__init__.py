@@ -9,7 +9,7 @@ from backbones.adaptors import DualLayerAdaptor, MultiTeacher, SingleLayerAdapto
 from backbones.iresnet import IResNet
 from backbones.mobilefacenet import MobileFaceNet
 from config.config import Config
-from utils.checkpoint import load, need_weights
+from utils.checkpoint import load
 from utils.errors import InputError
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "SingleLayerAdaptor",
     "build_adaptor",
     "build_backbone",
-    "load_backbones",
+    "load_backbone",
     "load_weights",
 ]
 
@@ -82,14 +82,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     module.load_state_dict(state)
 
 
-def load_backbones(name: str, folders: list[Path], cfg: Config) -> list[tuple[nn.Module, Path]]:
-    """The trained networks of some run folders, in eval mode, and the files that they were read from.
-
-    Raises InputError that names all run folders without weights.
-    """
-    loaded = []
-    for path in need_weights(folders, cfg.weights):
-        backbone = build_backbone(name, cfg.embedding_size)
-        load_weights(backbone, path)
-        loaded.append((backbone.eval(), path))
-    return loaded
+def load_backbone(name: str, path: Path, cfg: Config) -> nn.Module:
+    """A trained network from its state dict, in eval mode."""
+    backbone = build_backbone(name, cfg.embedding_size)
+    load_weights(backbone, path)
+    return backbone.eval()

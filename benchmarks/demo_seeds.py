@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from config.config import Config
 from eval.fairness import summary
 from utils.checkpoint import versions
 from utils.files import write_text
 
 SEEDS = (0, 1, 2)
-GROUPS = ("African", "Asian", "Caucasian", "Indian")
+GROUPS = Config().ethnicities
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from backbones import build_adaptor, build_backbone, load_backbones, load_weights
+from backbones import build_adaptor, load_backbone, load_weights
 from config.config import ADAPTORS, NETWORKS, Config
 from eval.fairness import summary
 from eval.figures import draw_accuracies
 from eval.verification import Pairs, accuracy, load_pairs, normalize, views
-from utils.checkpoint import find_weights, load_decided_by, need_weights, weights_with_digest
+from utils.checkpoint import decided_by, find_weights, weights_with_digest
 from utils.dataset import Column
 from utils.engine import infer, run, setup
 from utils.errors import InputError
@@ -66,37 +66,37 @@ def _families(cfg: Config) -> list[Config]:
     return [family for family in both if family.network_dir.is_dir()]
 
 
-def _teachers(cfg: Config) -> list[str]:
+def _teachers(cfg: Config) -> dict[str, Path]:
+    """The weights of every teacher of this family, by name."""
     names = cfg.quarters if cfg.is_teacher_baseline else cfg.ethnicities  # in the order of the columns
-    return [name for name in names if find_weights(cfg.teacher_dir(name), cfg.weights)]
+    return {name: path for name in names if (path := find_weights(cfg.teacher_dir(name), cfg.weights))}
 
 
-def _students(cfg: Config) -> list[tuple[Config, str]]:
-    """Settings and method of every student of this family."""
+def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
+    """Settings, method and weights of every student of this family."""
     found = []
     for network in NETWORKS:
         for is_dual_layer, has_dropout in ((False, False), (True, False), (True, True)):
             student = replace(cfg, student_network=network, is_dual_layer=is_dual_layer, has_dropout=has_dropout)
-            found += [(student, method) for method in METHODS if find_weights(student.student_dir(method), cfg.weights)]
+            for method in METHODS:
+                if path := find_weights(student.student_dir(method), cfg.weights):
+                    found.append((student, method, path))
     return found
 
 
 def _score_teachers(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
     """All teachers, and the adaptors on top of those that they were trained on; each network sees each image once."""
-    names = _teachers(cfg)
-    paths = need_weights([cfg.teacher_dir(name) for name in names], cfg.weights)
+    teachers = _teachers(cfg)
     adaptors = {name: found for name in ADAPTORS if (found := _adaptor(cfg, name))}
-    networks = {path: None for _, inputs in adaptors.values() for path in inputs} | dict.fromkeys(paths)
-    for path in networks:
-        networks[path] = build_backbone(cfg.network, cfg.embedding_size)
-        load_weights(networks[path], path)
+    paths = {*teachers.values(), *(path for _, inputs in adaptors.values() for path in inputs)}
+    networks = {path: load_backbone(cfg.network, path, cfg) for path in sorted(paths)}
 
     scores: dict[tuple[str, str], list[float]] = {}
     for ethnicity, one in pairs.items():
         features = {}
         for path, network in networks.items():
             features[path] = views(network, one.images, cfg, f"{ethnicity} pairs, teacher {path.parent.name}")
-        for name, path in zip(names, paths, strict=True):
+        for name, path in teachers.items():
             scores.setdefault(("teacher", name), []).append(accuracy(features[path], one))
         for name, (adaptor, inputs) in adaptors.items():
             fused = fuse(adaptor, [features[path] for path in inputs], cfg)
@@ -116,14 +116,14 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
         return None
     digests = {}
     if (folder / "checkpoint.pth").exists():
-        decided_by = load_decided_by(folder / "checkpoint.pth")
-        trained_on = tuple(decided_by["settings"]["teachers"])
+        decided = decided_by(folder / "checkpoint.pth")
+        trained_on = tuple(decided["settings"]["teachers"])
         if trained_on != cfg.teachers:
             print(
                 f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
             )
             return None
-        digests = {name: decided_by["sources"][f"embedding {name}"]["weights"] for name in cfg.teachers}
+        digests = {name: decided["sources"][f"embedding {name}"]["weights"] for name in cfg.teachers}
     inputs = []
     for teacher in cfg.teachers:
         run_folder = cfg.teacher_dir(teacher)
@@ -140,8 +140,8 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
 
 def _score_students(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
     rows = []
-    for settings, method in _students(cfg):
-        (student, _), *_ = load_backbones(settings.student_network, [settings.student_dir(method)], cfg)
+    for settings, method, path in _students(cfg):
+        student = load_backbone(settings.student_network, path, cfg)
         title = f"{settings.adaptor}-{method}"
         scores = [accuracy(views(student, s.images, cfg, f"{name} pairs, {title}"), s) for name, s in pairs.items()]
         name = f"{settings.adaptor} {settings.student_network}"

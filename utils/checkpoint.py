@@ -31,10 +31,13 @@ def save(path: Path, value: Any) -> None:
             raise OSError(str(error).strip().split("\n")[0]) from error
 
 
-def load(path: Path) -> Any:
-    """Reads tensors and plain values to the CPU; refuses whatever else a file holds, so that none can run code."""
+def load(path: Path, mapped: bool = False) -> Any:
+    """Reads tensors and plain values to the CPU; refuses whatever else a file holds, so that none can run code.
+
+    `mapped` leaves the tensors on the disk until they are used.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except Exception as error:
@@ -83,20 +86,16 @@ class Run:
         self.checkpoint = folder / "checkpoint.pth"
         self.identities = identities
         self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
-        self.about = {**self.decided_by, "all settings": _plain(asdict(cfg)), "versions": versions()}
-
-    def resume(self) -> dict | None:
-        """The state of the last checkpoint, or None where the run has none."""
-        if not self.checkpoint.exists():
-            return None
-        state = load(self.checkpoint)
-        different = _differences(_decided_by(state, self.checkpoint), self.decided_by)
-        if different:
+        self.about = {**self.decided_by, "all settings": asdict(cfg), "versions": versions()}
+        if self.checkpoint.exists() and (different := _differences(decided_by(self.checkpoint), self.decided_by)):
             raise InputError(
                 f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
-        return state
+
+    def load(self) -> dict | None:
+        """The state of the last checkpoint, or None where the run has none."""
+        return load(self.checkpoint) if self.checkpoint.exists() else None
 
     def save(self, state: dict) -> None:
         if not self.checkpoint.exists():
@@ -110,14 +109,11 @@ class Run:
             save(self.folder / f"{which}_header.pth", header.state_dict())
 
 
-def load_decided_by(checkpoint: Path) -> dict:
-    """The settings and sources that decided the run of a checkpoint."""
-    return _decided_by(load(checkpoint), checkpoint)
-
-
-def _decided_by(state: Any, path: Path) -> dict:
+def decided_by(checkpoint: Path) -> dict:
+    """The settings and sources that decided the run of a checkpoint, without reading its weights."""
+    state = load(checkpoint, mapped=True)
     if not isinstance(state, dict) or "decided_by" not in state:
-        raise InputError(f"{path} is no checkpoint of a run: move its folder away to train anew.")
+        raise InputError(f"{checkpoint} is no checkpoint of a run: move its folder away to train anew.")
     return state["decided_by"]
 
 
@@ -138,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as JSON gives them back: tuples become lists."""
+    """The settings as config.json shows them: tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 

@@ -9,7 +9,6 @@ Loss functions name the columns that they read by their parameters:
 """
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from config.config import Config
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.split import read_quarter, require_split
-from utils.store import ImageStore, Index
+from utils.store import ImageStore, Index, map_ahead
 
 AHEAD = 2  # batches gathered ahead of the consumer
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
@@ -131,6 +130,7 @@ class Faces:
     def _add_target(self, adaptor: str) -> None:
         """The targets by an adaptor; its teachers must still be those that the adaptor was trained on."""
         views = []
+        again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(ADAPT[adaptor])}"
         for flipped in self.cfg.target_views:
             path = self.cfg.adaptor_embeddings(adaptor, flipped)
             views.append(self._read(path, self.cfg.adaptor_dir(adaptor), ADAPT[adaptor]))
@@ -140,7 +140,6 @@ class Faces:
                     f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
                 )
             for name, made_from in inputs.items():
-                again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(ADAPT[adaptor])}"
                 check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
@@ -181,13 +180,8 @@ def stream(columns: dict[str, Column], batches: Iterable[Batch], device: torch.d
         return batch
 
     with ThreadPoolExecutor(1) as pool:
-        pending: deque = deque()
-        for batch in batches:
-            pending.append(pool.submit(gather, batch))
-            if len(pending) > AHEAD:
-                yield finish(pending.popleft().result())
-        while pending:
-            yield finish(pending.popleft().result())
+        for gathered in map_ahead(pool, gather, batches, AHEAD):
+            yield finish(gathered)
 
 
 def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.Tensor:
@@ -201,7 +195,5 @@ def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.T
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
     """(I,) bool: the identities that a teacher is trained on."""
-    if not cfg.is_teacher_baseline:
-        return np.array([name.split("/")[0] == teacher for name in index.identities])
-    chosen = set(read_quarter(cfg, teacher, index))
+    chosen = set(read_quarter(cfg, teacher, index) if cfg.is_teacher_baseline else index.identities_of(teacher))
     return np.array([name in chosen for name in index.identities])

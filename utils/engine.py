@@ -40,10 +40,7 @@ def run(main: Callable[[Config], None]) -> None:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(Config.from_args())
-    except InputError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
+    except (InputError, OSError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
@@ -54,8 +51,8 @@ def run(main: Callable[[Config], None]) -> None:
             signal.signal(number, handler)
 
 
-def setup(cfg: Config) -> torch.device:
-    """Seeds the generators, sets the CPU threads and gives the device; raises InputError for one that is not there."""
+def setup(cfg: Config) -> None:
+    """Seeds the generators and sets up the CPU and the device; raises InputError for a device that is not there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or auto.")
     torch.manual_seed(cfg.seed)
@@ -68,7 +65,6 @@ def setup(cfg: Config) -> torch.device:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
     _keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
-    return _device(cfg)
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
@@ -98,7 +94,8 @@ def fit(
 
     Raises InputError where `check_run` does, and where a loss or gradient is not finite.
     """
-    run, state = check_run(faces, folder, cfg)
+    run = check_run(faces, folder, cfg)
+    state = run.load()
     if state is None and (given := find_weights(folder, "best") or find_weights(folder, "last")):
         print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
         return
@@ -157,16 +154,15 @@ def fit(
         stop.leave("stopped after the last epoch")
 
 
-def check_run(faces: Faces, folder: Path, cfg: Config) -> tuple[Run, dict | None]:
-    """The run of these settings in `folder`, and the state of its checkpoint if it has one.
+def check_run(faces: Faces, folder: Path, cfg: Config) -> Run:
+    """The run of these settings in `folder`.
 
     Raises InputError where the folder holds a run of other settings or data, and where there are fewer rows than one
     batch. A script that trains several networks calls it for all of them before it trains the first.
     """
     if len(faces) < cfg.batch_size:
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
-    run = Run(folder, cfg, faces.sources, faces.identities)
-    return run, run.resume()
+    return Run(folder, cfg, faces.sources, faces.identities)
 
 
 def _step(losses: Losses, batch: dict, backbone: nn.Module, optimizer, max_grad_norm: float) -> dict[str, torch.Tensor]:

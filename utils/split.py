@@ -48,7 +48,7 @@ def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:
         path = cfg.split_dir / f"{ethnicity}.json"
         split = read_json(path)
         dealt = sorted(name for names in split.values() for name in names)
-        if dealt != sorted(name for name in index.identities if name.startswith(f"{ethnicity}/")):
+        if dealt != sorted(index.identities_of(ethnicity)):
             raise InputError(f"{path} was made when data held other identities: delete it and split again.")
         if tuple(split) != cfg.quarters:
             raise InputError(f"{path} holds {len(split)} quarters, expected {len(cfg.quarters)}: split again.")

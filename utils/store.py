@@ -34,6 +34,9 @@ class Index:
     identity: np.ndarray  # (N,) int64: which identity an image shows
     stamps: np.ndarray  # (N, 2) int64: size in bytes and time of change in nanoseconds
 
+    def identities_of(self, group: str) -> list[str]:
+        return [name for name in self.identities if name.startswith(f"{group}/")]
+
 
 def scan(data: Path, ethnicities: Iterable[str]) -> Index:
     """Lists <data>/<ethnicity>/<identity>/<image>; opens no image.
@@ -167,7 +170,9 @@ def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, 
     with replaced(folder / "images.npy") as partial:
         images = new_array(partial, (count, SIZE, SIZE, 3), np.uint8)
         with _chatter_silenced(), ThreadPoolExecutor() as pool:
-            results = _windowed(pool, lambda row: _decode_file(data / index.paths[row], images[row]), range(count))
+            results = map_ahead(
+                pool, lambda row: _decode_file(data / index.paths[row], images[row]), range(count), 1024
+            )
             digests = list(tqdm(results, "decode", count, unit=" images", disable=None, smoothing=0))
         images.flush()
 
@@ -223,12 +228,12 @@ def _decode_file(path: Path, out: np.ndarray) -> tuple[bytes, str]:
     return hashlib.sha256(content).digest()[:16], ""
 
 
-def _windowed(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 1024) -> Iterator:
-    """`pool.map` that holds no more than `ahead` results."""
+def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """`pool.map` that runs no more than `ahead` results ahead of the consumer."""
     pending: deque = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        if len(pending) >= ahead:
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

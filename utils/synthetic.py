@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.store import SIZE
 
 MARKER = "GENERATED.txt"
 """A folder that holds this file holds generated faces; the printed table and the picture made from it say so."""
@@ -34,7 +35,6 @@ ATTRIBUTES = (
 
 NAMES = tuple(name for group in ATTRIBUTES for name in group)
 SCALE = 2  # drawn larger and averaged down: smooth edges
-SIZE = 112
 
 
 def generate(
