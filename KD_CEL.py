@@ -18,7 +18,7 @@ from utils.losses import ElasticArcFace
 def main(cfg: Config) -> None:
     setup(cfg)
     pairs = load_pairs(cfg)
-    faces = Faces(cfg, target=cfg.adaptor, flip=True)
+    faces = Faces(cfg, target=cfg.adaptor, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
     header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
 

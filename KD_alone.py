@@ -17,7 +17,7 @@ from utils.engine import announce, fit, run, setup
 def main(cfg: Config) -> None:
     setup(cfg)
     pairs = load_pairs(cfg)
-    faces = Faces(cfg, target=cfg.adaptor, flip=True)
+    faces = Faces(cfg, target=cfg.adaptor, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
 
     def losses(image, target):

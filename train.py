@@ -19,7 +19,7 @@ def main(cfg: Config) -> None:
     setup(cfg)
     pairs, store, faces = load_pairs(cfg), None, {}
     for teacher in cfg.selected_teachers:  # what is wrong with the last one is said before the first is trained
-        faces[teacher] = Faces(cfg, teacher=teacher, flip=True, store=store)
+        faces[teacher] = Faces(cfg, teacher=teacher, flip=True, pairs=pairs, store=store)
         store = faces[teacher].store
         check_run(faces[teacher], cfg.teacher_dir(teacher), cfg)
     for teacher in faces:

@@ -40,7 +40,7 @@ def report(tables: list[dict[tuple[str, str], list[float]]]) -> str:
         "",
         "Generated faces, not photographs: the group names mean nothing. Accuracies in percent on 300 pairs a group,",
         f"mean ± standard deviation (ddof 1) over seeds {', '.join(map(str, SEEDS))}; each seed draws its own faces.",
-        f"Made by `python -m benchmarks.demo_seeds` ({', '.join(f'{k} {v}' for k, v in versions().items())}).",
+        f"Made by `python -m benchmarks.demo_seeds` ({', '.join(f'{k} {v}' for k, v in versions(Config()).items())}).",
         "",
         "| kind | model | " + " | ".join(GROUPS) + " | Average | STD | SER |",
         "|---|---|" + "--:|" * (len(GROUPS) + 3),

@@ -63,6 +63,7 @@ class Config:
     # Running
     device: str = "auto"  # auto | cpu | cuda
     num_threads: int = 0  # CPU threads; 0: as many as there are cores
+    num_workers: int = 2  # threads that read batches ahead of the step; 0: each is read when it is needed
     infer_batch_size: int = 256  # images a step where nothing is trained
     weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
     checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
@@ -90,7 +91,8 @@ class Config:
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("momentum", self.momentum < 1, "below 1")
         self._check("seed", 0 <= self.seed < 2**63, "0 or more, and below 2**63")
-        self._check("num_threads", 0 <= self.num_threads <= 1024, "between 0 and 1024")
+        for name in ("num_threads", "num_workers"):
+            self._check(name, 0 <= getattr(self, name) <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             value = getattr(self, name)
             holds = all(type(v) is int and v > 1 for v in value) and sorted(set(value)) == list(value)

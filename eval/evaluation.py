@@ -1,7 +1,7 @@
 """Evaluation: accuracy per ethnicity, average, STD and SER of every model that is in the output folder.
 
 Reads   <pairs>, <output>: teachers, adaptors (through their teachers) and students, specialized and baseline
-Writes  <output>/evaluation/: accuracy.csv, accuracy.md, accuracy.png
+Writes  <output>/evaluation/: accuracy.csv, accuracy.md, accuracy.png; distances/, from which it goes on
 Run     python -m eval.evaluation
 """
 
@@ -17,12 +17,13 @@ from backbones import build_adaptor, load_backbone, load_weights
 from config.config import ADAPTORS, NETWORKS, Config
 from eval.fairness import summary
 from eval.figures import draw_accuracies
-from eval.verification import Pairs, accuracy, load_pairs, normalize, views
-from utils.checkpoint import decided_by, find_weights, weights_with_digest
+from eval.verification import Pairs, accuracy, load_pairs, normalize, pair_distances, views
+from utils.arrays import is_current, read, write
+from utils.checkpoint import decided_by, find_weights, versions, weights_with_digest
 from utils.dataset import Column
 from utils.engine import infer, run, setup
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import sha256, write_text
 from utils.synthetic import is_generated
 
 METHODS = ("a-KD", "EAF-KD")
@@ -48,7 +49,10 @@ def main(cfg: Config) -> None:
             f"{Path(cfg.output)} holds no trained model. Set output, or run first: {cfg.command('train.py')}"
         )
     pairs = load_pairs(cfg)
-    rows = [row for family in families for row in (*_score_teachers(family, pairs), *_score_students(family, pairs))]
+    rows = []
+    for family in families:
+        kept = _Distances(family, pairs)
+        rows += [*_score_teachers(family, kept), *_score_students(family, kept)]
     rows.sort(key=lambda row: (row.setting != "specialized", NETWORKS.index(row.network), KINDS.index(row.kind)))
 
     note = "Generated faces, not photographs: the group names mean nothing." if is_generated(Path(cfg.pairs)) else ""
@@ -84,28 +88,60 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     return found
 
 
-def _score_teachers(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
+class _Distances:
+    """Squared distances of all pairs, by model and group, kept on the disk: what is there is not computed again."""
+
+    def __init__(self, cfg: Config, pairs: dict[str, Pairs]):
+        self.cfg, self.pairs = cfg, pairs
+        self._folder = Path(cfg.output) / "evaluation" / "distances" / f"{cfg.setting}-{cfg.network}"
+        found = versions(cfg)
+        self._conditions = {name: found[name] for name in ("torch", "device")}
+
+    def read(self, model: str, weights: list[Path], group: str) -> np.ndarray | None:
+        """Of one group's pairs, (P,), if they are those of the model that these weights make up."""
+        path, made_from, form = self._entry(model, weights, group)
+        return read(path, *form, checked=False) if is_current(path, *form, made_from) else None
+
+    def write(self, model: str, weights: list[Path], group: str, distances: np.ndarray) -> np.ndarray:
+        path, made_from, _ = self._entry(model, weights, group)
+        write(path, distances, made_from)
+        return distances
+
+    def _entry(self, model: str, weights: list[Path], group: str) -> tuple[Path, dict, tuple]:
+        one, digests = self.pairs[group], [sha256(path) for path in weights]
+        made_from = {"pairs": one.digest, "weights": digests, **self._conditions}
+        return self._folder / model / f"{group}.npy", made_from, (one.same.shape, np.float64)
+
+
+def _score_teachers(cfg: Config, kept: _Distances) -> list[Row]:
     """All teachers, and the adaptors on top of those that they were trained on; each network sees each image once."""
-    teachers = _teachers(cfg)
-    adaptors = {name: found for name in ADAPTORS if (found := _adaptor(cfg, name))}
-    paths = {*teachers.values(), *(path for _, inputs in adaptors.values() for path in inputs)}
-    networks = {path: load_backbone(cfg.network, path, cfg) for path in sorted(paths)}
+    models = {("teacher", name): ([path], None, [path]) for name, path in _teachers(cfg).items()}
+    for name in ADAPTORS:
+        if found := _adaptor(cfg, name):
+            adaptor, weights, inputs = found
+            models["adaptor", name] = ([weights, *inputs], adaptor, inputs)
+    networks = {
+        path: load_backbone(cfg.network, path, cfg) for path in sorted({p for m in models.values() for p in m[2]})
+    }
 
     scores: dict[tuple[str, str], list[float]] = {}
-    for ethnicity, one in pairs.items():
+    for group, one in kept.pairs.items():
         features = {}
-        for path, network in networks.items():
-            features[path] = views(network, one.images, cfg, f"{ethnicity} pairs, teacher {path.parent.name}")
-        for name, path in teachers.items():
-            scores.setdefault(("teacher", name), []).append(accuracy(features[path], one))
-        for name, (adaptor, inputs) in adaptors.items():
-            fused = fuse(adaptor, [features[path] for path in inputs], cfg)
-            scores.setdefault(("adaptor", name), []).append(accuracy(fused, one))
+        for (kind, name), (weights, adaptor, inputs) in models.items():
+            distances = kept.read(f"{kind} {name}", weights, group)
+            if distances is None:
+                for path in set(inputs) - features.keys():
+                    title = f"{group} pairs, teacher {path.parent.name}"
+                    features[path] = views(networks[path], one.images, cfg, title)
+                seen = [features[path] for path in inputs]
+                both = fuse(adaptor, seen, cfg) if adaptor else seen[0]
+                distances = kept.write(f"{kind} {name}", weights, group, pair_distances(both))
+            scores.setdefault((kind, name), []).append(accuracy(distances, one.same))
     return [Row(cfg.setting, cfg.network, *model, tuple(values)) for model, values in scores.items()]
 
 
-def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
-    """An adaptor and the weights of its teachers, in its order, or None with a line that says why it is left out.
+def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, Path, list[Path]] | None:
+    """An adaptor, its weights and those of its teachers in its order, or None with a line why it is left out.
 
     One of ours goes with the teachers whose embeddings it was trained on, be they the best or the last; one of which
     that is not known, a released one, with those that `cfg.weights` selects.
@@ -115,8 +151,7 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
     if weights is None:
         return None
     digests = {}
-    if (folder / "checkpoint.pth").exists():
-        decided = decided_by(folder / "checkpoint.pth")
+    if decided := decided_by(folder):
         trained_on = tuple(decided["settings"]["teachers"])
         if trained_on != cfg.teachers:
             print(
@@ -135,16 +170,20 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, list[Path]] | None:
         return None
     adaptor = build_adaptor(name, cfg)
     load_weights(adaptor, weights)
-    return adaptor, inputs
+    return adaptor, weights, inputs
 
 
-def _score_students(cfg: Config, pairs: dict[str, Pairs]) -> list[Row]:
+def _score_students(cfg: Config, kept: _Distances) -> list[Row]:
     rows = []
     for settings, method, path in _students(cfg):
-        student = load_backbone(settings.student_network, path, cfg)
-        title = f"{settings.adaptor}-{method}"
-        scores = [accuracy(views(student, s.images, cfg, f"{name} pairs, {title}"), s) for name, s in pairs.items()]
+        student, scores = load_backbone(settings.student_network, path, cfg), []
         name = f"{settings.adaptor} {settings.student_network}"
+        for group, one in kept.pairs.items():
+            distances = kept.read(f"{method} {name}", [path], group)
+            if distances is None:
+                both = views(student, one.images, cfg, f"{group} pairs, {settings.adaptor}-{method}")
+                distances = kept.write(f"{method} {name}", [path], group, pair_distances(both))
+            scores.append(accuracy(distances, one.same))
         rows.append(Row(cfg.setting, cfg.network, method, name, tuple(scores)))
     return rows
 

@@ -1,5 +1,6 @@
 """Face verification as published: f(x) + f(flip x), unit length, ten folds, threshold from the other nine."""
 
+import hashlib
 import io
 import pickle
 import re
@@ -28,6 +29,7 @@ class Pairs:
 
     images: np.ndarray  # (2P, 112, 112, 3) uint8, RGB
     same: np.ndarray  # (P,) bool
+    digest: str  # SHA-256 of the file that they come from
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def load_bin(path: Path) -> Pairs:
     if not path.is_file():
         raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        raw = path.read_bytes()
+        content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:
         # A damaged pickle can raise nearly anything.
         raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
@@ -75,7 +78,7 @@ def load_bin(path: Path) -> Pairs:
 
     with ThreadPoolExecutor() as pool:
         images = np.stack(list(pool.map(decode_item, range(len(encoded)))))
-    return Pairs(images, np.array([bool(value) for value in same]))
+    return Pairs(images, np.array([bool(value) for value in same]), hashlib.sha256(raw).hexdigest())
 
 
 class _Unpickler(pickle.Unpickler):
@@ -138,20 +141,35 @@ def _latin1(text: str, encoding: str) -> bytes:
 def ten_fold(embeddings: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:
     """Verification accuracy of unit-length embeddings (2P, D); pair k is rows 2k and 2k + 1, `same` is (P,) bool.
 
+    Raises InputError where `squared_distances` or `ten_fold_of` does.
+    """
+    return ten_fold_of(squared_distances(embeddings), same, folds)
+
+
+def squared_distances(embeddings: np.ndarray) -> np.ndarray:
+    """(P,) float64 of the pairs of (2P, D); raises InputError where an embedding is not finite."""
+    embeddings = np.asarray(embeddings, np.float64)
+    if len(embeddings) % 2:
+        raise InputError(f"{len(embeddings)} embeddings do not make pairs.")
+    if not np.isfinite(embeddings).all():
+        raise InputError("Some embeddings are not finite: the network gives NaN or infinity for some images.")
+    return np.square(embeddings[0::2] - embeddings[1::2]).sum(1)
+
+
+def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:
+    """Verification accuracy of pairs with these squared distances, `distance` and `same` (P,).
+
     Folds are consecutive, not shuffled. A pair is accepted where its squared distance is below the threshold; of
     equally good thresholds the lowest is taken. Counts of pairs per threshold stand in for a pass over all pairs for
     each threshold: the result is that of the published loop.
 
-    Raises InputError where an embedding is not finite, or where there are fewer pairs than folds.
+    Raises InputError where the two do not agree, or where there are fewer pairs than folds.
     """
-    embeddings, same = np.asarray(embeddings, np.float64), np.asarray(same, bool)
-    if len(embeddings) != 2 * len(same):
-        raise InputError(f"{len(embeddings)} embeddings do not make {len(same)} pairs.")
+    same = np.asarray(same, bool)
+    if len(distance) != len(same):
+        raise InputError(f"{len(distance)} distances are not those of {len(same)} pairs.")
     if len(same) < folds:
         raise InputError(f"{len(same)} pairs cannot be cut into {folds} folds.")
-    if not np.isfinite(embeddings).all():
-        raise InputError("Some embeddings are not finite: the network gives NaN or infinity for some images.")
-    distance = np.square(embeddings[0::2] - embeddings[1::2]).sum(1)
 
     # accepted[f, t]: pairs of fold f, genuine or impostor, with a distance below threshold t.
     fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(distance, folds)])
@@ -190,6 +208,11 @@ def views(network: nn.Module, images: np.ndarray, cfg: Config, title: str) -> np
     return infer(both, network, {"image": Column((images,))}, cfg, title)
 
 
+def pair_distances(features: np.ndarray) -> np.ndarray:
+    """Squared distances (P,) of the pairs, from both views' features (2P, 2, D)."""
+    return squared_distances(embed(features))
+
+
 def embed(features: np.ndarray) -> np.ndarray:
     """The embeddings (N, D) that are verified: the sum of both views' features (N, 2, D), scaled to unit length."""
     return normalize(features.sum(1, dtype=np.float64))
@@ -201,9 +224,9 @@ def normalize(features: np.ndarray) -> np.ndarray:
     return features / np.where(length == 0, 1, length)
 
 
-def accuracy(features: np.ndarray, pairs: Pairs) -> float:
-    """Mean accuracy of the ten folds in percent, from both views' features (2P, 2, D)."""
-    return 100 * float(ten_fold(embed(features), pairs.same).accuracy.mean())
+def accuracy(distance: np.ndarray, same: np.ndarray) -> float:
+    """Mean accuracy of the ten folds in percent."""
+    return 100 * float(ten_fold_of(distance, same).accuracy.mean())
 
 
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
@@ -224,8 +247,8 @@ def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: 
 
     def validate() -> tuple[dict[str, float], float]:
         scores = {
-            name: round(accuracy(views(network, pairs.images, cfg, f"verify {name}"), pairs), 4)
-            for name, pairs in sets.items()
+            name: round(accuracy(pair_distances(views(network, one.images, cfg, f"verify {name}")), one.same), 4)
+            for name, one in sets.items()
         }
         scores["average"] = round(sum(scores.values()) / len(scores), 4)
         return scores, scores[best_on or "average"]

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.conftest import encode, noise
-from utils.dataset import Column, Faces, in_order, stream, to_network
-from utils.embeddings import new_embeddings, origin
+from utils import arrays
+from utils.checkpoint import save
+from utils.dataset import Column, Faces, cut, stream, to_network
+from utils.embeddings import origin
 from utils.errors import InputError
 from utils.split import write_split
 from utils.store import ImageStore
@@ -20,11 +22,10 @@ def write_embeddings(cfg, teacher, flipped=False, images=None):
     weights = cfg.teacher_dir(teacher) / "best_backbone.pth"
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
-        torch.save({"name": torch.tensor(list(teacher.encode()))}, weights)
+        save(weights, {"name": torch.tensor(list(teacher.encode()))})
     made_from = origin(images or ImageStore(cfg).digest, weights, flipped)
     values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
-    with new_embeddings(cfg.teacher_embeddings(teacher, flipped), (20, 16), made_from) as out:
-        out[:] = values
+    arrays.write(cfg.teacher_embeddings(teacher, flipped), values, made_from)
     return values
 
 
@@ -86,7 +87,7 @@ def test_teachers_are_concatenated_in_the_order_of_the_config(cfg):
     cfg = replace(cfg, ethnicities=("B", "A"), cache=cfg.cache)
     assert cfg.teachers == ("B", "A")
     faces = Faces(cfg, inputs=cfg.teachers)
-    batch = next(stream({"embedding": faces.columns["embedding"]}, in_order(20, 20), torch.device("cpu")))
+    batch = next(stream({"embedding": faces.columns["embedding"]}, [(np.arange(20), None)], torch.device("cpu")))
     assert np.array_equal(batch["embedding"].numpy(), np.concatenate([values["B"], values["A"]], 1))
 
 
@@ -113,7 +114,9 @@ def test_image_and_target_are_of_the_same_view():
 
 def test_the_reader_yields_every_batch_in_order_and_passes_errors_on():
     column = Column((np.arange(100, dtype=np.int64),))
-    seen = [b["label"].tolist() for b in stream({"label": column}, in_order(100, 7), torch.device("cpu"))]
+    batches = [(np.asarray(rows), None) for rows in cut(range(100), 7)]
+    seen = [batch["label"].tolist() for batch in stream({"label": column}, batches, torch.device("cpu"))]
+    assert [len(batch) for batch in seen] == [7] * 14 + [2]
     assert [row for batch in seen for row in batch] == list(range(100))
     with pytest.raises(IndexError):
         list(stream({"label": column}, [(np.array([1000]), None)], torch.device("cpu")))
@@ -148,7 +151,7 @@ def test_embeddings_of_other_images_are_refused(cfg):
 def test_embeddings_of_other_weights_are_refused(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
-    torch.save({"other": torch.zeros(1)}, cfg.teacher_dir("A") / "best_backbone.pth")
+    save(cfg.teacher_dir("A") / "best_backbone.pth", {"other": torch.zeros(1)})
     with pytest.raises(InputError, match=r"A.npy was made by other weights than .*best_backbone.pth"):
         Faces(cfg, inputs=cfg.teachers)
 
@@ -156,11 +159,11 @@ def test_embeddings_of_other_weights_are_refused(cfg):
 def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
-    with pytest.raises(InputError, match=r"float32 of shape \(20, 16\), expected float32 of \(20, 32\): set embedding"):
+    with pytest.raises(InputError, match=r"is of shape \(20, 16\), expected \(20, 32\): set embedding"):
         Faces(replace(cfg, embedding_size=32), inputs=cfg.teachers)
     path = cfg.teacher_embeddings("B")
     path.write_bytes(path.read_bytes()[:-64])
-    with pytest.raises(InputError, match=r"B.npy cannot be read"):
+    with pytest.raises(InputError, match=r"B.npy is damaged \(.*\). Run again: python extract_all.py"):
         Faces(cfg, inputs=cfg.teachers)
 
 
@@ -168,10 +171,9 @@ def write_targets(cfg, inputs):
     """SL's embeddings as made from these teachers."""
     folder = cfg.adaptor_dir("SL")
     folder.mkdir(parents=True)
-    torch.save({"fc.bias": torch.zeros(1)}, folder / "best_backbone.pth")
+    save(folder / "best_backbone.pth", {"fc.bias": torch.zeros(1)})
     made_from = origin(ImageStore(cfg).digest, folder / "best_backbone.pth", False, inputs)
-    with new_embeddings(cfg.adaptor_embeddings("SL"), (20, 16), made_from) as out:
-        out[:] = 1
+    arrays.write(cfg.adaptor_embeddings("SL"), np.ones((20, 16), np.float32), made_from)
 
 
 def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
@@ -182,7 +184,7 @@ def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
     assert "target" in Faces(cfg, target="SL").columns
     with pytest.raises(InputError, match=r"was made from the teachers A, B, in this order: set ethnicities so"):
         Faces(replace(cfg, ethnicities=("B", "A"), cache=cfg.cache), target="SL")
-    torch.save({"other": torch.zeros(1)}, cfg.teacher_dir("B") / "best_backbone.pth")
+    save(cfg.teacher_dir("B") / "best_backbone.pth", {"other": torch.zeros(1)})
     with pytest.raises(InputError, match=r"SL/embeddings.npy was made by other weights than .*B/best_backbone.pth"):
         Faces(cfg, target="SL")
 
@@ -200,6 +202,6 @@ def test_what_is_missing_is_said_before_an_image_is_decoded(cfg):
 def test_two_weights_in_one_folder_are_refused(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
-    torch.save({}, cfg.teacher_dir("A") / "1000backbone.pth")
+    save(cfg.teacher_dir("A") / "1000backbone.pth", {})
     with pytest.raises(InputError, match=r"holds 1000backbone.pth, best_backbone.pth: keep the one"):
         Faces(cfg, inputs=cfg.teachers)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from utils.checkpoint import save
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import Interrupted, _seed, fit, infer, run, setup
+from utils.engine import Interrupted, _seed, _Watch, fit, infer, run, setup
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 
@@ -135,7 +137,7 @@ def test_a_signal_outside_training_ends_in_a_sentence(number, monkeypatch, capsy
         run(lambda cfg: os.kill(os.getpid(), number))
     assert stop.value.code == 128 + number
     error = capsys.readouterr().err
-    assert error.startswith("extract_all.py: interrupted, nothing is half-written; continue with: python")
+    assert error.startswith("extract_all.py: interrupted, what was finished is kept; continue with: python")
     assert error.count("\n") == 1
     assert signal.getsignal(number) is before
 
@@ -235,28 +237,49 @@ def test_a_run_of_other_settings_or_images_is_refused(cfg):
         train(cfg)
 
 
-@pytest.mark.parametrize("what", ["loss 'bad'", "gradient"])
-def test_what_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(cfg, what):
-    setup(cfg)
-    faces, network, calls = Faces(cfg), Linear(), []
+class NoSlope(torch.autograd.Function):
+    """Gives back its input, and not a number as its gradient."""
 
-    def losses(image):
-        calls.append(1)
-        value = network(image).square().mean()
-        bad = value * 0
-        if len(calls) == 7:  # in the second epoch
-            # The root of zero is finite and has no slope: only the gradient shows it.
-            bad = bad + float("nan") if what.startswith("loss") else bad.sqrt()
-        return {"good": value, "bad": bad}
+    @staticmethod
+    def forward(_, value):
+        return value
+
+    @staticmethod
+    def backward(_, grad):
+        return grad * float("nan")
+
+
+@pytest.mark.parametrize("what", ["loss 'bad'", "gradient of the network", "gradient of the header"])
+@pytest.mark.parametrize("noticed_late", [False, True], ids=["at once", "late"])
+def test_a_step_that_is_not_finite_is_not_taken(cfg, monkeypatch, what, noticed_late):
+    """On a GPU the numbers are looked at now and then: no step after the bad one may be taken either."""
+    setup(cfg)
+    faces, network, header, before = Faces(cfg), Linear(), ElasticArcFace(16, 5, s=8.0), []
+    if noticed_late:
+        plain = _Watch.found
+        monkeypatch.setattr(_Watch, "found", lambda self: plain(self) if len(before) % 5 == 0 else None)
+
+    def losses(image, label):
+        before.append([value.clone() for module in (network, header) for value in module.state_dict().values()])
+        embedding = network(image)
+        if len(before) == 7 and what == "gradient of the network":
+            embedding = NoSlope.apply(embedding)
+        if len(before) == 7 and what == "gradient of the header":
+            header.kernel.register_hook(lambda grad: grad * float("inf"))
+        bad = embedding.square().mean() * (float("nan") if len(before) == 7 and what.startswith("loss") else 0)
+        return {"margin": F.cross_entropy(header(embedding, label), label), "bad": bad}
 
     folder = cfg.teacher_dir("N")
-    with pytest.raises(InputError, match=f"The {what} is (nan|inf) in epoch 2, by step .*last checkpoint is good"):
-        fit(losses, faces, folder, cfg, network, schedule=cfg.schedule)
+    sentence = f"The {what} is (nan|inf) in epoch 2, step 2, which was not taken: .*, whose last checkpoint is good"
+    with pytest.raises(InputError, match=sentence):
+        fit(losses, faces, folder, cfg, network, header, schedule=cfg.schedule)
+    assert len(before) == (10 if noticed_late else 7)
+    now = [*network.state_dict().values(), *header.state_dict().values()]
+    assert all(torch.equal(value, old) for value, old in zip(now, before[6], strict=True))
     kept = checkpoint(cfg, "N")
     assert (kept["epoch"], kept["step"]) == (1, 0)
-    assert all(torch.isfinite(value).all() for value in kept["backbone"].values())
-    last = torch.load(folder / "last_backbone.pth", weights_only=True)
-    assert torch.equal(last["fc.weight"], kept["backbone"]["fc.weight"])
+    assert torch.equal(kept["backbone"]["fc.weight"], before[5][0])
+    assert not torch.equal(before[6][0], before[5][0])
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_claims_no_folder(cfg):
@@ -284,18 +307,44 @@ def test_a_kill_between_the_first_weights_and_their_checkpoint_loses_nothing(cfg
     assert_equal_runs(checkpoint(cfg), checkpoint(killed))
 
 
-def test_a_checkpoint_of_another_kind_is_refused(cfg):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(cfg, capsys):
+    """Of either kind, damaged while the run stood still; the end is the same to the last bit."""
     train(cfg)
-    path = cfg.teacher_dir("T") / "checkpoint.pth"
-    whole = path.read_bytes()
-    torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(
-        InputError, match=r"checkpoint.pth is no checkpoint of a run: move its folder away to train anew"
+    folder = replace(cfg, output=cfg.output + "2").teacher_dir("T")
+
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    for damage, reason in (
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "it has no SHA-256 at its end"),
+        (lambda path: path.write_bytes(b"\0" * path.stat().st_size), "it has no SHA-256 at its end"),
+        (lambda path: torch.save({"fc.weight": torch.zeros(2)}, path), "it has no SHA-256 at its end"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "its SHA-256 is another"),
+        (lambda path: save(path, {"fc.weight": torch.zeros(2)}), "is no checkpoint of a run"),
+        (lambda path: path.unlink(), ""),
     ):
-        train(cfg)
-    path.write_bytes(whole[:-5000])
-    with pytest.raises(InputError, match=r"checkpoint.pth is damaged"):
-        train(cfg)
+        shutil.rmtree(folder, ignore_errors=True)
+        stopped = replace(cfg, output=cfg.output + "2")
+        with pytest.raises(RuntimeError, match="power loss"):
+            train(replace(stopped, checkpoint_minutes=0.0), before_step=crash)
+        capsys.readouterr()
+        damage(folder / "checkpoint.pth")
+        train(stopped)
+        out = capsys.readouterr().out
+        assert ("going on from previous_checkpoint.pth" in out) == bool(reason)
+        assert reason in out
+        assert "continuing in epoch 2 after step 1 of 5" in out
+        assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+
+
+def test_with_both_checkpoints_damaged_nothing_is_trained(cfg):
+    train(cfg)
+    for name in ("checkpoint.pth", "previous_checkpoint.pth"):
+        path = cfg.teacher_dir("T") / name
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"/checkpoint.pth is damaged .*, and no older one is good: move .* away"):
+        train(cfg, before_step=lambda _: pytest.fail("trained"))
 
 
 def test_a_signal_while_a_checkpoint_is_read_does_not_call_it_damaged(cfg, monkeypatch):
@@ -310,9 +359,10 @@ def test_a_signal_while_a_checkpoint_is_read_does_not_call_it_damaged(cfg, monke
 
 
 def test_a_finished_run_without_its_best_weights_is_refused(cfg):
-    train(cfg)
+    values = iter([60.0, 70.0, 65.0])
+    train(cfg, validate=lambda: ({}, next(values)))
     (cfg.teacher_dir("T") / "best_backbone.pth").unlink()
-    with pytest.raises(InputError, match="is trained but has lost its best_backbone.pth: move it away"):
+    with pytest.raises(InputError, match="best_backbone.pth is missing: set weights to last, or move"):
         train(cfg)
     train(replace(cfg, weights="last"))
 

@@ -17,10 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval.verification
 from backbones import DualLayerAdaptor, MultiTeacher, build_adaptor, build_backbone, load_weights
 from config.config import Config
 from eval.evaluation import fuse
 from eval.verification import load_bin, ten_fold, views
+from utils.checkpoint import save
 from utils.dataset import Faces, to_network
 from utils.synthetic import generate
 
@@ -92,7 +94,9 @@ def test_every_stage_writes_what_the_next_one_reads(trained):
         has_header = run_folder.name != "SL-a-KD"
         assert (run_folder / "best_header.pth").exists() == has_header
         assert len((run_folder / "log.jsonl").read_text().splitlines()) == 2
-        assert json.loads((run_folder / "config.json").read_text())["versions"]["torch"] == torch.__version__
+        sessions = json.loads((run_folder / "config.json").read_text())["sessions"]
+        assert [session["epochs done"] for session in sessions] == [0]
+        assert sessions[0]["versions"]["torch"] == torch.__version__
 
 
 def test_headers_count_the_identities_of_their_stage(trained):
@@ -192,6 +196,38 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
         assert float(row["ser"]) == pytest.approx(ratio)
 
 
+def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
+    cfg, given = trained
+    output, seen = tmp_path / "output", []
+    shutil.copytree(cfg.output, output)
+    given = [*given, "--output", str(output)]
+    table = output / "evaluation" / "accuracy.csv"
+    whole = table.read_bytes()
+    distances = output / "evaluation" / "distances"
+
+    def watched(*arguments, **options):
+        seen.append(arguments[-1])
+        return plain(*arguments, **options)
+
+    plain = eval.verification.views
+    monkeypatch.setattr(eval.verification, "views", watched)  # evaluation, run anew, imports it from there
+    table.unlink()
+    run("eval.evaluation", given)
+    assert seen == []
+    shutil.rmtree(distances / "specialized-iresnet_tiny" / "teacher Asian")
+    damaged = distances / "specialized-iresnet_tiny" / "a-KD SL iresnet_tiny" / "Indian.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    run("eval.evaluation", given)
+    assert seen == [*(f"{group} pairs, teacher Asian" for group in GROUPS), "Indian pairs, SL-a-KD"]
+    assert table.read_bytes() == whole
+    seen.clear()
+    path = cfg.pairs_file("Asian")
+    pairs = shutil.copytree(path.parent, tmp_path / "pairs")
+    shutil.copy(cfg.pairs_file("Indian"), pairs / path.name)
+    run("eval.evaluation", [*given, "--pairs", str(pairs)])
+    assert {title.split()[0] for title in seen} == {"Asian"}
+
+
 def test_tables_and_pictures_of_generated_faces_say_so(trained):
     cfg, _ = trained
     folder = Path(cfg.output) / "evaluation"
@@ -252,7 +288,7 @@ def test_another_order_of_ethnicities_is_refused_where_it_matters(trained, capsy
     before = path.read_bytes()
     state = torch.load(path, weights_only=True)
     state["decided_by"]["settings"]["teachers"].reverse()
-    torch.save(state, path)
+    save(path, state)
     run("fc_EArc.py", given, expect=2)
     assert "teachers was ['Indian', 'Caucasian', 'African', 'Asian']" in capsys.readouterr().err
     run("eval.evaluation", given)

@@ -1,10 +1,10 @@
 """Index and decoded images: labels from names alone, nothing trusted that changed, every bad image named."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import encode, noise, write_images
+from utils import store
 from utils.errors import InputError
 from utils.store import ImageStore, decode, scan
 
@@ -99,14 +100,29 @@ def damage_the_array(cfg):
     path.write_bytes(path.read_bytes()[:-500])
 
 
-def damage_the_index(cfg):
-    path = cfg.cache_dir / "index.npz"
+def damage_one_image(cfg):
+    with open(cfg.cache_dir / "images.npy", "rb+") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"x")
+
+
+def damage_the_sidecar(cfg):
+    path = cfg.cache_dir / "images.json"
     path.write_bytes(path.read_bytes()[:200])
 
 
 @pytest.mark.parametrize(
     "change",
-    [change_content, change_content_but_not_size, add, remove, rename, damage_the_array, damage_the_index],
+    [
+        change_content,
+        change_content_but_not_size,
+        add,
+        remove,
+        rename,
+        damage_the_array,
+        damage_one_image,
+        damage_the_sidecar,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_a_cache_that_no_longer_matches_is_made_anew(cfg, capsys, change):
@@ -230,17 +246,35 @@ def test_two_processes_share_one_cache(cfg):
     assert sum("Decoding" in line for lines in outputs for line in lines) == 1
 
 
-def test_what_a_killed_process_left_behind_is_removed(cfg, monkeypatch):
-    ImageStore(cfg)
-    (cfg.cache_dir / "index.npz").unlink()
-    leftover = cfg.cache_dir / "images.npy.999999999.partial"  # no process has this number
-    leftover.write_bytes(b"x")
-    seen = []
-    plain = shutil.disk_usage
-    monkeypatch.setattr("utils.store.shutil.disk_usage", lambda path: seen.append(leftover.exists()) or plain(path))
-    ImageStore(cfg)
-    assert seen == [False]  # its space counts as free
-    assert not leftover.exists()
+def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
+    whole = ImageStore(cfg)
+    images, digest = np.array(whole.images), whole.digest
+    monkeypatch.setattr("utils.store.BLOCK", 4)
+    monkeypatch.setattr("utils.arrays.NOTED_EVERY", 0.0)
+    decode_file, decoded = store._decode_file, []
+
+    def killed(path, out):
+        decoded.append(path)
+        if len(decoded) == 15:
+            raise KeyboardInterrupt
+        return decode_file(path, out)
+
+    cfg = replace(cfg, cache=cfg.cache + "2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_decode_file", killed)
+        patch.setattr(store, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+        ImageStore(cfg)
+    assert not (cfg.cache_dir / "images.npy").exists()
+    with open(cfg.cache_dir / "images.npy.partial", "rb+") as file:
+        file.seek(1000)
+        file.write(b"x" * 9)  # of the first block, which therefore cannot be trusted
+    again = ImageStore(cfg)
+    assert "Decoding 12 of 20 images" in capsys.readouterr().out
+    assert np.array_equal(again.images, images)
+    assert sorted(path.name for path in cfg.cache_dir.iterdir()) == ["images.json", "images.npy"]
+    assert ImageStore(replace(cfg, cache=cfg.cache + "3")).digest == again.digest
+    monkeypatch.undo()
+    assert ImageStore(replace(cfg, cache=cfg.cache + "4")).digest == digest
 
 
 def test_an_identity_in_two_groups_is_refused(cfg):

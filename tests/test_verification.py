@@ -80,8 +80,10 @@ def test_embeddings_that_cannot_be_scored_are_refused():
     same = np.arange(20) % 2 == 0
     with pytest.raises(InputError, match="not finite"):
         ten_fold(np.full((40, 2), np.nan), same)
-    with pytest.raises(InputError, match="39 embeddings do not make 20 pairs"):
+    with pytest.raises(InputError, match="39 embeddings do not make pairs"):
         ten_fold(np.zeros((39, 2)), same)
+    with pytest.raises(InputError, match="19 distances are not those of 20 pairs"):
+        ten_fold(np.zeros((38, 2)), same)
     with pytest.raises(InputError, match="9 pairs cannot be cut into 10 folds"):
         ten_fold(np.zeros((18, 2)), same[:9])
 

@@ -3,49 +3,71 @@
 best_backbone.pth  best_header.pth   state dicts of the best epoch
 last_backbone.pth  last_header.pth   state dicts of the last finished epoch
 checkpoint.pth                       everything the run needs to go on: weights, optimizer, position, log
-config.json                          settings, data and versions
+previous_checkpoint.pth              the one before, for when the newest is damaged
+config.json                          settings, data, versions, and when the run was started and continued
 identities.txt                       the identity of each class, in order
 log.jsonl                            one line of metrics per epoch
+
+The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked whenever they are read.
 """
 
+import contextlib
+import functools
+import os
 import platform
+import re
+import subprocess
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
 
 from config.config import Config
 from utils.errors import InputError
-from utils.files import replaced, sha256, write_json, write_text
+from utils.files import broken_seal, keep_as, replaced, seal, sha256, write_json, write_text
+
+CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
+OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth")
+"""The names of files that we write, and seal; files of other names come from elsewhere."""
 
 
-def save(path: Path, value: Any) -> None:
+def save(path: Path, value: Any, previous: Path | None = None) -> None:
+    """Writes and seals a file; the one that it replaces is kept as `previous`."""
     with replaced(path) as partial:
         try:
             torch.save(value, partial)
         except RuntimeError as error:  # how PyTorch reports a disk that is full
             raise OSError(str(error).strip().split("\n")[0]) from error
+        seal(partial)
+        if previous and path.exists():
+            keep_as(path, previous)
 
 
 def load(path: Path, mapped: bool = False) -> Any:
     """Reads tensors and plain values to the CPU; refuses whatever else a file holds, so that none can run code.
 
-    `mapped` leaves the tensors on the disk until they are used.
+    `mapped` leaves the tensors on the disk until they are used. Raises InputError where the file is not there, holds
+    anything else, or is one of ours and not as it was written.
     """
+    advice = "" if path.name in CHECKPOINTS else ": replace it."
     try:
+        if OURS.fullmatch(path.name) and (reason := broken_seal(path)):
+            raise InputError(f"{path} is damaged ({reason}){advice}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
+    except InputError:
+        raise
     except Exception as error:
         # torch.load has no exception of its own: what it raises on a damaged file depends on where the damage is.
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{path} is damaged or holds more than tensors ({reason}): replace it, or move its folder away."
-        ) from error
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match(r"\s*(.*)", str(error))
+        reason = found[1].strip().rstrip(".")
+        raise InputError(f"{path} is damaged or holds more than tensors ({reason}){advice}") from error
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
@@ -82,39 +104,91 @@ class Run:
 
     def __init__(self, folder: Path, cfg: Config, sources: dict, identities: tuple[str, ...]):
         """Raises InputError where the folder holds a run of other settings or data."""
-        self.folder = folder
-        self.checkpoint = folder / "checkpoint.pth"
-        self.identities = identities
+        self.folder, self.cfg, self.identities = folder, cfg, identities
         self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
-        self.about = {**self.decided_by, "all settings": asdict(cfg), "versions": versions()}
-        if self.checkpoint.exists() and (different := _differences(decided_by(self.checkpoint), self.decided_by)):
+        self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
+        self._is_described = False
+        before = decided_by(folder)
+        self.has_checkpoint = before is not None
+        if before and (different := _differences(before, self.decided_by)):
             raise InputError(
                 f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
 
     def load(self) -> dict | None:
-        """The state of the last checkpoint, or None where the run has none."""
-        return load(self.checkpoint) if self.checkpoint.exists() else None
+        """The state of the newest good checkpoint, or None where the run has none.
+
+        Says what is damaged, and what is other than when the run was left: it decides the last bits of the numbers.
+        """
+        state, damage = _newest(self.folder)
+        if state is None:
+            return None
+        if damage:
+            checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
+            print(f"{damage}: going on from {previous.name}, the one before it.")
+            os.replace(previous, checkpoint)  # or the next save would keep the damaged one as the previous
+        self.sessions = state["sessions"]
+        before, now = self.sessions[-1]["versions"], versions(self.cfg)
+        if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
+        return state
+
+    def begin(self, epoch: int, step: int) -> None:
+        """Notes that this process goes on with the run after so many epochs and steps."""
+        self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
 
     def save(self, state: dict) -> None:
-        if not self.checkpoint.exists():
+        if not self._is_described:  # not before there is something to be described
             write_text(self.folder / "identities.txt", "".join(f"{name}\n" for name in self.identities))
-            write_json(self.folder / "config.json", self.about)
-        save(self.checkpoint, {**state, "decided_by": self.decided_by})
+            about = {**self.decided_by, "all settings": asdict(self.cfg), "sessions": self.sessions}
+            write_json(self.folder / "config.json", about)
+            self._is_described = True
+        checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
+        save(checkpoint, {**state, "decided_by": self.decided_by, "sessions": self.sessions}, previous)
+        self.has_checkpoint = True
 
     def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> None:
         save(self.folder / f"{which}_backbone.pth", backbone.state_dict())
         if header is not None:
             save(self.folder / f"{which}_header.pth", header.state_dict())
 
+    def lost(self, which: str, has_header: bool) -> str:
+        """What is wrong with the best or last weights, or nothing."""
+        for part in ("backbone", "header")[: 1 + has_header]:
+            path = self.folder / f"{which}_{part}.pth"
+            if not path.exists():
+                return f"{path} is missing"
+            if reason := broken_seal(path):
+                return f"{path} is damaged ({reason})"
+        return ""
 
-def decided_by(checkpoint: Path) -> dict:
-    """The settings and sources that decided the run of a checkpoint, without reading its weights."""
-    state = load(checkpoint, mapped=True)
-    if not isinstance(state, dict) or "decided_by" not in state:
-        raise InputError(f"{checkpoint} is no checkpoint of a run: move its folder away to train anew.")
-    return state["decided_by"]
+
+def decided_by(folder: Path) -> dict | None:
+    """The settings and sources that decided the run of a folder, or None where it holds no checkpoint.
+
+    Raises InputError where no checkpoint of it can be read.
+    """
+    state, _ = _newest(folder, mapped=True)
+    return state and state["decided_by"]
+
+
+def _newest(folder: Path, mapped: bool = False) -> tuple[dict | None, str]:
+    """The newest checkpoint that is good, None where there is none, and what is wrong with a newer one."""
+    damage = ""
+    for path in (folder / name for name in CHECKPOINTS):
+        if path.exists():
+            try:
+                state = load(path, mapped)
+                if not (isinstance(state, dict) and "decided_by" in state):
+                    raise InputError(f"{path} is no checkpoint of a run")
+            except InputError as error:
+                damage = damage or str(error)
+                continue
+            return state, damage
+    if damage:
+        raise InputError(f"{damage}, and no older one is good: move {folder} away to train anew.")
+    return None, ""
 
 
 def kind_of(folder: Path) -> str:
@@ -122,15 +196,42 @@ def kind_of(folder: Path) -> str:
     return next(part for part in reversed(folder.parts) if part in ("teachers", "adaptors", "students"))
 
 
-def versions() -> dict[str, str]:
+def versions(cfg: Config) -> dict[str, str]:
+    """What the last bits of a run's numbers depend on beside its settings and data."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
+        "opencv": cv2.__version__,
         "cuda": str(torch.version.cuda),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "commit": _commit(),
     }
+
+
+def device_of(cfg: Config) -> torch.device:
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _commit() -> str:
+    """The git commit of this code, with -dirty where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from config.config import Config
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.split import read_quarter, require_split
-from utils.store import ImageStore, Index, map_ahead
+from utils.store import ImageStore, Index
+from utils.threads import map_ahead
 
-AHEAD = 2  # batches gathered ahead of the consumer
+AHEAD = 2  # batches gathered ahead of the consumer by each worker
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
 
 EXTRACT = "extract_all.py"
@@ -59,7 +60,8 @@ class Faces:
     `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
     `inputs` adds the column `embedding` from these teachers, `target` the column of that name from one adaptor.
     With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
-    probability one half. `store` spares reading the index again.
+    probability one half. `pairs` are the verification sets that choose the best epoch (see eval.verification): they
+    are sources of the run. `store` spares reading the index again.
 
     Labels count the identities of the set in order of group and name. Raises InputError for whatever is not there or
     does not belong to this data folder, before an image is decoded where that can be known.
@@ -72,6 +74,7 @@ class Faces:
         inputs: tuple[str, ...] = (),
         target: str = "",
         flip: bool = False,
+        pairs: dict | None = None,
         store: ImageStore | None = None,
     ):
         self.cfg, self.flip = cfg, flip
@@ -81,7 +84,7 @@ class Faces:
             self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
         if target:
             self._require([cfg.adaptor_embeddings(target, view) for view in cfg.target_views], ADAPT[target])
-        self.store = store or ImageStore(cfg)
+        self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
         self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable)
@@ -92,6 +95,7 @@ class Faces:
         self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
         identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
         self.sources = {"images": self.store.digest, "identities": identities}
+        self.sources |= {f"pairs {name}": one.digest for name, one in (pairs or {}).items()}
         self.origins: dict[Path, dict] = {}  # what made each array of embeddings
         if inputs:
             self._add_inputs(inputs)
@@ -157,14 +161,15 @@ class Faces:
             yield rows, flips
 
 
-def in_order(count: int, batch_size: int) -> Iterator[Batch]:
-    """All rows once, in their order, not flipped."""
-    for start in range(0, count, batch_size):
-        yield np.arange(start, min(start + batch_size, count)), None
+def cut(rows: range, batch_size: int) -> list[range]:
+    """Consecutive rows in batches, the last one shorter where it does not divide."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def stream(columns: dict[str, Column], batches: Iterable[Batch], device: torch.device) -> Iterator[dict]:
-    """Gathers the batches ahead of the consumer in one thread and yields each as {column: tensor on the device}."""
+def stream(
+    columns: dict[str, Column], batches: Iterable[Batch], device: torch.device, workers: int = 1
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields each batch as {column: tensor on the device}, gathered ahead of the consumer in so many threads."""
 
     def gather(batch: Batch):
         tensors = {name: column.gather(*batch) for name, column in columns.items()}
@@ -179,9 +184,11 @@ def stream(columns: dict[str, Column], batches: Iterable[Batch], device: torch.d
             batch["image"] = to_network(batch["image"], flips)
         return batch
 
-    with ThreadPoolExecutor(1) as pool:
-        for gathered in map_ahead(pool, gather, batches, AHEAD):
-            yield finish(gathered)
+    if not workers:
+        yield from map(finish, map(gather, batches))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield from map(finish, map_ahead(pool, gather, batches, AHEAD * workers))
 
 
 def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.Tensor:

@@ -19,16 +19,17 @@ from torch import nn
 from tqdm import tqdm
 
 from config.config import Config, Schedule
-from utils.checkpoint import Run, find_weights
-from utils.dataset import STEP, Column, Faces, in_order, stream
+from utils.arrays import Filling
+from utils.checkpoint import Run, device_of, find_weights
+from utils.dataset import STEP, Column, Faces, cut, stream
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import locked, refuse_if_locked, write_text
 
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Named losses of a batch; the parameters are named after the columns that it reads (see utils.dataset)."""
 
-GRADIENT = "gradient"
-"""The name under which the norm of the gradient is kept beside the losses, to notice when it is not finite."""
+GRADIENTS = GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
+"""The names under which the norms of gradients are kept beside the losses, to notice when one is not finite."""
 
 Validate = Callable[[], tuple[dict[str, float], float]]
 """Scores to log, and the one that decides which epoch is best (higher is better)."""
@@ -92,46 +93,45 @@ def fit(
     epoch `validate` scores it; without one the epoch with the lowest training loss is the best. An interrupted run
     continues where it was when it is started again, a finished one is left as it is.
 
-    Raises InputError where `check_run` does, and where a loss or gradient is not finite.
+    Raises InputError where `check_run` does, and where a loss or gradient is not finite: that step is not taken.
     """
-    run = check_run(faces, folder, cfg)
-    state = run.load()
-    if state is None and (given := find_weights(folder, "best") or find_weights(folder, "last")):
-        print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
-        return
+    check_run(faces, folder, cfg)
+    with locked(folder):
+        run = Run(folder, cfg, faces.sources, faces.identities)
+        state = run.load()
+        if state is None and (given := find_weights(folder, "best") or find_weights(folder, "last")):
+            print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
+            return
+        device = device_of(cfg)
+        backbone.to(device, memory_format=torch.channels_last)
+        modules = [backbone] if header is None else [backbone, header.to(device)]
+        parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        sgd = {"momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "fused": True}
+        progress = _Progress(run, backbone, header, torch.optim.SGD(parameters, schedule.base_lr, **sgd), schedule)
+        if state is not None:
+            progress.restore(state)
+        if progress.epoch >= schedule.epochs:
+            print(f"{folder} is already trained; move it away to train anew.")
+            return
+        run.begin(progress.epoch, progress.step)
+        _train(losses, faces, cfg, progress, validate)
 
-    steps = len(faces) // cfg.batch_size
-    device = _device(cfg)
-    backbone.to(device, memory_format=torch.channels_last)
-    modules = [backbone] if header is None else [backbone, header.to(device)]
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, schedule.base_lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    progress = _Progress(run, backbone, header, optimizer)
-    if state is not None:
-        progress.restore(state)
-    if progress.epoch >= schedule.epochs:
-        if find_weights(folder, cfg.weights) is None:
-            raise InputError(
-                f"{folder} is trained but has lost its {cfg.weights}_backbone.pth: move it away to train anew."
-            )
-        print(f"{folder} is already trained; move it away to train anew.")
-        return
-    if progress.epoch or progress.step:
-        print(f"{folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
 
+def _train(losses: Losses, faces: Faces, cfg: Config, progress: "_Progress", validate: Validate | None) -> None:
+    """From where the run stands to its last epoch."""
     columns = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
+    schedule, steps, device = progress.schedule, len(faces) // cfg.batch_size, device_of(cfg)
+    if progress.epoch or progress.step:
+        print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
     with _StopSignals() as stop:
         while progress.epoch < schedule.epochs:
             epoch, first, started = progress.epoch, progress.step, time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(epoch)
-            for module in modules:
-                module.train()
-            batches = stream(columns, faces.batches(epoch, first), device)
+            progress.start_epoch()
+            batches = stream(columns, faces.batches(epoch, first), device, cfg.num_workers)
             with _Bar(f"epoch {epoch + 1}/{schedule.epochs}", steps * cfg.batch_size, first * cfg.batch_size) as bar:
                 for batch in batches:
                     torch.manual_seed(_seed(STEP, cfg.seed, epoch, progress.step))  # margins and dropout
-                    progress.add(_step(losses, batch, backbone, optimizer, cfg.max_grad_norm))
+                    progress.take_step(losses(**batch), cfg.max_grad_norm)
                     bar.update(cfg.batch_size)
                     if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
                         bar.set_postfix_str(_listed(progress.means()), refresh=False)
@@ -139,13 +139,14 @@ def fit(
                         progress.save()
                         stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}")
             trained = time.monotonic()
+            means = progress.means()
             try:
                 with stop.at_once():
-                    scores, value = validate() if validate else ({}, -sum(progress.means().values()))
+                    scores, value = validate() if validate else ({}, -sum(means.values()))
             except Interrupted:
                 progress.save()
                 raise
-            line = progress.finish_epoch(schedule, scores, value)
+            line = progress.finish_epoch(means, scores, value)
             if steps > first:  # an epoch that was stopped while verifying has no steps left to measure
                 seconds = (trained - started) / (steps - first)
                 left = (schedule.epochs - epoch - 1) * (seconds * steps + time.monotonic() - trained)
@@ -154,55 +155,114 @@ def fit(
         stop.leave("stopped after the last epoch")
 
 
-def check_run(faces: Faces, folder: Path, cfg: Config) -> Run:
-    """The run of these settings in `folder`.
+def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
+    """Raises InputError for what can be known before training begins.
 
-    Raises InputError where the folder holds a run of other settings or data, and where there are fewer rows than one
-    batch. A script that trains several networks calls it for all of them before it trains the first.
+    That is a folder that another process works on or that holds a run of other settings or data, and fewer rows than
+    one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
     if len(faces) < cfg.batch_size:
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
-    return Run(folder, cfg, faces.sources, faces.identities)
-
-
-def _step(losses: Losses, batch: dict, backbone: nn.Module, optimizer, max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """One step of the optimizer; gives the named losses, and the norm of the backbone's gradient before clipping."""
-    optimizer.zero_grad()
-    named = losses(**batch)
-    sum(named.values()).backward()
-    norm = nn.utils.clip_grad_norm_(backbone.parameters(), max_grad_norm)
-    optimizer.step()
-    return {**named, GRADIENT: norm}
+    refuse_if_locked(folder)
+    Run(folder, cfg, faces.sources, faces.identities)
 
 
 class _Progress:
-    """Where a run stands: position, summed losses of the epoch, log and best score; saved with the weights."""
+    """A run's networks and optimizer and where it stands: position, summed losses of the epoch, log, best score."""
 
-    def __init__(self, run: Run, backbone: nn.Module, header: nn.Module | None, optimizer: torch.optim.Optimizer):
-        self.run, self.backbone, self.header, self.optimizer = run, backbone, header, optimizer
+    def __init__(
+        self,
+        run: Run,
+        backbone: nn.Module,
+        header: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+    ):
+        self.run, self.backbone, self.header, self.optimizer, self.schedule = run, backbone, header, optimizer, schedule
         self.epoch = self.step = 0
         self.best = -math.inf
-        self.sums: dict[str, torch.Tensor] = {}
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # (names,) float64
         self.log: list[dict] = []
         self.saved_at = time.monotonic()
+        self._watch = _Watch(next(backbone.parameters()).device)
+        optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
 
     def restore(self, state: dict) -> None:
-        device = next(self.backbone.parameters()).device
         try:
             self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
-            self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+            self.names = list(state["sums"])
+            if self.names:
+                self.sums = torch.stack([*state["sums"].values()]).to(self._watch.bad.device)
             self.backbone.load_state_dict(state["backbone"])
             if self.header is not None:
                 self.header.load_state_dict(state["header"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"{self.run.checkpoint} is not of this version ({error}): move {self.run.folder} away to train anew."
+                f"{self.run.folder} holds a checkpoint of another version ({error}): move it away to train anew."
             ) from error
+        if self.log:
+            self._mend()
+
+    def _mend(self) -> None:
+        """Writes lost weights anew where they are those of the checkpoint."""
+        for which in ("last", "best"):
+            lost = self.run.lost(which, self.header is not None)
+            if not lost:
+                continue
+            if self.step == 0 and (which == "last" or self.log[-1]["best"]):
+                self.run.save_weights(which, self.backbone, self.header)
+                print(f"{lost}: written anew from the checkpoint.")
+            elif which == "best" and self.epoch < self.schedule.epochs:
+                self.best = -math.inf
+                print(f"{lost}: the best of the epochs to come takes its place.")
+            elif which == self.run.cfg.weights:
+                raise InputError(f"{lost}: set weights to last, or move {self.run.folder} away to train anew.")
+
+    def start_epoch(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch)
+        self.backbone.train()
+        if self.header is not None:
+            self.header.train()
+        self._watch.start(self.step)
+
+    def take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
+        """One step of the optimizer, which changes nothing if a loss or a gradient is not finite."""
+        self.optimizer.zero_grad()
+        sum(named.values()).backward()
+        values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
+        if self.header is not None:
+            values[HEADER_GRADIENT] = nn.utils.get_total_norm(
+                [parameter.grad for parameter in self.header.parameters() if parameter.grad is not None]
+            )
+        self.names = list(values)
+        seen = torch.stack([value.detach().double() for value in values.values()])
+        self._watch.look(seen)
+        self.optimizer.step()
+        self.sums = seen if self.sums is None else self.sums + seen
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean of each loss over the epoch so far; raises InputError where one, or a gradient, was not finite."""
+        if found := self._watch.found():
+            step, values = found
+            name, value = next((n, v) for n, v in zip(self.names, values, strict=True) if not math.isfinite(v))
+            what = name if name in GRADIENTS else f"loss {name!r}"
+            advice = "lower the learning rate or s"
+            if self.run.has_checkpoint:
+                advice += f" and move {self.run.folder} away, whose last checkpoint is good"
+            raise InputError(
+                f"The {what} is {value} in epoch {self.epoch + 1}, step {step + 1}, which was not taken: {advice}."
+            )
+        sums = [] if self.sums is None else self.sums.tolist()
+        return {n: total / self.step for n, total in zip(self.names, sums, strict=True) if n not in GRADIENTS}
 
     def save(self) -> None:
-        self.means()  # a checkpoint with numbers that are not finite would be no good
-        state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log, "sums": self.sums}
+        self.means()  # a checkpoint of a run that has gone wrong would be no good
+        state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log}
+        state["sums"] = dict(zip(self.names, [] if self.sums is None else self.sums.cpu(), strict=True))
         state["backbone"] = self.backbone.state_dict()
         state["header"] = self.header.state_dict() if self.header is not None else {}
         self.run.save({**state, "optimizer": self.optimizer.state_dict()})
@@ -211,40 +271,46 @@ class _Progress:
     def due(self, minutes: float) -> bool:
         return time.monotonic() - self.saved_at > 60 * minutes
 
-    def add(self, named: dict[str, torch.Tensor]) -> None:
-        for name, value in named.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-        self.step += 1
-
-    def means(self) -> dict[str, float]:
-        """Mean of each loss over the epoch so far; raises InputError where one, or the gradient, is not finite."""
-        means = {name: total.item() / self.step for name, total in self.sums.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                what = "gradient" if name == GRADIENT else f"loss {name!r}"
-                advice = "lower the learning rate or s"
-                if self.run.checkpoint.exists():
-                    advice += f" and move {self.run.folder} away, whose last checkpoint is good"
-                raise InputError(f"The {what} is {mean} in epoch {self.epoch + 1}, by step {self.step}: {advice}.")
-        return {name: mean for name, mean in means.items() if name != GRADIENT}
-
-    def finish_epoch(self, schedule: Schedule, scores: dict, value: float) -> str:
+    def finish_epoch(self, means: dict[str, float], scores: dict[str, float], value: float) -> str:
         """Logs the epoch and writes its files; gives the line that says how it went."""
-        if not self.run.checkpoint.exists():
+        if not self.run.has_checkpoint:
             self.save()  # weights without a checkpoint are a finished model that was put there
-        is_best, means = value > self.best, self.means()
-        entry = {"epoch": self.epoch + 1, "lr": schedule.lr(self.epoch), "loss": means, "scores": scores}
+        is_best = value > self.best
+        entry = {"epoch": self.epoch + 1, "lr": self.schedule.lr(self.epoch), "loss": means, "scores": scores}
         self.log.append({**entry, "best": is_best})
         self.best = max(self.best, value)
-        line = f"epoch {self.epoch + 1}/{schedule.epochs}  {_listed(means)}  {_listed(scores)}"
         if is_best:
             self.run.save_weights("best", self.backbone, self.header)
         self.run.save_weights("last", self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
         write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.step, self.names, self.sums = self.epoch + 1, 0, [], None
         self.save()
+        line = f"epoch {self.epoch}/{self.schedule.epochs}  {_listed(means)}  {_listed(scores)}"
         return f"{line} (best so far)" if is_best else line
+
+
+class _Watch:
+    """Notices on the device when a number is not finite; the host asks now and then."""
+
+    def __init__(self, device: torch.device):
+        self.bad = torch.zeros((), device=device)  # 1 from the first step on that was not to be taken
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Counts steps from this one on."""
+        self._steps = torch.full((), step, device=self.bad.device)
+        self._values: torch.Tensor | None = None
+
+    def look(self, values: torch.Tensor) -> None:
+        """Losses and norms of gradients of the step that is about to be taken."""
+        self._values = values if self._values is None else torch.where(self.bad > 0, self._values, values)
+        self.bad.copy_(torch.maximum(self.bad, 1 - values.isfinite().all().float()))
+        self._steps += self.bad == 0
+
+    def found(self) -> tuple[int, list[float]] | None:
+        """How many steps of the epoch came before the first bad one, and the numbers of that one."""
+        return (int(self._steps), self._values.tolist()) if self.bad.item() else None
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -257,26 +323,32 @@ def infer(
     columns: dict[str, Column],
     cfg: Config,
     title: str,
-    out: np.ndarray | None = None,
+    filling: Filling | None = None,
 ) -> np.ndarray:
-    """`function` of all rows in order, with `network` in eval mode: array (N, ...) float32, in `out` if given.
+    """`function` of all rows in order, with `network` in eval mode: array (N, ...) float32.
 
-    Like the losses of `fit`, `function` names the columns that it reads by its parameters.
+    With `filling` only of the rows that are missing in it, written to its array. Like the losses of `fit`, `function`
+    names the columns that it reads by its parameters.
     """
-    device = _device(cfg)
+    device = device_of(cfg)
     read = {name: columns[name] for name in inspect.signature(function).parameters}
     count = len(next(iter(read.values())).arrays[0])
+    parts = [filling.rows(block) for block in filling.missing] if filling else [range(count)]
+    batches = [rows for part in parts for rows in cut(part, cfg.infer_batch_size)]
+    out = filling.array if filling else None
+    ends = {filling.rows(block).stop: block for block in filling.missing} if filling else {}
     was_training = network.training
     network.to(device).eval()
     try:
-        with _Bar(title, count) as bar:
-            done = 0
-            for batch in stream(read, in_order(count, cfg.infer_batch_size), device):
+        with _Bar(title, count, count - sum(map(len, parts))) as bar:
+            ahead = stream(read, ((np.asarray(rows), None) for rows in batches), device, cfg.num_workers)
+            for rows, batch in zip(batches, ahead, strict=True):
                 result = function(**batch).float().cpu().numpy()
                 if out is None:
                     out = np.empty((count, *result.shape[1:]), np.float32)
-                out[done : done + len(result)] = result
-                done += len(result)
+                out[rows.start : rows.stop] = result
+                if rows.stop in ends:
+                    filling.finish(ends[rows.stop], filling.digest(ends[rows.stop]))
                 bar.update(len(result))
     finally:
         network.train(was_training)
@@ -295,7 +367,7 @@ class Interrupted(BaseException):
 
 
 def _interrupt(number: int, _) -> None:
-    raise Interrupted("interrupted, nothing is half-written", number)
+    raise Interrupted("interrupted, what was finished is kept", number)
 
 
 class _StopSignals:
@@ -356,10 +428,6 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks than this are mapped apart
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the top that is kept
-
-
-def _device(cfg: Config) -> torch.device:
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _seed(*words: int) -> int:

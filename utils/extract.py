@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from backbones import load_weights
 from config.config import Config
+from utils.arrays import Filling, is_current
 from utils.checkpoint import need_weights
 from utils.dataset import Column, Faces
-from utils.embeddings import is_current, new_embeddings, origin
+from utils.embeddings import origin
 from utils.engine import infer
+from utils.files import locked
+
+BLOCK = 4096  # embeddings that are checked together, at least
 
 
 def embed_all(
@@ -23,13 +28,18 @@ def embed_all(
     made_from: dict,
     cfg: Config,
 ) -> None:
-    """Writes `function` of all rows, (N, D), to `path`, unless it is there already and was made from the same."""
+    """Writes `function` of all rows, (N, D), to `path`, unless it is there already and was made from the same.
+
+    Goes on where an earlier attempt at the same stopped. Raises InputError where another process writes it.
+    """
     shape = (len(columns["image"].arrays[0]), cfg.embedding_size)
-    if is_current(path, shape, made_from):
-        print(f"{path} is up to date.")
-        return
-    with new_embeddings(path, shape, made_from) as out:
-        infer(function, network, columns, cfg, f"embed {path.stem}", out)
+    with locked(path):
+        if is_current(path, shape, np.float32, made_from):
+            print(f"{path} is up to date.")
+            return
+        block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
+        with Filling(path, shape, np.float32, made_from, block_rows) as filling:
+            infer(function, network, columns, cfg, f"embed {path.stem}", filling)
     print(f"{path}: {shape[0]:,} embeddings.")
 
 

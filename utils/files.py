@@ -1,15 +1,20 @@
-"""Files that are either whole or not there: written beside the target, flushed to disk, then renamed."""
+"""Files that are either whole or not there, with a checksum where it matters, and locks on what is being written.
+
+A file is written beside its target, flushed to disk, then renamed. A sealed one carries the SHA-256 of its content: a
+zip archive (.pth) as its comment, which readers of zip files pass over, a JSON object as its entry "sha256".
+"""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from utils.errors import InputError
 
@@ -64,27 +69,124 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def keep_as(path: Path, kept: Path) -> None:
+    """Gives a file a second name, under which its content stays when the first comes to name another."""
+    link = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
+    remove_leftovers(kept)
+    try:
+        os.link(path, link)
+        os.replace(link, kept)
+    except OSError:  # a file system without hard links
+        os.replace(path, kept)
+    finally:
+        link.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
+
+
+# Locks ----------------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process: another one waits until the block ends. A lock dies with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder} is in use by another process: waiting for it.", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds a file or folder for this process while the block runs. A lock dies with its process.
+
+    Another process waits for it, or without `wait` is refused: an InputError names the process that holds it.
+    """
+    if fcntl is None:
         yield
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _held(lock, path, wait):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # whoever waits for it sees that it is gone and makes another
 
 
-def new_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """A mapped .npy file whose place on the disk is taken at once: writing into a map that finds no place is fatal."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+def refuse_if_locked(path: Path) -> None:
+    """Raises InputError where another process holds the file or folder."""
+    if path.with_name(f"{path.name}.lock").exists():
+        with locked(path):
+            pass
+
+
+def _held(lock: Path, path: Path, wait: bool) -> IO:
+    """The open lock file, which this process holds until it is closed."""
+    while True:
+        file = open(lock, "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                file.close()
+                raise InputError(f"{path} is in use by {holder}: wait for it, or stop it.") from None
+            print(f"{path} is in use by {holder}: waiting for it.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            print(f"{path} lies on a file system without locks: start no second process on it.", flush=True)
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                return file
+        file.close()  # the one that held it has removed it
+
+
+# Seals ----------------------------------------------------------------------------------------------------------------
+
+MARK = b"sha256="
+SEAL = len(MARK) + 64  # bytes
+
+
+def seal(path: Path) -> None:
+    """Ends a zip archive with a comment that holds the SHA-256 of all bytes before it."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", SEAL))  # the length of the comment is the archive's last field
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(MARK + digest.encode())
+
+
+def broken_seal(path: Path) -> str:
+    """What is wrong with a sealed archive, or nothing."""
+    digest, left = hashlib.sha256(), path.stat().st_size - SEAL
+    if left < 0:
+        return "it ends too early"
+    with open(path, "rb") as file:
+        while chunk := file.read(min(left, 1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
+        end = file.read()
+    if not end.startswith(MARK):
+        return "it has no SHA-256 at its end"
+    return "" if end == MARK + digest.hexdigest().encode() else "its SHA-256 is another"
+
+
+def _json_digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed_json(path: Path, value: dict) -> None:
+    write_json(path, {**value, "sha256": _json_digest(value)})
+
+
+def read_sealed_json(path: Path) -> dict:
+    """Raises InputError where the file is damaged."""
+    value = read_json(path)
+    if value.pop("sha256", None) != _json_digest(value):
+        raise InputError(f"{path} is damaged (its SHA-256 is another): delete it to have it made again.")
+    return value
+
+
+# Text and JSON --------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,9 +5,7 @@ import hashlib
 import os
 import shutil
 import sys
-import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
+from utils.arrays import Filling, about, is_current, read
 from utils.errors import InputError
-from utils.files import locked, new_array, remove_leftovers, replaced, write_text
+from utils.files import locked, write_text
+from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 MAX_BAD_SHARE = 0.001
+BLOCK = 256  # images that are decoded and checked together: the digest of a data folder depends on it
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Index:
     paths: tuple[str, ...]  # "<group>/<identity>/<image>", sorted within an identity
     identity: np.ndarray  # (N,) int64: which identity an image shows
     stamps: np.ndarray  # (N, 2) int64: size in bytes and time of change in nanoseconds
+
+    @property
+    def digest(self) -> str:
+        """Of names, sizes and times of change of all files."""
+        names = b"\0".join(map(os.fsencode, self.paths))
+        return hashlib.sha256(names + self.stamps.astype("<i8").tobytes()).hexdigest()
 
     def identities_of(self, group: str) -> list[str]:
         return [name for name in self.identities if name.startswith(f"{group}/")]
@@ -120,9 +127,10 @@ def decode(content: bytes) -> np.ndarray:
 class ImageStore:
     """Index and decoded images of a data folder, made once and used by every stage.
 
-    The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order and `index.npz`. It is trusted
-    as long as names, sizes and times of change of all files are those of the data folder, and else made anew. Images
-    that cannot be used are refused, or with `cfg.skip_bad_images` keep an empty row that is in no training set.
+    The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order. It is trusted as long as names,
+    sizes and times of change of all files are those of the data folder, and else made anew; with `checked` its content
+    is compared with what was written, and decoded again where it is another. Images that cannot be used are refused, or
+    with `cfg.skip_bad_images` keep an empty row that is in no training set.
     """
 
     index: Index
@@ -130,75 +138,60 @@ class ImageStore:
     usable: np.ndarray  # (N,) bool
     digest: str  # of the paths and contents of all files, in order
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, checked: bool = True):
         data, folder = Path(cfg.data), cfg.cache_dir
         self.index = scan(data, cfg.ethnicities)
-        with locked(folder):  # teachers may be trained side by side, each in its own process
-            self.digest, bad = _load_store(folder, self.index) or _make_store(folder, self.index, data)
-            self.images = np.load(folder / "images.npy", mmap_mode="r")
+        path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
+        made_from = {"files": self.index.digest}
+        if not is_current(path, *form, made_from, checked):
+            with locked(path, wait=True):  # teachers may be trained side by side, each in its own process
+                if not is_current(path, *form, made_from, checked):
+                    _remove_stale(path, made_from)
+                    _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK))
+        self.images = read(path, *form, checked=False)
+        blocks = about(path)["blocks"]
+        self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
+        bad = {row: reason for block in blocks for row, reason in block["bad"]}
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
 
 
-def _load_store(folder: Path, index: Index) -> tuple[str, dict[int, str]] | None:
-    """Digest and unusable images (row -> reason) of the store in `folder`, or None where it is not that of `index`."""
-    try:
-        shape = np.load(folder / "images.npy", mmap_mode="r").shape
-        with open(folder / "index.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
-            same = (
-                shape == (len(index.paths), SIZE, SIZE, 3)
-                and np.array_equal(stored["paths"], _pack(index.paths))
-                and np.array_equal(stored["stamps"], index.stamps)
-            )
-            bad = zip(stored["bad_rows"].tolist(), _unpack(stored["bad_reasons"]), strict=False)
-            return (str(stored["digest"]), dict(bad)) if same else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def _remove_stale(path: Path, made_from: dict) -> None:
+    """Images of other files make room for those of these."""
+    found = about(path)
+    if found and found["made from"] != made_from:
+        path.unlink()
 
 
-def _make_store(folder: Path, index: Index, data: Path) -> tuple[str, dict[int, str]]:
+def _decode_all(index: Index, data: Path, filling: Filling) -> None:
+    """Decodes the images of all blocks that are missing."""
+    folder = filling.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
     count = len(index.paths)
-    for stale in ("index.npz", "images.npy"):  # before the space on the disk is measured
-        (folder / stale).unlink(missing_ok=True)
-    remove_leftovers(folder / "images.npy")
     needed, free = count * SIZE * SIZE * 3, shutil.disk_usage(folder).free
-    print(f"Decoding {count:,} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
-    if needed > free:
+    there = sum(path.stat().st_size for path in folder.glob("images.npy*"))
+    if needed > free + there:
         raise InputError(f"{folder} has only {_size(free)} free of {_size(needed)}: set cache to a larger disk.")
 
-    with replaced(folder / "images.npy") as partial:
-        images = new_array(partial, (count, SIZE, SIZE, 3), np.uint8)
-        with _chatter_silenced(), ThreadPoolExecutor() as pool:
-            results = map_ahead(
-                pool, lambda row: _decode_file(data / index.paths[row], images[row]), range(count), 1024
-            )
-            digests = list(tqdm(results, "decode", count, unit=" images", disable=None, smoothing=0))
-        images.flush()
+    def decode_block(block: int) -> tuple[str, str, list[tuple[int, str]]]:
+        """SHA-256 of the rows and of the files that they come from, and what cannot be used of them."""
+        content, bad = hashlib.sha256(), []
+        for row in filling.rows(block):
+            digest, reason = _decode_file(data / index.paths[row], filling.array[row])
+            content.update(os.fsencode(index.paths[row]) + b"\0" + digest)
+            bad += [(row, reason)] if reason else []
+        return filling.digest(block), content.hexdigest(), bad
 
-    content = hashlib.sha256()
-    for path, (digest, _) in zip(index.paths, digests, strict=True):
-        content.update(os.fsencode(path) + b"\0" + digest)
-    bad = {row: reason for row, (_, reason) in enumerate(digests) if reason}
-    with replaced(folder / "index.npz") as partial, open(partial, "wb") as file:
-        np.savez(
-            file,
-            paths=_pack(index.paths),
-            stamps=index.stamps,
-            bad_rows=np.array(list(bad), np.int64),
-            bad_reasons=_pack(bad.values()),
-            digest=content.hexdigest(),
-        )
-    return content.hexdigest(), bad
-
-
-def _pack(texts: Iterable[str]) -> np.ndarray:
-    """Any number of names as one array of bytes; names of files need not be text."""
-    return np.frombuffer(b"\0".join(map(os.fsencode, texts)), np.uint8)
-
-
-def _unpack(packed: np.ndarray) -> list[str]:
-    return [os.fsdecode(text) for text in packed.tobytes().split(b"\0")]
+    with filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
+        left = sum(len(filling.rows(block)) for block in filling.missing)
+        which = f"{left:,}" if left == count else f"{left:,} of {count:,}"
+        print(f"Decoding {which} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
+        with tqdm(desc="decode", total=count, initial=count - left, unit=" images", disable=None) as bar:
+            results = map_ahead(pool, decode_block, filling.missing, 2 * (os.cpu_count() or 1))
+            for block, (digest, content, bad) in zip(filling.missing, results, strict=True):
+                filling.finish(block, digest, content=content, bad=bad)
+                bar.update(len(filling.rows(block)))
 
 
 def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool) -> None:
@@ -221,22 +214,10 @@ def _decode_file(path: Path, out: np.ndarray) -> tuple[bytes, str]:
     try:
         content = path.read_bytes()
         out[:] = decode(content)
-    except OSError as error:
-        return b"", f"{path} cannot be read ({error.strerror})"
-    except ValueError as error:
-        return b"", f"{path} {error}"
+    except (OSError, ValueError) as error:
+        out[:] = 0
+        return b"", f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else f"{path} {error}"
     return hashlib.sha256(content).digest()[:16], ""
-
-
-def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """`pool.map` that runs no more than `ahead` results ahead of the consumer."""
-    pending: deque = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,211 @@
+"""Arrays (N, ...) on disk that are filled block by block, go on where they were interrupted, and are checked when read.
+
+Beside `<name>.npy` lies `<name>.json`: what the array was made from, and the SHA-256 of every block of rows. While it
+is filled the two are called `<name>.npy.partial` and `<name>.json.partial`. Blocks that were finished before a kill are
+kept where their SHA-256 still holds, so that it does not matter what of them had reached the disk.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.errors import InputError
+from utils.files import read_sealed_json, write_sealed_json
+from utils.threads import map_ahead
+
+NOTED_EVERY = 5.0  # seconds: a kill loses the blocks of no more than this
+
+
+class Filling:
+    """Context in which an array is filled; it takes its place when the context ends without an exception.
+
+    Blocks of `block_rows` rows (the last one shorter) are written to `array` and then reported by `finish`; `missing`
+    are those that an earlier attempt with the same `made_from` has not finished. An array that has been damaged is
+    filled again where it is damaged. Only one process may fill an array at a time: see `utils.files.locked`.
+
+    Raises InputError where there is no room for it.
+    """
+
+    array: np.ndarray  # (N, ...), mapped
+    missing: list[int]  # numbers of blocks
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, block_rows: int):
+        self.path, self._partial, self._notes = path, _partial(path), _partial(sidecar(path))
+        self._shape, self._dtype = shape, np.dtype(dtype)
+        self._about = {"made from": made_from, "shape": [*shape], "dtype": self._dtype.name, "block rows": block_rows}
+        self._count = -(-shape[0] // block_rows)
+
+    def __enter__(self) -> "Filling":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            notes = self._earlier_notes()
+            if notes and not self._partial.exists() and self.path.exists():
+                os.replace(self.path, self._partial)  # it was damaged, or a kill came before its sidecar
+            try:
+                self.array = _mapped(self._partial, "r+", self._shape, self._dtype)
+            except ValueError:
+                notes, self.array = {}, np.lib.format.open_memmap(self._partial, "w+", self._dtype, self._shape)
+            _take_room(self._partial)
+        except OSError as error:
+            self._partial.unlink(missing_ok=True)
+            raise _not_written(self.path, error) from error
+        good = _check(self.path, self.array, self._about["block rows"], notes)
+        self._blocks = {block: note for block, note in notes.items() if block in good}
+        self.missing = [block for block in range(self._count) if block not in good]
+        self._noted_at = time.monotonic()
+        return self
+
+    def rows(self, block: int) -> range:
+        return _rows(block, self._about["block rows"], self._shape[0])
+
+    def digest(self, block: int) -> str:
+        """The SHA-256 of a block as it has been written; may be called in any thread."""
+        return _digest(self.array, self.rows(block))
+
+    def finish(self, block: int, digest: str, **more) -> None:
+        """Keeps a block that has been written, with its digest and whatever else is to be remembered of it."""
+        self._blocks[block] = {"sha256": digest, **more}
+        if time.monotonic() - self._noted_at > NOTED_EVERY:
+            self._note(self._notes)
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            with contextlib.suppress(InputError):  # what ended the block is what the user must hear of
+                self._note(self._notes)
+            return
+        self._note(self._notes)
+        try:
+            self.array.flush()
+            with open(self._partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self._partial, self.path)
+        except OSError as error:
+            raise _not_written(self.path, error) from error
+        self._note(sidecar(self.path))
+        self._notes.unlink(missing_ok=True)
+
+    def _earlier_notes(self) -> dict[int, dict]:
+        """The finished blocks of an earlier attempt at this array, or of the array itself."""
+        for path in (self._notes, sidecar(self.path)):
+            with contextlib.suppress(InputError):
+                found = read_sealed_json(path)
+                if all(found.get(name) == value for name, value in self._about.items()):
+                    return {block: note for block, note in enumerate(found["blocks"]) if note}
+        return {}
+
+    def _note(self, path: Path) -> None:
+        write_sealed_json(path, {**self._about, "blocks": [self._blocks.get(block) for block in range(self._count)]})
+        self._noted_at = time.monotonic()
+
+
+def write(path: Path, values: np.ndarray, made_from: dict, block_rows: int = 1 << 20) -> None:
+    """Writes an array that is there already."""
+    with Filling(path, values.shape, values.dtype, made_from, block_rows) as filling:
+        filling.array[:] = values
+        for block in filling.missing:
+            filling.finish(block, filling.digest(block))
+
+
+def about(path: Path) -> dict | None:
+    """The sidecar of an array: "made from", and what was kept with each of its "blocks".
+
+    None where the array is not there or not whole. Reads no row.
+    """
+    with contextlib.suppress(InputError):
+        if path.exists():
+            return read_sealed_json(sidecar(path))
+    return None
+
+
+def read(path: Path, shape: tuple[int, ...], dtype: type, checked: bool = True) -> np.ndarray:
+    """The mapped array, read-only.
+
+    Raises InputError where it is not of this shape and type or, if it is to be `checked`, not what was written.
+    """
+    notes = read_sealed_json(sidecar(path))
+    try:
+        array = _mapped(path, "r", shape, np.dtype(dtype))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}).") from error
+    if checked:
+        size, blocks = notes["block rows"], dict(enumerate(notes["blocks"]))
+        if bad := sorted(blocks.keys() - _check(path, array, size, blocks)):
+            raise InputError(f"{path} is damaged (from row {bad[0] * size} on its SHA-256 is another).")
+    return array
+
+
+def is_current(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, checked: bool = True) -> bool:
+    """Whether the array is there, made from exactly this, and whole as `read` sees it."""
+    found = about(path)
+    if found is None or found["made from"] != made_from:
+        return False
+    try:
+        read(path, shape, dtype, checked)
+    except InputError:
+        return False
+    return True
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _rows(block: int, block_rows: int, count: int) -> range:
+    return range(block * block_rows, min((block + 1) * block_rows, count))
+
+
+def _mapped(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Raises ValueError where the file does not hold exactly such an array."""
+    try:
+        array = np.lib.format.open_memmap(path, mode)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected {dtype} of {shape}")
+    return array
+
+
+def _take_room(path: Path) -> None:
+    """Takes a file's place on the disk at once: writing into a map that finds no place is fatal."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} could not be written ({error.strerror or error}).")
+
+
+def _check(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict]) -> set[int]:
+    """The noted blocks whose SHA-256 holds."""
+
+    def holds(block: int) -> bool:
+        return _digest(array, _rows(block, block_rows, len(array))) == notes[block]["sha256"]
+
+    good = set()
+    bar = tqdm(desc=f"check {path}", total=len(notes), unit=" blocks", leave=False, disable=None, delay=1)
+    with bar, ThreadPoolExecutor() as pool:
+        for block, held in zip(notes, map_ahead(pool, holds, notes, 64), strict=True):
+            if held:
+                good.add(block)
+            bar.update()
+    return good
+
+
+def _digest(array: np.ndarray, rows: range) -> str:
+    digest = hashlib.sha256()
+    if rows.start == 0:  # the first block answers for the header too
+        with open(array.filename, "rb") as file:
+            digest.update(file.read(array.offset))
+    digest.update(array[rows.start : rows.stop])
+    return digest.hexdigest()
