@@ -1,14 +1,18 @@
-# make demo: every stage on generated faces.  make test: the whole suite.  Both install what they need into .venv.
+# make demo: every stage on generated faces.  make test: the whole suite.  make soak: long trials of reliability.
+# Each installs what it needs into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 demo: .venv/installed
 	$(BIN)/python demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+soak: .venv/installed
+	$(BIN)/python -m tests.soak
 
 lint: .venv/installed
 	$(BIN)/ruff check .

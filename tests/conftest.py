@@ -38,8 +38,7 @@ def write_pairs(path: Path, pairs: int = 20, seed: int = 0) -> None:
     path.write_bytes(pickle.dumps((faces, [k % 2 == 0 for k in range(pairs)]), protocol=2))
 
 
-@pytest.fixture
-def cfg(tmp_path) -> Config:
+def small_config(tmp_path: Path) -> Config:
     """Two groups of 3 and 2 identities with 4 images each, one bin file each, and settings for a fast CPU run."""
     names = {"A": {"a1": 4, "a2": 4, "a3": 4}, "B": {"b1": 4, "b2": 4}}
     write_images(tmp_path / "data", names)
@@ -60,3 +59,8 @@ def cfg(tmp_path) -> Config:
         num_epoch_fc=2,
         device="cpu",
     )
+
+
+@pytest.fixture
+def cfg(tmp_path) -> Config:
+    return small_config(tmp_path)

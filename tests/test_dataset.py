@@ -8,25 +8,11 @@ import pytest
 import torch
 
 from tests.conftest import encode, noise
-from utils import arrays
+from tests.runs import write_embeddings, write_targets
 from utils.checkpoint import save
 from utils.dataset import Column, Faces, cut, stream, to_network
-from utils.embeddings import origin
 from utils.errors import InputError
 from utils.split import write_split
-from utils.store import ImageStore
-
-
-def write_embeddings(cfg, teacher, flipped=False, images=None):
-    """Random embeddings of all images, as the teacher's weights in its run folder would give."""
-    weights = cfg.teacher_dir(teacher) / "best_backbone.pth"
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    if not weights.exists():
-        save(weights, {"name": torch.tensor(list(teacher.encode()))})
-    made_from = origin(images or ImageStore(cfg).digest, weights, flipped)
-    values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
-    arrays.write(cfg.teacher_embeddings(teacher, flipped), values, made_from)
-    return values
 
 
 def test_labels_count_the_identities_of_the_set(cfg):
@@ -165,15 +151,6 @@ def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(InputError, match=r"B.npy is damaged \(.*\). Run again: python extract_all.py"):
         Faces(cfg, inputs=cfg.teachers)
-
-
-def write_targets(cfg, inputs):
-    """SL's embeddings as made from these teachers."""
-    folder = cfg.adaptor_dir("SL")
-    folder.mkdir(parents=True)
-    save(folder / "best_backbone.pth", {"fc.bias": torch.zeros(1)})
-    made_from = origin(ImageStore(cfg).digest, folder / "best_backbone.pth", False, inputs)
-    arrays.write(cfg.adaptor_embeddings("SL"), np.ones((20, 16), np.float32), made_from)
 
 
 def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,58 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.checkpoint import save
+from tests.runs import Linear, checkpoint, difference, train
+from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
 from utils.engine import Interrupted, _seed, _Watch, fit, infer, run, setup
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 
-FEATURES = 3 * 112 * 112
 
-
-class Linear(torch.nn.Module):
-    """A network with dropout: what depends on random numbers shows."""
-
-    def __init__(self, size: int = 16):
-        super().__init__()
-        self.fc = torch.nn.Linear(FEATURES, size)
-        self.dropout = torch.nn.Dropout(0.3)
-
-    def forward(self, image):
-        return self.dropout(self.fc(image.flatten(1) / 100))
-
-
-def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
-    """Fits a small network in the run folder `name`; calls `before_step` with the step's number in this process."""
-    setup(cfg)
-    faces = Faces(cfg, flip=flip)
-    network, header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
-    calls = []
-
-    def losses(image, label):
-        calls.append(label)
-        if before_step:
-            before_step(len(calls))
-        return {"margin": F.cross_entropy(header(network(image), label), label)}
-
-    schedule = replace(cfg, num_epoch=epochs).schedule
-    fit(losses, faces, cfg.teacher_dir(name), cfg, network, header, schedule=schedule, validate=validate)
-    return network, header
-
-
-def checkpoint(cfg, name="T"):
-    return torch.load(cfg.teacher_dir(name) / "checkpoint.pth", weights_only=True)
-
-
-def assert_equal_runs(one, other):
-    """Weights, optimizer, position and log are equal to the last bit."""
-    for part in ("backbone", "header"):
-        assert one[part].keys() == other[part].keys()
-        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
-    for index, state in one["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][index]["momentum_buffer"])
-    assert (one["epoch"], one["step"], one["best"]) == (other["epoch"], other["step"], other["best"])
-    assert one["log"] == other["log"]
+def assert_equal_runs(cfg, other, name="T"):
+    assert difference(cfg.teacher_dir(name), other.teacher_dir(name)) == ""
 
 
 def test_equals_a_plain_loop(cfg):
@@ -104,7 +63,7 @@ def test_a_repeated_run_gives_equal_weights_and_another_seed_others(cfg):
     train(cfg)
     again = replace(cfg, output=cfg.output + "2")
     train(again)
-    assert_equal_runs(checkpoint(cfg), checkpoint(again))
+    assert_equal_runs(cfg, again)
     other = replace(cfg, output=cfg.output + "3", seed=1)
     train(other)
     assert not torch.equal(checkpoint(cfg)["header"]["kernel"], checkpoint(other)["header"]["kernel"])
@@ -126,7 +85,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
     assert error.value.signal == number
     assert checkpoint(stopped)["step"] == (step % 5 or 5)
     train(stopped)
-    assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+    assert_equal_runs(cfg, stopped)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -167,7 +126,7 @@ def test_a_crash_continues_from_the_last_checkpoint(cfg):
     with pytest.raises(RuntimeError, match="power loss"):
         train(crashed, before_step=crash)
     train(crashed)
-    assert_equal_runs(checkpoint(cfg), checkpoint(crashed))
+    assert_equal_runs(cfg, crashed)
 
 
 def test_checkpoints_are_written_inside_an_epoch_when_it_is_time(cfg):
@@ -304,7 +263,7 @@ def test_a_kill_between_the_first_weights_and_their_checkpoint_loses_nothing(cfg
         patch.setattr("utils.checkpoint.Run.save_weights", kill)
         train(killed)
     train(killed)
-    assert_equal_runs(checkpoint(cfg), checkpoint(killed))
+    assert_equal_runs(cfg, killed)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(cfg, capsys):
@@ -335,7 +294,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(cfg, capsys):
         assert ("going on from previous_checkpoint.pth" in out) == bool(reason)
         assert reason in out
         assert "continuing in epoch 2 after step 1 of 5" in out
-        assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+        assert_equal_runs(cfg, stopped)
 
 
 def test_with_both_checkpoints_damaged_nothing_is_trained(cfg):
@@ -365,6 +324,66 @@ def test_a_finished_run_without_its_best_weights_is_refused(cfg):
     with pytest.raises(InputError, match="best_backbone.pth is missing: set weights to last, or move"):
         train(cfg)
     train(replace(cfg, weights="last"))
+
+
+def test_weights_that_were_lost_are_written_anew_where_they_can_be(cfg, capsys):
+    scores = [60.0, 70.0, 65.0]
+    values = list(scores)
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    folder = cfg.teacher_dir("T")
+    whole = torch.load(folder / "last_header.pth", weights_only=True)
+    (folder / "last_header.pth").write_bytes(b"x" * 100)
+    train(cfg)
+    assert "last_header.pth is damaged (it has no SHA-256 at its end): written anew" in capsys.readouterr().out
+    assert torch.equal(torch.load(folder / "last_header.pth", weights_only=True)["kernel"], whole["kernel"])
+
+    def power_loss():
+        if not values:
+            raise RuntimeError("power loss")
+        return {}, values.pop(0)
+
+    stopped, values = replace(cfg, output=cfg.output + "2"), scores[:2]
+    with pytest.raises(RuntimeError, match="power loss"):  # while the third epoch is verified
+        train(stopped, validate=power_loss)
+    lost = stopped.teacher_dir("T") / "best_backbone.pth"
+    whole = lost.read_bytes()
+    lost.unlink()
+    values = scores[2:]
+    train(stopped, validate=power_loss)
+    assert "best_backbone.pth is missing: written anew from the checkpoint" in capsys.readouterr().out
+    assert lost.read_bytes() == whole  # of the second epoch, where the checkpoint was
+
+    again, values = replace(cfg, output=cfg.output + "3"), [70.0, 60.0]
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(again, validate=power_loss)
+    (again.teacher_dir("T") / "best_backbone.pth").unlink()
+    values = [65.0]
+    train(again, validate=power_loss)
+    assert "best_backbone.pth is missing: the best of the epochs to come takes its place" in capsys.readouterr().out
+    assert [line["best"] for line in checkpoint(again)["log"]] == [True, False, True]
+
+
+def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, capsys):
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(cfg, before_step=crash)
+    plain = versions(cfg)
+    monkeypatch.setattr("utils.checkpoint.versions", lambda _: {**plain, "torch": "9.9"})
+    train(cfg)
+    assert (
+        f"goes on under other conditions, last bits may differ: torch {plain['torch']} -> 9.9."
+        in capsys.readouterr().out
+    )
+    about = json.loads((cfg.teacher_dir("T") / "config.json").read_text())
+    first, second = about["sessions"]
+    assert (first["epochs done"], first["steps done"]) == (0, 0)
+    assert (second["epochs done"], second["steps done"], second["versions"]["torch"]) == (1, 0, "9.9")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", first["versions"]["commit"])
+    assert about["all settings"]["loss_lambda"] == cfg.loss_lambda
+    assert set(about["sources"]) == {"images", "identities"}
 
 
 def test_a_disk_that_is_full_is_reported_and_the_old_checkpoint_kept(cfg):
@@ -414,7 +433,7 @@ def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
     with pytest.raises(Interrupted):
         train_small(stopped, stop_at=7)
     train_small(stopped)
-    assert_equal_runs(checkpoint(cfg), checkpoint(stopped))
+    assert_equal_runs(cfg, stopped)
     assert checkpoint(cfg)["header"]["t"] != 0
 
 

@@ -7,6 +7,7 @@ kept where their SHA-256 still holds, so that it does not matter what of them ha
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,9 +167,11 @@ def _rows(block: int, block_rows: int, count: int) -> range:
 
 def _mapped(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Raises ValueError where the file does not hold exactly such an array."""
+    if path.exists() and path.stat().st_size <= math.prod(shape) * dtype.itemsize:
+        raise ValueError("it ends too early")
     try:
         array = np.lib.format.open_memmap(path, mode)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python: a damaged one can raise nearly anything
         raise ValueError(getattr(error, "strerror", None) or str(error)) from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected {dtype} of {shape}")

@@ -40,9 +40,10 @@ def save(path: Path, value: Any, previous: Path | None = None) -> None:
     """Writes and seals a file; the one that it replaces is kept as `previous`."""
     with replaced(path) as partial:
         try:
-            torch.save(value, partial)
-        except RuntimeError as error:  # how PyTorch reports a disk that is full
-            raise OSError(str(error).strip().split("\n")[0]) from error
+            with open(partial, "wb") as file:  # given a path, PyTorch would not say why it cannot write
+                torch.save(value, file)
+        except RuntimeError as error:  # PyTorch closes its archive after a write has failed, which fails in turn
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
         seal(partial)
         if previous and path.exists():
             keep_as(path, previous)
@@ -65,7 +66,7 @@ def load(path: Path, mapped: bool = False) -> Any:
         raise
     except Exception as error:
         # torch.load has no exception of its own: what it raises on a damaged file depends on where the damage is.
-        found = re.search(r"WeightsUnpickler error: (.*)", str(error)) or re.match(r"\s*(.*)", str(error))
+        found = re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or re.match(r"\s*(.*)", str(error))
         reason = found[1].strip().rstrip(".")
         raise InputError(f"{path} is damaged or holds more than tensors ({reason}){advice}") from error
 

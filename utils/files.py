@@ -170,20 +170,22 @@ def broken_seal(path: Path) -> str:
     return "" if end == MARK + digest.hexdigest().encode() else "its SHA-256 is another"
 
 
-def _json_digest(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def write_sealed_json(path: Path, value: dict) -> None:
-    write_json(path, {**value, "sha256": _json_digest(value)})
+    write_text(path, _sealed(value))
 
 
 def read_sealed_json(path: Path) -> dict:
-    """Raises InputError where the file is damaged."""
+    """Raises InputError where the file is not, to the last byte, what was written."""
     value = read_json(path)
-    if value.pop("sha256", None) != _json_digest(value):
+    value.pop("sha256", None)
+    if path.read_bytes() != _sealed(value).encode():
         raise InputError(f"{path} is damaged (its SHA-256 is another): delete it to have it made again.")
     return value
+
+
+def _sealed(value: dict) -> str:
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**value, "sha256": digest}, indent=2) + "\n"
 
 
 # Text and JSON --------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ class ImageStore:
         if not is_current(path, *form, made_from, checked):
             with locked(path, wait=True):  # teachers may be trained side by side, each in its own process
                 if not is_current(path, *form, made_from, checked):
-                    _remove_stale(path, made_from)
+                    _say_why(path, made_from)
                     _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK))
         self.images = read(path, *form, checked=False)
         blocks = about(path)["blocks"]
@@ -157,11 +157,16 @@ class ImageStore:
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
 
 
-def _remove_stale(path: Path, made_from: dict) -> None:
-    """Images of other files make room for those of these."""
+def _say_why(path: Path, made_from: dict) -> None:
+    """Says why images that are there are decoded again; those of other files make room."""
+    if not path.exists():
+        return
     found = about(path)
     if found and found["made from"] != made_from:
+        print(f"{path} was made from other files than data holds now.")
         path.unlink()
+    else:
+        print(f"{path} is damaged: it is decoded again where its SHA-256 is another.")
 
 
 def _decode_all(index: Index, data: Path, filling: Filling) -> None:

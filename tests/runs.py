@@ -1,0 +1,98 @@
+"""What tests of several modules start from: a small run, random embeddings, and whether two runs are equal."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils import arrays
+from utils.checkpoint import save
+from utils.dataset import Faces
+from utils.embeddings import origin
+from utils.engine import fit, setup
+from utils.losses import ElasticArcFace
+from utils.store import ImageStore
+
+FEATURES = 3 * 112 * 112
+
+
+class Linear(torch.nn.Module):
+    """A network with dropout: what depends on random numbers shows."""
+
+    def __init__(self, size: int = 16):
+        super().__init__()
+        self.fc = torch.nn.Linear(FEATURES, size)
+        self.dropout = torch.nn.Dropout(0.3)
+
+    def forward(self, image):
+        return self.dropout(self.fc(image.flatten(1) / 100))
+
+
+def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
+    """Fits a small network in the run folder `name`; calls `before_step` with the step's number in this process."""
+    setup(cfg)
+    faces = Faces(cfg, flip=flip)
+    network, header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
+    calls = []
+
+    def losses(image, label):
+        calls.append(label)
+        if before_step:
+            before_step(len(calls))
+        return {"margin": F.cross_entropy(header(network(image), label), label)}
+
+    schedule = replace(cfg, num_epoch=epochs).schedule
+    fit(losses, faces, cfg.teacher_dir(name), cfg, network, header, schedule=schedule, validate=validate)
+    return network, header
+
+
+def write_embeddings(cfg, teacher, flipped=False, images=None):
+    """Random embeddings of all images, as the teacher's weights in its run folder would give."""
+    weights = cfg.teacher_dir(teacher) / "best_backbone.pth"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    if not weights.exists():
+        save(weights, {"name": torch.tensor(list(teacher.encode()))})
+    made_from = origin(images or ImageStore(cfg).digest, weights, flipped)
+    values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
+    arrays.write(cfg.teacher_embeddings(teacher, flipped), values, made_from)
+    return values
+
+
+def write_targets(cfg, inputs):
+    """SL's embeddings as made from these teachers."""
+    folder = cfg.adaptor_dir("SL")
+    folder.mkdir(parents=True)
+    save(folder / "best_backbone.pth", {"fc.bias": torch.zeros(1)})
+    made_from = origin(ImageStore(cfg).digest, folder / "best_backbone.pth", False, inputs)
+    arrays.write(cfg.adaptor_embeddings("SL"), np.ones((20, 16), np.float32), made_from)
+
+
+def checkpoint(cfg, name="T"):
+    return torch.load(cfg.teacher_dir(name) / "checkpoint.pth", weights_only=True)
+
+
+def difference(one: Path, other: Path) -> str:
+    """What differs between two finished run folders: weights, optimizer, position, log; nothing if they are equal."""
+    for name in ("checkpoint.pth", "best_backbone.pth", "best_header.pth", "last_backbone.pth", "last_header.pth"):
+        here, there = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        if name == "checkpoint.pth":  # who went on with the run, and on what, may differ
+            here, there = ({key: value for key, value in state.items() if key != "sessions"} for state in (here, there))
+        if not equal(here, there):
+            return f"{name} differs"
+    for name in ("log.jsonl", "identities.txt"):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return f"{name} differs"
+    if left := [path.name for path in other.parent.rglob("*") if path.name.endswith((".partial", ".lock"))]:
+        return f"{left} is left behind"
+    return ""
+
+
+def equal(one, other) -> bool:
+    """Nested dicts and lists of tensors and plain values, to the last bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -1,0 +1,142 @@
+"""Arrays that are filled block by block: what was finished is kept, what was damaged is noticed and filled again."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from utils import arrays
+from utils.arrays import Filling, about, is_current, read, sidecar, write
+from utils.errors import InputError
+
+VALUES = np.arange(50, dtype=np.float32).reshape(25, 2)
+FORM = ((25, 2), np.float32)
+ORIGIN = {"weights": "abc"}
+
+
+def fill(path, made_from=ORIGIN, stop_after=None, block_rows=4):
+    """Fills what is missing with VALUES; gives the blocks that were."""
+    with Filling(path, *FORM, made_from, block_rows) as filling:
+        for k, block in enumerate(filling.missing):
+            if k == stop_after:
+                raise KeyboardInterrupt
+            rows = filling.rows(block)
+            filling.array[rows.start : rows.stop] = VALUES[rows.start : rows.stop]
+            filling.finish(block, filling.digest(block), note=f"block {block}")
+    return filling.missing
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.npy"
+
+
+def names(path):
+    return sorted(file.name for file in path.parent.iterdir())
+
+
+def test_an_array_is_written_whole(path):
+    assert about(path) is None
+    assert not is_current(path, *FORM, ORIGIN)
+    assert fill(path) == list(range(7))
+    assert names(path) == ["x.json", "x.npy"]
+    assert np.array_equal(np.load(path), VALUES)
+    assert np.array_equal(read(path, *FORM), VALUES)
+    assert about(path)["made from"] == ORIGIN
+    assert [block["note"] for block in about(path)["blocks"]] == [f"block {k}" for k in range(7)]
+    assert is_current(path, *FORM, ORIGIN)
+    assert not is_current(path, *FORM, {"weights": "other"})
+    assert not is_current(path, (25, 3), np.float32, ORIGIN)
+    with pytest.raises(ValueError, match="read-only"):
+        read(path, *FORM)[0] = 1
+
+
+def test_filling_goes_on_where_it_was_interrupted(path):
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, stop_after=3)
+    assert names(path) == ["x.json.partial", "x.npy.partial"]
+    assert about(path) is None
+    assert fill(path) == [3, 4, 5, 6]
+    assert np.array_equal(read(path, *FORM), VALUES)
+    assert names(path) == ["x.json", "x.npy"]
+
+
+def test_blocks_that_never_reached_the_disk_are_filled_again(path):
+    """As after a power loss: the notes are there, the rows are not."""
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, stop_after=5)
+    partial = path.with_name("x.npy.partial")
+    content = bytearray(partial.read_bytes())
+    content[128 + 4 * 8 : 128 + 8 * 8] = bytes(32)
+    partial.write_bytes(content)
+    assert fill(path) == [1, 5, 6]
+    assert np.array_equal(read(path, *FORM), VALUES)
+
+
+def test_other_sources_or_blocks_start_anew_and_leave_the_old_array_until_they_are_done(path):
+    fill(path)
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, {"weights": "new"}, stop_after=3)
+    assert is_current(path, *FORM, ORIGIN)
+    assert fill(path, {"weights": "newer"}) == list(range(7))
+    assert is_current(path, *FORM, {"weights": "newer"})
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, stop_after=3)
+    assert fill(path, block_rows=5) == list(range(5))
+
+
+@pytest.mark.parametrize("when", ["before the sidecar", "before the array"])
+def test_a_kill_between_array_and_sidecar_costs_nothing(path, monkeypatch, when):
+    fill(path, {"weights": "old"})
+    plain = arrays.write_sealed_json
+
+    def killed(target, value):
+        if target == sidecar(path):
+            raise KeyboardInterrupt
+        plain(target, value)
+
+    def killed_earlier(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "before the sidecar":
+            patch.setattr(arrays, "write_sealed_json", killed)
+        else:
+            patch.setattr(os, "replace", killed_earlier)
+            patch.setattr(arrays, "write_sealed_json", lambda target, value: target.write_text(json.dumps(value)))
+        fill(path)
+    if when == "before the sidecar":
+        assert not is_current(path, *FORM, ORIGIN)
+        assert fill(path) == []
+    else:
+        fill(path)
+    assert is_current(path, *FORM, ORIGIN)
+    assert np.array_equal(read(path, *FORM), VALUES)
+
+
+@pytest.mark.parametrize("offset", [0, 20, 100, 128, 200, 327])
+def test_only_what_was_damaged_is_filled_again(path, offset):
+    fill(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
+    with pytest.raises(InputError, match=r"x.npy is damaged \(.+\)\.$"):
+        read(path, *FORM)
+    assert not is_current(path, *FORM, ORIGIN)
+    if offset >= 128:
+        read(path, *FORM, checked=False)
+        assert fill(path) == [(offset - 128) // 32]
+    else:  # the header: nothing can be taken over, or the first block answers for it
+        assert fill(path) in ([0], list(range(7)))
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"x.npy could not be written \(No space left on device\)"):
+        write(path, VALUES, ORIGIN)
+    assert names(path) == []
