@@ -5,8 +5,6 @@ Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets
 Run     python extract_all.py [--ethnicity African]
 """
 
-from pathlib import Path
-
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,17 +23,17 @@ def main(cfg: Config) -> None:
     paths = need_weights([cfg.teacher_dir(name) for name in names], cfg.weights)
     teachers = [load_backbone(cfg.network, path, cfg) for path in paths]
     faces = Faces(cfg)
-    for name, teacher, weights in zip(names, teachers, paths, strict=True):
+    for name, (teacher, digest) in zip(names, teachers, strict=True):
         for flipped in cfg.target_views:
-            extract(cfg, faces, name, teacher, weights, flipped)
+            extract(cfg, faces, name, teacher, digest, flipped)
     announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")
 
 
-def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, weights: Path, flipped: bool) -> None:
+def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str, flipped: bool) -> None:
     def embedding(image):
         return F.normalize(teacher(image.flip(-1) if flipped else image))
 
-    made_from = origin(faces.store.digest, weights, flipped)
+    made_from = origin(faces.store.digest, digest, flipped)
     embed_all(embedding, teacher, faces.columns, cfg.teacher_embeddings(name, flipped), made_from, cfg)
 
 

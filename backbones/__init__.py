@@ -9,8 +9,8 @@ from backbones.adaptors import DualLayerAdaptor, MultiTeacher, SingleLayerAdapto
 from backbones.iresnet import IResNet
 from backbones.mobilefacenet import MobileFaceNet
 from config.config import Config
-from utils.checkpoint import load
-from utils.errors import InputError
+from utils.checkpoint import load_with_digest
+from utils.errors import Damaged, InputError
 
 __all__ = [
     "DualLayerAdaptor",
@@ -55,13 +55,16 @@ def build_adaptor(name: str, cfg: Config) -> nn.Module:
     return DualLayerAdaptor(inputs, cfg.middle_layer_size, cfg.embedding_size, 0.2 if name == "DLDPO" else 0.0)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads a published or own state dict strictly.
+def load_weights(module: nn.Module, path: Path) -> str:
+    """Loads a published or own state dict strictly, and gives the SHA-256 of the file.
 
     Only the published dual-layer adaptor's unused parameters may be left over. Raises InputError, which says what does
     not fit, and leaves the module as it was.
     """
-    state = load(Path(path))
+    try:
+        state, digest = load_with_digest(Path(path))
+    except Damaged as error:
+        raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is no state dict: expected the parameters of one network.")
     if isinstance(module, DualLayerAdaptor):
@@ -80,10 +83,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
         text = "; ".join([f"parameters {', '.join(found)}", *shapes])
         raise InputError(f"{path} does not fit this {type(module).__name__}: {text}.")
     module.load_state_dict(state)
+    return digest
 
 
-def load_backbone(name: str, path: Path, cfg: Config) -> nn.Module:
-    """A trained network from its state dict, in eval mode."""
+def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
+    """A trained network in eval mode, and the SHA-256 of the file that it was loaded from."""
     backbone = build_backbone(name, cfg.embedding_size)
-    load_weights(backbone, path)
-    return backbone.eval()
+    digest = load_weights(backbone, path)
+    return backbone.eval(), digest

@@ -7,6 +7,7 @@ Run     python -m eval.evaluation
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from config.config import ADAPTORS, NETWORKS, Config
 from eval.fairness import summary
 from eval.figures import draw_accuracies
 from eval.verification import Pairs, accuracy, load_pairs, normalize, pair_distances, views
-from utils.arrays import is_current, read, write
-from utils.checkpoint import decided_by, find_weights, versions, weights_with_digest
+from utils.arrays import outdated, read, write
+from utils.checkpoint import decided_by, find_weights, numerics, weights_with_digest
 from utils.dataset import Column
 from utils.engine import infer, run, setup
 from utils.errors import InputError
-from utils.files import sha256, write_text
+from utils.files import write_text
 from utils.synthetic import is_generated
 
 METHODS = ("a-KD", "EAF-KD")
@@ -52,7 +53,9 @@ def main(cfg: Config) -> None:
     rows = []
     for family in families:
         kept = _Distances(family, pairs)
-        rows += [*_score_teachers(family, kept), *_score_students(family, kept)]
+        rows += kept.rows(_teacher_models(family))
+        for student in _student_models(family):
+            rows += kept.rows([student])
     rows.sort(key=lambda row: (row.setting != "specialized", NETWORKS.index(row.network), KINDS.index(row.kind)))
 
     note = "Generated faces, not photographs: the group names mean nothing." if is_generated(Path(cfg.pairs)) else ""
@@ -88,60 +91,66 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     return found
 
 
+@dataclass(frozen=True)
+class Model:
+    """A trained model: a teacher, a student, or an adaptor with the teachers that it was trained on."""
+
+    kind: str  # one of KINDS
+    name: str
+    weights: tuple[str, ...]  # digests of the files that it was loaded from
+    networks: tuple[nn.Module, ...]
+    adaptor: nn.Module | None = None
+
+
 class _Distances:
     """Squared distances of all pairs, by model and group, kept on the disk: what is there is not computed again."""
 
     def __init__(self, cfg: Config, pairs: dict[str, Pairs]):
         self.cfg, self.pairs = cfg, pairs
         self._folder = Path(cfg.output) / "evaluation" / "distances" / f"{cfg.setting}-{cfg.network}"
-        found = versions(cfg)
-        self._conditions = {name: found[name] for name in ("torch", "device")}
+        self._conditions = numerics(cfg)
 
-    def read(self, model: str, weights: list[Path], group: str) -> np.ndarray | None:
-        """Of one group's pairs, (P,), if they are those of the model that these weights make up."""
-        path, made_from, form = self._entry(model, weights, group)
-        return read(path, *form, checked=False) if is_current(path, *form, made_from) else None
+    def rows(self, models: list[Model]) -> list[Row]:
+        """A row for each of the models; where they share networks, each sees each image once."""
+        scores: dict[Model, list[float]] = {model: [] for model in models}
+        for group, one in self.pairs.items():
+            features: dict[nn.Module, np.ndarray] = {}
+            for model in models:
+                path = self._folder / f"{model.kind} {model.name}" / f"{group}.npy"
+                made_from = {"pairs": one.digest, "weights": [*model.weights], "conditions": self._conditions}
+                form = (one.same.shape, np.float64)
+                if outdated(path, *form, made_from) is not None:
+                    for network in set(model.networks) - features.keys():
+                        title = f"{group} pairs, {model.kind} {model.name}"
+                        features[network] = views(network, one.images, self.cfg, title)
+                    seen = [features[network] for network in model.networks]
+                    both = fuse(model.adaptor, seen, self.cfg) if model.adaptor else seen[0]
+                    write(path, pair_distances(both), made_from)
+                scores[model].append(accuracy(read(path, *form), one.same))
+        names = self.cfg.setting, self.cfg.network
+        return [Row(*names, model.kind, model.name, tuple(values)) for model, values in scores.items()]
 
-    def write(self, model: str, weights: list[Path], group: str, distances: np.ndarray) -> np.ndarray:
-        path, made_from, _ = self._entry(model, weights, group)
-        write(path, distances, made_from)
-        return distances
 
-    def _entry(self, model: str, weights: list[Path], group: str) -> tuple[Path, dict, tuple]:
-        one, digests = self.pairs[group], [sha256(path) for path in weights]
-        made_from = {"pairs": one.digest, "weights": digests, **self._conditions}
-        return self._folder / model / f"{group}.npy", made_from, (one.same.shape, np.float64)
-
-
-def _score_teachers(cfg: Config, kept: _Distances) -> list[Row]:
-    """All teachers, and the adaptors on top of those that they were trained on; each network sees each image once."""
-    models = {("teacher", name): ([path], None, [path]) for name, path in _teachers(cfg).items()}
+def _teacher_models(cfg: Config) -> list[Model]:
+    """All teachers, and the adaptors on top of those that they were trained on."""
+    teachers, models = _teachers(cfg), []
+    loaded = {path: load_backbone(cfg.network, path, cfg) for path in teachers.values()}
+    for name, path in teachers.items():
+        network, digest = loaded[path]
+        models.append(Model("teacher", name, (digest,), (network,)))
     for name in ADAPTORS:
         if found := _adaptor(cfg, name):
-            adaptor, weights, inputs = found
-            models["adaptor", name] = ([weights, *inputs], adaptor, inputs)
-    networks = {
-        path: load_backbone(cfg.network, path, cfg) for path in sorted({p for m in models.values() for p in m[2]})
-    }
-
-    scores: dict[tuple[str, str], list[float]] = {}
-    for group, one in kept.pairs.items():
-        features = {}
-        for (kind, name), (weights, adaptor, inputs) in models.items():
-            distances = kept.read(f"{kind} {name}", weights, group)
-            if distances is None:
-                for path in set(inputs) - features.keys():
-                    title = f"{group} pairs, teacher {path.parent.name}"
-                    features[path] = views(networks[path], one.images, cfg, title)
-                seen = [features[path] for path in inputs]
-                both = fuse(adaptor, seen, cfg) if adaptor else seen[0]
-                distances = kept.write(f"{kind} {name}", weights, group, pair_distances(both))
-            scores.setdefault((kind, name), []).append(accuracy(distances, one.same))
-    return [Row(cfg.setting, cfg.network, *model, tuple(values)) for model, values in scores.items()]
+            weights, inputs = found
+            adaptor = build_adaptor(name, cfg)
+            digest = load_weights(adaptor, weights)
+            loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
+            networks, digests = zip(*(loaded[path] for path in inputs), strict=True)
+            models.append(Model("adaptor", name, (digest, *digests), networks, adaptor))
+    return models
 
 
-def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, Path, list[Path]] | None:
-    """An adaptor, its weights and those of its teachers in its order, or None with a line why it is left out.
+def _adaptor(cfg: Config, name: str) -> tuple[Path, list[Path]] | None:
+    """The weights of an adaptor and of its teachers in its order, or None with a line that says why it is left out.
 
     One of ours goes with the teachers whose embeddings it was trained on, be they the best or the last; one of which
     that is not known, a released one, with those that `cfg.weights` selects.
@@ -168,24 +177,14 @@ def _adaptor(cfg: Config, name: str) -> tuple[nn.Module, Path, list[Path]] | Non
     if missing:
         print(f"{folder} is left out: the teachers it was trained on are not there any more: {', '.join(missing)}.")
         return None
-    adaptor = build_adaptor(name, cfg)
-    load_weights(adaptor, weights)
-    return adaptor, weights, inputs
+    return weights, inputs
 
 
-def _score_students(cfg: Config, kept: _Distances) -> list[Row]:
-    rows = []
+def _student_models(cfg: Config) -> Iterator[Model]:
+    """One at a time: they share nothing."""
     for settings, method, path in _students(cfg):
-        student, scores = load_backbone(settings.student_network, path, cfg), []
-        name = f"{settings.adaptor} {settings.student_network}"
-        for group, one in kept.pairs.items():
-            distances = kept.read(f"{method} {name}", [path], group)
-            if distances is None:
-                both = views(student, one.images, cfg, f"{group} pairs, {settings.adaptor}-{method}")
-                distances = kept.write(f"{method} {name}", [path], group, pair_distances(both))
-            scores.append(accuracy(distances, one.same))
-        rows.append(Row(cfg.setting, cfg.network, method, name, tuple(scores)))
-    return rows
+        network, digest = load_backbone(settings.student_network, path, cfg)
+        yield Model(method, f"{settings.adaptor} {settings.student_network}", (digest,), (network,))
 
 
 def fuse(adaptor, features: list[np.ndarray], cfg: Config) -> np.ndarray:

@@ -89,10 +89,11 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str):
+        # Made afresh at each call: a pickle can set attributes of what it is given.
         known = {
-            "_codecs.encode": _latin1,  # how Python 3 writes bytes in old protocols
+            "_codecs.encode": lambda text, encoding: _latin1(text, encoding),  # bytes in old protocols of Python 3
             "numpy.ndarray": None,
-            "numpy.dtype": _DType,
+            "numpy.dtype": lambda *code: _DType(*code),
             "numpy.multiarray._reconstruct": lambda *_: _Array(),
             "numpy.multiarray.scalar": lambda dtype, data: dtype.array(data, (1,))[0],
             "numpy.numeric._frombuffer": lambda data, dtype, shape, order: _Array(dtype.array(data, shape, order)),

@@ -12,6 +12,7 @@ from utils.checkpoint import save
 from utils.dataset import Faces
 from utils.embeddings import origin
 from utils.engine import fit, setup
+from utils.files import sha256
 from utils.losses import ElasticArcFace
 from utils.store import ImageStore
 
@@ -54,7 +55,7 @@ def write_embeddings(cfg, teacher, flipped=False, images=None):
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         save(weights, {"name": torch.tensor(list(teacher.encode()))})
-    made_from = origin(images or ImageStore(cfg).digest, weights, flipped)
+    made_from = origin(images or ImageStore(cfg).digest, sha256(weights), flipped)
     values = np.random.default_rng((flipped, *teacher.encode())).normal(size=(20, 16)).astype(np.float32)
     arrays.write(cfg.teacher_embeddings(teacher, flipped), values, made_from)
     return values
@@ -65,7 +66,7 @@ def write_targets(cfg, inputs):
     folder = cfg.adaptor_dir("SL")
     folder.mkdir(parents=True)
     save(folder / "best_backbone.pth", {"fc.bias": torch.zeros(1)})
-    made_from = origin(ImageStore(cfg).digest, folder / "best_backbone.pth", False, inputs)
+    made_from = origin(ImageStore(cfg).digest, sha256(folder / "best_backbone.pth"), False, inputs)
     arrays.write(cfg.adaptor_embeddings("SL"), np.ones((20, 16), np.float32), made_from)
 
 
@@ -81,7 +82,7 @@ def difference(one: Path, other: Path) -> str:
             here, there = ({key: value for key, value in state.items() if key != "sessions"} for state in (here, there))
         if not equal(here, there):
             return f"{name} differs"
-    for name in ("log.jsonl", "identities.txt"):
+    for name in ("best_backbone.pth", "last_header.pth", "log.jsonl", "identities.txt"):
         if (one / name).read_bytes() != (other / name).read_bytes():
             return f"{name} differs"
     if left := [path.name for path in other.parent.rglob("*") if path.name.endswith((".partial", ".lock"))]:

@@ -1,4 +1,4 @@
-"""The trials of reliability in full, for ten minutes: writes docs/reliability.md.
+"""The trials of reliability in full, for some minutes: writes docs/reliability.md.
 
 Run     python -m tests.soak   (or: make soak)
 """

@@ -1,15 +1,13 @@
 """Arrays that are filled block by block: what was finished is kept, what was damaged is noticed and filled again."""
 
 import errno
-import json
 import os
 
 import numpy as np
 import pytest
 
-from utils import arrays
-from utils.arrays import Filling, about, is_current, read, sidecar, write
-from utils.errors import InputError
+from utils.arrays import Filling, about, outdated, read, sidecar, write
+from utils.errors import Damaged, InputError
 
 VALUES = np.arange(50, dtype=np.float32).reshape(25, 2)
 FORM = ((25, 2), np.float32)
@@ -39,16 +37,16 @@ def names(path):
 
 def test_an_array_is_written_whole(path):
     assert about(path) is None
-    assert not is_current(path, *FORM, ORIGIN)
+    assert outdated(path, *FORM, ORIGIN) == ""
     assert fill(path) == list(range(7))
     assert names(path) == ["x.json", "x.npy"]
     assert np.array_equal(np.load(path), VALUES)
     assert np.array_equal(read(path, *FORM), VALUES)
     assert about(path)["made from"] == ORIGIN
     assert [block["note"] for block in about(path)["blocks"]] == [f"block {k}" for k in range(7)]
-    assert is_current(path, *FORM, ORIGIN)
-    assert not is_current(path, *FORM, {"weights": "other"})
-    assert not is_current(path, (25, 3), np.float32, ORIGIN)
+    assert outdated(path, *FORM, ORIGIN) is None
+    assert "made from something else" in outdated(path, *FORM, {"weights": "other"})
+    assert "is damaged" in outdated(path, (25, 3), np.float32, ORIGIN)
     with pytest.raises(ValueError, match="read-only"):
         read(path, *FORM)[0] = 1
 
@@ -79,41 +77,65 @@ def test_other_sources_or_blocks_start_anew_and_leave_the_old_array_until_they_a
     fill(path)
     with pytest.raises(KeyboardInterrupt):
         fill(path, {"weights": "new"}, stop_after=3)
-    assert is_current(path, *FORM, ORIGIN)
+    assert outdated(path, *FORM, ORIGIN) is None
     assert fill(path, {"weights": "newer"}) == list(range(7))
-    assert is_current(path, *FORM, {"weights": "newer"})
+    assert outdated(path, *FORM, {"weights": "newer"}) is None
     with pytest.raises(KeyboardInterrupt):
         fill(path, stop_after=3)
     assert fill(path, block_rows=5) == list(range(5))
 
 
-@pytest.mark.parametrize("when", ["before the sidecar", "before the array"])
-def test_a_kill_between_array_and_sidecar_costs_nothing(path, monkeypatch, when):
-    fill(path, {"weights": "old"})
-    plain = arrays.write_sealed_json
+@pytest.mark.parametrize("when", ["before the array", "before the sidecar"])
+@pytest.mark.parametrize("old", [{"weights": "old"}, ORIGIN, None], ids=["other", "damaged", "none"])
+def test_a_kill_between_array_and_sidecar_costs_nothing(path, monkeypatch, when, old):
+    if old:
+        fill(path, old)
+        path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    target = path if when == "before the array" else sidecar(path)
+    plain = os.replace
 
-    def killed(target, value):
-        if target == sidecar(path):
+    def killed(source, to):
+        if to == target:
             raise KeyboardInterrupt
-        plain(target, value)
-
-    def killed_earlier(*_):
-        raise KeyboardInterrupt
+        plain(source, to)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        if when == "before the sidecar":
-            patch.setattr(arrays, "write_sealed_json", killed)
-        else:
-            patch.setattr(os, "replace", killed_earlier)
-            patch.setattr(arrays, "write_sealed_json", lambda target, value: target.write_text(json.dumps(value)))
+        patch.setattr(os, "replace", killed)
         fill(path)
-    if when == "before the sidecar":
-        assert not is_current(path, *FORM, ORIGIN)
-        assert fill(path) == []
-    else:
-        fill(path)
-    assert is_current(path, *FORM, ORIGIN)
+    assert outdated(path, *FORM, ORIGIN) is not None
+    assert fill(path) == []
+    assert outdated(path, *FORM, ORIGIN) is None
     assert np.array_equal(read(path, *FORM), VALUES)
+
+
+def test_an_array_that_cannot_be_opened_for_now_is_left_as_it_is(path, monkeypatch):
+    fill(path)
+    path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+
+    def too_many(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "open_memmap", too_many)
+        with pytest.raises(InputError, match="Too many open files"):
+            fill(path)
+    assert fill(path) == [6]
+
+
+def test_other_conditions_are_said_and_kept(path, capsys):
+    def attempt(device, stop_after=None):
+        with Filling(path, *FORM, ORIGIN, 4, {"device": device}) as filling:
+            for block in filling.missing[:stop_after]:
+                filling.array[:] = VALUES
+                filling.finish(block, filling.digest(block))
+            if stop_after:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt("one", 3)
+    attempt("other")
+    assert "goes on under {'device': 'other'}, before {'device': 'one'}" in capsys.readouterr().out
+    assert about(path)["conditions"] == [{"device": "one"}, {"device": "other"}]
 
 
 @pytest.mark.parametrize("offset", [0, 20, 100, 128, 200, 327])
@@ -121,9 +143,9 @@ def test_only_what_was_damaged_is_filled_again(path, offset):
     fill(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
-    with pytest.raises(InputError, match=r"x.npy is damaged \(.+\)\.$"):
+    with pytest.raises(Damaged, match=r"x.npy is damaged \(.+\)$"):
         read(path, *FORM)
-    assert not is_current(path, *FORM, ORIGIN)
+    assert outdated(path, *FORM, ORIGIN) is not None
     if offset >= 128:
         read(path, *FORM, checked=False)
         assert fill(path) == [(offset - 128) // 32]

@@ -386,6 +386,47 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
     assert set(about["sources"]) == {"images", "identities"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_stopped_on_a_gpu_goes_on_as_if_it_had_not_been(cfg):
+    cfg = replace(cfg, device="cuda")
+    train(cfg)
+    for step in (2, 5, 8):
+        stopped = replace(cfg, output=f"{cfg.output}{step}")
+        with pytest.raises(Interrupted):
+            train(stopped, before_step=lambda call, step=step: call == step and os.kill(os.getpid(), signal.SIGTERM))
+        train(stopped)
+        assert_equal_runs(cfg, stopped)
+
+
+def test_weights_newer_than_the_checkpoint_gone_back_to_are_put_back(cfg, capsys):
+    values = [60.0, 70.0, 65.0]
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    folder = cfg.teacher_dir("T")
+    for name in ("checkpoint.pth", "log.jsonl"):
+        (folder / name).write_bytes(b"")  # the one before is of the second epoch, as the best weights are
+    whole = (folder / "best_backbone.pth").read_bytes()
+    (folder / "best_backbone.pth").write_bytes((folder / "last_backbone.pth").read_bytes())
+    values = [65.0]
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    assert "best_backbone.pth is of another epoch: written anew from the checkpoint" in capsys.readouterr().out
+    assert (folder / "best_backbone.pth").read_bytes() == whole
+    assert (folder / "damaged_checkpoint.pth").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_given_up(cfg, monkeypatch):
+    train(cfg, epochs=2)
+    before = sorted((path.name, path.read_bytes()) for path in cfg.teacher_dir("T").iterdir())
+
+    def fails(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            train(cfg)
+    assert sorted((path.name, path.read_bytes()) for path in cfg.teacher_dir("T").iterdir()) == before
+
+
 def test_a_disk_that_is_full_is_reported_and_the_old_checkpoint_kept(cfg):
     train(cfg, epochs=1)
     before = (cfg.teacher_dir("T") / "checkpoint.pth").read_bytes()

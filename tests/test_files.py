@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.trials import ROOT, another_process_holding
-from utils.errors import InputError
+from utils.errors import Damaged, InputError
 from utils.files import (
+    _keep_as,
     broken_seal,
-    keep_as,
     locked,
     read_sealed_json,
     refuse_if_locked,
@@ -47,15 +47,20 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_writ
 def test_a_sealed_file_is_one_that_pytorch_reads(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"weight": torch.arange(3)}, path)
-    assert broken_seal(path) == "it has no SHA-256 at its end"
+
+    def broken():
+        with open(path, "rb") as file:
+            return broken_seal(file)
+
+    assert broken() == "it has no SHA-256 at its end"
     seal(path)
-    assert broken_seal(path) == ""
+    assert broken() == ""
     for mapped in (False, True):
         assert torch.load(path, weights_only=True, mmap=mapped)["weight"].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes() + b"x")
-    assert broken_seal(path) != ""
+    assert broken() != ""
     path.write_bytes(b"")
-    assert broken_seal(path) == "it ends too early"
+    assert broken() == "it ends too early"
 
 
 def test_a_sealed_json_is_read_back_and_refused_when_changed(tmp_path):
@@ -66,7 +71,7 @@ def test_a_sealed_json_is_read_back_and_refused_when_changed(tmp_path):
     whole = path.read_text()
     for changed in (whole.replace("2.5", "2.6"), whole[:-1], whole + " ", whole.replace('"sha256"', '"sha257"'), "{}"):
         path.write_text(changed)
-        with pytest.raises(InputError, match=r"x.json is damaged"):
+        with pytest.raises(Damaged, match=r"x.json is damaged"):
             read_sealed_json(path)
 
 
@@ -74,18 +79,19 @@ def test_a_sealed_json_is_read_back_and_refused_when_changed(tmp_path):
 def test_the_file_before_is_kept(tmp_path, monkeypatch, has_links):
     path, kept = tmp_path / "new", tmp_path / "kept"
     if not has_links:
-        monkeypatch.delattr(os, "link")
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")), raising=False)
+
+        def no_links(*_):
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", no_links)
     for content in ("one", "two", "three"):
-        with replaced(path) as partial:
+        with replaced(path, kept) as partial:
             partial.write_text(content)
-            if path.exists():
-                keep_as(path, kept)
-    keep_as(path, kept)  # a kill came between the two
-    if has_links:
-        keep_as(path, kept)
-        assert path.read_text() == "three"
-    assert kept.read_text() == "three"
+    assert (path.read_text(), kept.read_text()) == ("three", "two")
+    _keep_as(path, kept)  # a kill comes before the new file takes its place
+    with replaced(path, kept) as partial:
+        partial.write_text("four")
+    assert (path.read_text(), kept.read_text()) == ("four", "three")
     assert {file.name for file in tmp_path.iterdir()} <= {"new", "kept"}
 
 
@@ -101,6 +107,31 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     with locked(folder), pytest.raises(InputError, match=f"in use by process {os.getpid()} on"), locked(folder):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_reached_by_two_ways_has_one_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="link is in use by process"):
+        refuse_if_locked(tmp_path / "link")
+
+
+def test_a_failed_flush_keeps_both_files(tmp_path, monkeypatch):
+    path, kept = tmp_path / "new", tmp_path / "kept"
+    for content in ("one", "two"):
+        with replaced(path, kept) as partial:
+            partial.write_text(content)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(InputError, match=r"new could not be written \(No space left on device\)"),
+        replaced(path, kept) as p,
+    ):
+        p.write_text("three")
+    assert (path.read_text(), kept.read_text()) == ("two", "one")
 
 
 def test_whoever_waits_comes_next(tmp_path):

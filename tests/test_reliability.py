@@ -22,7 +22,7 @@ def held(result: trials.Result, cases: int) -> bool:
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(faces, tmp_path):
-    assert held(trials.kills_in_training(faces, tmp_path, at_random=2, in_save=4), 6)
+    assert held(trials.kills_in_training(faces, tmp_path, at_random=1, in_save=4), 5)
 
 
 def test_killed_preparation_extraction_and_evaluation_go_on(faces, tmp_path):

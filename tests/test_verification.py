@@ -8,7 +8,18 @@ import pytest
 from sklearn.model_selection import KFold
 
 from config.config import Config
-from eval.verification import THRESHOLDS, Pairs, embed, load_bin, load_pairs, ten_fold, validator, views
+from eval.verification import (
+    THRESHOLDS,
+    Pairs,
+    _DType,
+    _latin1,
+    embed,
+    load_bin,
+    load_pairs,
+    ten_fold,
+    validator,
+    views,
+)
 from tests.conftest import encode, noise, write_pairs
 from utils.errors import InputError
 
@@ -186,6 +197,19 @@ def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="x.bin is damaged or no set of pairs"):
         load_bin("x.bin")
     assert not Path("executed").exists()
+
+
+def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
+    """BUILD sets attributes of what is on the stack: here, of a function that the reader knows."""
+    before = (_latin1.__doc__, _latin1.__defaults__, vars(_latin1).copy())
+    for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
+        changed = name + b"(N}V__doc__\nVchanged\nsV__defaults__\n(VO\ntstb"
+        (tmp_path / "x.bin").write_bytes(b"\x80\x02((l" + changed + b"a(l\x88at.")
+        with pytest.raises(InputError, match="x.bin"):
+            load_bin(tmp_path / "x.bin")
+    assert (_latin1.__doc__, _latin1.__defaults__, vars(_latin1)) == before
+    assert _DType.__init__.__defaults__ is None
+    assert _DType.__doc__ != "changed"
 
 
 @pytest.mark.parametrize(

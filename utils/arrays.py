@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import InputError
-from utils.files import read_sealed_json, write_sealed_json
+from utils.errors import Damaged, InputError
+from utils.files import locked, read_sealed_json, write_sealed_json
 from utils.threads import map_ahead
 
 NOTED_EVERY = 5.0  # seconds: a kill loses the blocks of no more than this
@@ -28,37 +28,51 @@ class Filling:
 
     Blocks of `block_rows` rows (the last one shorter) are written to `array` and then reported by `finish`; `missing`
     are those that an earlier attempt with the same `made_from` has not finished. An array that has been damaged is
-    filled again where it is damaged. Only one process may fill an array at a time: see `utils.files.locked`.
+    filled again where it is damaged. `conditions` are what decides the last bits beside `made_from`: if they have
+    changed since the earlier attempt, that is said and both are kept in the sidecar.
 
-    Raises InputError where there is no room for it.
+    Only one process may fill an array at a time: see `utils.files.locked`. Raises InputError where there is no room.
     """
 
     array: np.ndarray  # (N, ...), mapped
     missing: list[int]  # numbers of blocks
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, block_rows: int):
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: type,
+        made_from: dict,
+        block_rows: int,
+        conditions: dict[str, str] | None = None,
+    ):
         self.path, self._partial, self._notes = path, _partial(path), _partial(sidecar(path))
         self._shape, self._dtype = shape, np.dtype(dtype)
         self._about = {"made from": made_from, "shape": [*shape], "dtype": self._dtype.name, "block rows": block_rows}
-        self._count = -(-shape[0] // block_rows)
+        self._conditions = conditions or {}
+        self.count = -(-shape[0] // block_rows)
 
     def __enter__(self) -> "Filling":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            notes = self._earlier_notes()
-            if notes and not self._partial.exists() and self.path.exists():
+            earlier = self._earlier()
+            if earlier and not self._partial.exists() and self.path.exists():
                 os.replace(self.path, self._partial)  # it was damaged, or a kill came before its sidecar
             try:
                 self.array = _mapped(self._partial, "r+", self._shape, self._dtype)
-            except ValueError:
-                notes, self.array = {}, np.lib.format.open_memmap(self._partial, "w+", self._dtype, self._shape)
-            _take_room(self._partial)
+                _take_room(self._partial)
+            except Damaged:
+                earlier, self.array = {}, self._new()
         except OSError as error:
-            self._partial.unlink(missing_ok=True)
             raise _not_written(self.path, error) from error
+        notes = {block: note for block, note in enumerate(earlier.get("blocks", [])) if note}
         good = _check(self.path, self.array, self._about["block rows"], notes)
         self._blocks = {block: note for block, note in notes.items() if block in good}
-        self.missing = [block for block in range(self._count) if block not in good]
+        self.missing = [block for block in range(self.count) if block not in good]
+        before = earlier["conditions"] if good else []
+        if before and before[-1] != self._conditions:
+            print(f"{self.path} goes on under {self._conditions}, before {before[-1]}: last bits may differ.")
+        self._all_conditions = [*(one for one in before if one != self._conditions), self._conditions]
         self._noted_at = time.monotonic()
         return self
 
@@ -85,72 +99,83 @@ class Filling:
             self.array.flush()
             with open(self._partial, "rb+") as file:
                 os.fsync(file.fileno())
+            sidecar(self.path).unlink(missing_ok=True)  # it is not that of the array that comes now
             os.replace(self._partial, self.path)
         except OSError as error:
             raise _not_written(self.path, error) from error
         self._note(sidecar(self.path))
         self._notes.unlink(missing_ok=True)
 
-    def _earlier_notes(self) -> dict[int, dict]:
-        """The finished blocks of an earlier attempt at this array, or of the array itself."""
+    def _earlier(self) -> dict:
+        """The notes of an earlier attempt at this array, or its sidecar; empty where there are none."""
         for path in (self._notes, sidecar(self.path)):
             with contextlib.suppress(InputError):
                 found = read_sealed_json(path)
                 if all(found.get(name) == value for name, value in self._about.items()):
-                    return {block: note for block, note in enumerate(found["blocks"]) if note}
+                    return found
         return {}
 
+    def _new(self) -> np.ndarray:
+        self._partial.unlink(missing_ok=True)  # another process may have it mapped
+        try:
+            array = np.lib.format.open_memmap(self._partial, "w+", self._dtype, self._shape)
+            _take_room(self._partial)
+        except OSError:
+            self._partial.unlink(missing_ok=True)
+            raise
+        return array
+
     def _note(self, path: Path) -> None:
-        write_sealed_json(path, {**self._about, "blocks": [self._blocks.get(block) for block in range(self._count)]})
+        blocks = [self._blocks.get(block) for block in range(self.count)]
+        write_sealed_json(path, {**self._about, "conditions": self._all_conditions, "blocks": blocks})
         self._noted_at = time.monotonic()
 
 
 def write(path: Path, values: np.ndarray, made_from: dict, block_rows: int = 1 << 20) -> None:
-    """Writes an array that is there already."""
-    with Filling(path, values.shape, values.dtype, made_from, block_rows) as filling:
+    """Writes an array that is there already; waits for another process that writes it."""
+    with locked(path, wait=True), Filling(path, values.shape, values.dtype, made_from, block_rows) as filling:
         filling.array[:] = values
-        for block in filling.missing:
+        for block in range(filling.count):
             filling.finish(block, filling.digest(block))
 
 
 def about(path: Path) -> dict | None:
-    """The sidecar of an array: "made from", and what was kept with each of its "blocks".
+    """The sidecar of an array: "made from", and what was kept with each of its "blocks". Reads no row.
 
-    None where the array is not there or not whole. Reads no row.
+    None where the array or its sidecar is not there. Raises Damaged where the sidecar is.
     """
-    with contextlib.suppress(InputError):
-        if path.exists():
-            return read_sealed_json(sidecar(path))
-    return None
+    return read_sealed_json(sidecar(path)) if path.exists() and sidecar(path).exists() else None
 
 
 def read(path: Path, shape: tuple[int, ...], dtype: type, checked: bool = True) -> np.ndarray:
     """The mapped array, read-only.
 
-    Raises InputError where it is not of this shape and type or, if it is to be `checked`, not what was written.
+    Raises Damaged where it is not of this shape and type or, if it is to be `checked`, not what was written.
     """
     notes = read_sealed_json(sidecar(path))
-    try:
-        array = _mapped(path, "r", shape, np.dtype(dtype))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}).") from error
+    array = _mapped(path, "r", shape, np.dtype(dtype))
     if checked:
         size, blocks = notes["block rows"], dict(enumerate(notes["blocks"]))
         if bad := sorted(blocks.keys() - _check(path, array, size, blocks)):
-            raise InputError(f"{path} is damaged (from row {bad[0] * size} on its SHA-256 is another).")
+            raise Damaged(f"{path} is damaged (from row {bad[0] * size} on its SHA-256 is another)")
     return array
 
 
-def is_current(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, checked: bool = True) -> bool:
-    """Whether the array is there, made from exactly this, and whole as `read` sees it."""
-    found = about(path)
-    if found is None or found["made from"] != made_from:
-        return False
+def outdated(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, checked: bool = True) -> str | None:
+    """Why an array has to be made: a sentence, or an empty one where it simply is not there.
+
+    None where it is there, made from exactly this, and whole as `read` sees it.
+    """
     try:
+        found = about(path)
+        if found is None:
+            return ""
+        if found["made from"] != made_from:
+            return f"{path} was made from something else than there is now."
         read(path, shape, dtype, checked)
-    except InputError:
-        return False
-    return True
+    except Damaged as error:
+        return f"{error}: what is damaged is made again."
+    return None
 
 
 def sidecar(path: Path) -> Path:
@@ -166,15 +191,19 @@ def _rows(block: int, block_rows: int, count: int) -> range:
 
 
 def _mapped(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Raises ValueError where the file does not hold exactly such an array."""
-    if path.exists() and path.stat().st_size <= math.prod(shape) * dtype.itemsize:
-        raise ValueError("it ends too early")
+    """Raises Damaged where the file is not there or does not hold exactly such an array."""
     try:
+        if path.stat().st_size <= math.prod(shape) * dtype.itemsize:
+            raise Damaged(f"{path} is damaged (it ends too early)")
         array = np.lib.format.open_memmap(path, mode)
+    except FileNotFoundError as error:
+        raise Damaged(f"There is no file {path}") from error
+    except (Damaged, OSError, MemoryError):
+        raise
     except Exception as error:  # NumPy parses the header as Python: a damaged one can raise nearly anything
-        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+        raise Damaged(f"{path} is damaged (its header is none of an array)") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
-        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected {dtype} of {shape}")
+        raise Damaged(f"{path} is damaged (it holds {array.dtype} of {array.shape}, expected {dtype} of {shape})")
     return array
 
 

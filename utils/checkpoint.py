@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from config.config import Config
-from utils.errors import InputError
-from utils.files import broken_seal, keep_as, replaced, seal, sha256, write_json, write_text
+from utils.errors import Damaged, InputError
+from utils.files import broken_seal, replaced, seal, sha256, sha256_of, write_json, write_text
 
 CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
 OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth")
@@ -37,38 +37,48 @@ OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth"
 
 
 def save(path: Path, value: Any, previous: Path | None = None) -> None:
-    """Writes and seals a file; the one that it replaces is kept as `previous`."""
-    with replaced(path) as partial:
+    """Writes and seals a file; the one that it replaces is kept as `previous`, if that is given."""
+    with replaced(path, previous) as partial:
         try:
-            with open(partial, "wb") as file:  # given a path, PyTorch would not say why it cannot write
+            # Given a path, PyTorch would not say why it cannot write, and would put the path into the file.
+            with open(partial, "wb") as file:
                 torch.save(value, file)
         except RuntimeError as error:  # PyTorch closes its archive after a write has failed, which fails in turn
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         seal(partial)
-        if previous and path.exists():
-            keep_as(path, previous)
 
 
-def load(path: Path, mapped: bool = False) -> Any:
+def load(path: Path) -> Any:
     """Reads tensors and plain values to the CPU; refuses whatever else a file holds, so that none can run code.
 
-    `mapped` leaves the tensors on the disk until they are used. Raises InputError where the file is not there, holds
-    anything else, or is one of ours and not as it was written.
+    Raises InputError where the file is not there or holds anything else, Damaged where it is one of ours and not as it
+    was written.
     """
-    advice = "" if path.name in CHECKPOINTS else ": replace it."
+    return load_with_digest(path)[0]
+
+
+def load_with_digest(path: Path) -> tuple[Any, str]:
+    """Like `load`; also the SHA-256 of the file that was read, even if another takes its place in the meantime."""
     try:
-        if OURS.fullmatch(path.name) and (reason := broken_seal(path)):
-            raise InputError(f"{path} is damaged ({reason}){advice}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
-    except InputError:
-        raise
-    except Exception as error:
-        # torch.load has no exception of its own: what it raises on a damaged file depends on where the damage is.
-        found = re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or re.match(r"\s*(.*)", str(error))
-        reason = found[1].strip().rstrip(".")
-        raise InputError(f"{path} is damaged or holds more than tensors ({reason}){advice}") from error
+    with file:
+        if OURS.fullmatch(path.name) and (reason := broken_seal(file)):
+            raise Damaged(f"{path} is damaged ({reason})")
+        digest = sha256_of(file)
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True), digest
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            # torch.load has no exception of its own: what it raises depends on what is wrong where.
+            found = re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or re.match(r"\s*(.*)", str(error))
+            reason = found[1].strip().rstrip(".")
+            raise InputError(f"{path} is damaged or holds more than tensors ({reason}): replace it.") from error
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
@@ -93,6 +103,16 @@ def need_weights(folders: list[Path], which: str) -> list[Path]:
             f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth there."
         )
     return found
+
+
+def wrong_with(path: Path, digest: str) -> str:
+    """What is wrong with one of our files that should have this digest, or nothing."""
+    if not path.exists():
+        return f"{path} is missing"
+    with open(path, "rb") as file:
+        if reason := broken_seal(file):
+            return f"{path} is damaged ({reason})"
+        return "" if sha256_of(file) == digest else f"{path} is of another epoch"
 
 
 def weights_with_digest(folder: Path, digest: str) -> Path | None:
@@ -128,7 +148,9 @@ class Run:
         if damage:
             checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
             print(f"{damage}: going on from {previous.name}, the one before it.")
-            os.replace(previous, checkpoint)  # or the next save would keep the damaged one as the previous
+            if checkpoint.exists():  # or the next save would keep it as the previous
+                os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
+            os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
         before, now = self.sessions[-1]["versions"], versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
@@ -149,44 +171,38 @@ class Run:
         save(checkpoint, {**state, "decided_by": self.decided_by, "sessions": self.sessions}, previous)
         self.has_checkpoint = True
 
-    def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> None:
-        save(self.folder / f"{which}_backbone.pth", backbone.state_dict())
-        if header is not None:
-            save(self.folder / f"{which}_header.pth", header.state_dict())
-
-    def lost(self, which: str, has_header: bool) -> str:
-        """What is wrong with the best or last weights, or nothing."""
-        for part in ("backbone", "header")[: 1 + has_header]:
-            path = self.folder / f"{which}_{part}.pth"
-            if not path.exists():
-                return f"{path} is missing"
-            if reason := broken_seal(path):
-                return f"{path} is damaged ({reason})"
-        return ""
+    def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> dict[str, str]:
+        """Writes the state dicts; gives the digests of the files by name."""
+        modules = {f"{which}_backbone.pth": backbone} | ({f"{which}_header.pth": header} if header else {})
+        for name, module in modules.items():
+            save(self.folder / name, module.state_dict())
+        return {name: sha256(self.folder / name) for name in modules}
 
 
 def decided_by(folder: Path) -> dict | None:
     """The settings and sources that decided the run of a folder, or None where it holds no checkpoint.
 
-    Raises InputError where no checkpoint of it can be read.
+    Raises InputError where no checkpoint of it is good.
     """
-    state, _ = _newest(folder, mapped=True)
+    state, _ = _newest(folder)
     return state and state["decided_by"]
 
 
-def _newest(folder: Path, mapped: bool = False) -> tuple[dict | None, str]:
-    """The newest checkpoint that is good, None where there is none, and what is wrong with a newer one."""
+def _newest(folder: Path) -> tuple[dict | None, str]:
+    """The newest checkpoint that is good, None where there is none, and what is wrong with a newer one.
+
+    Raises InputError where one cannot be read for another reason than damage: the next attempt may succeed.
+    """
     damage = ""
     for path in (folder / name for name in CHECKPOINTS):
         if path.exists():
             try:
-                state = load(path, mapped)
-                if not (isinstance(state, dict) and "decided_by" in state):
-                    raise InputError(f"{path} is no checkpoint of a run")
-            except InputError as error:
+                state = load(path)
+                if isinstance(state, dict) and "decided_by" in state:
+                    return state, damage
+                damage = damage or f"{path} is no checkpoint of a run"
+            except Damaged as error:
                 damage = damage or str(error)
-                continue
-            return state, damage
     if damage:
         raise InputError(f"{damage}, and no older one is good: move {folder} away to train anew.")
     return None, ""
@@ -206,10 +222,17 @@ def versions(cfg: Config) -> dict[str, str]:
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
         "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "commit": _commit(),
     }
+
+
+def numerics(cfg: Config) -> dict[str, str]:
+    """Of `versions`, what decides the last bits of a network's output."""
+    found = versions(cfg)
+    return {name: found[name] for name in ("torch", "device", "threads")}
 
 
 def device_of(cfg: Config) -> torch.device:
@@ -219,9 +242,11 @@ def device_of(cfg: Config) -> torch.device:
 @functools.cache
 def _commit() -> str:
     """The git commit of this code, with -dirty where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here_only = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # not a repository that holds this folder
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=here_only).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

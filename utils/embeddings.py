@@ -6,17 +6,17 @@ import numpy as np
 
 from utils.arrays import about, read
 from utils.checkpoint import find_weights
-from utils.errors import InputError
+from utils.errors import Damaged, InputError
 from utils.files import sha256
 
 
-def origin(images: str, weights: Path, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
-    """What decides the embeddings that `weights` gives to the image store with the id `images`.
+def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
+    """What decides the embeddings that weights give to an image store, both named by their digests.
 
     `inputs` are, per teacher in order, the origins of the embeddings that the weights were applied to, if they were not
     applied to images.
     """
-    made_from = {"images": images, "weights": sha256(weights), "flipped": flipped}
+    made_from = {"images": images, "weights": weights, "flipped": flipped}
     return made_from if inputs is None else {**made_from, "inputs": inputs}
 
 
@@ -25,9 +25,12 @@ def read_embeddings(path: Path, shape: tuple[int, int], images: str, command: st
 
     Raises InputError where it is missing, damaged or made for other images; `command` makes it.
     """
-    found = about(path)
+    try:
+        found = about(path)
+    except Damaged as error:
+        raise InputError(f"{error}. Run again: {command}") from error
     if found is None:
-        raise InputError(f"{path} is missing or not whole. Run first: {command}")
+        raise InputError(f"{path} is missing or not finished. Run first: {command}")
     if found["made from"].get("images") != images:
         raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
     if found["shape"] != [*shape]:
@@ -36,8 +39,8 @@ def read_embeddings(path: Path, shape: tuple[int, int], images: str, command: st
         )
     try:
         return read(path, shape, np.float32), found["made from"]
-    except InputError as error:
-        raise InputError(f"{error} Run again: {command}") from error
+    except Damaged as error:
+        raise InputError(f"{error}. Run again: {command}") from error
 
 
 def check_weights(path: Path, digest: str, run: Path, which: str, command: str) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from config.config import Config, Schedule
 from utils.arrays import Filling
-from utils.checkpoint import Run, device_of, find_weights
+from utils.checkpoint import Run, device_of, find_weights, wrong_with
 from utils.dataset import STEP, Column, Faces, cut, stream
 from utils.errors import InputError
 from utils.files import locked, refuse_if_locked, write_text
@@ -28,7 +28,8 @@ from utils.files import locked, refuse_if_locked, write_text
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Named losses of a batch; the parameters are named after the columns that it reads (see utils.dataset)."""
 
-GRADIENTS = GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
+GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
+GRADIENTS = (GRADIENT, HEADER_GRADIENT)
 """The names under which the norms of gradients are kept beside the losses, to notice when one is not finite."""
 
 Validate = Callable[[], tuple[dict[str, float], float]]
@@ -184,6 +185,7 @@ class _Progress:
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # (names,) float64
         self.log: list[dict] = []
+        self.weights: dict[str, str] = {}  # digests of the best and last weights by name
         self.saved_at = time.monotonic()
         self._watch = _Watch(next(backbone.parameters()).device)
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
@@ -191,6 +193,7 @@ class _Progress:
     def restore(self, state: dict) -> None:
         try:
             self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
+            self.weights = state["weights"]
             self.names = list(state["sums"])
             if self.names:
                 self.sums = torch.stack([*state["sums"].values()]).to(self._watch.bad.device)
@@ -206,19 +209,24 @@ class _Progress:
             self._mend()
 
     def _mend(self) -> None:
-        """Writes lost weights anew where they are those of the checkpoint."""
+        """Writes weights anew that are lost, or newer than the checkpoint, if they are those of the checkpoint."""
         for which in ("last", "best"):
-            lost = self.run.lost(which, self.header is not None)
+            lost = [
+                reason
+                for name, digest in self.weights.items()
+                if name.startswith(which) and (reason := wrong_with(self.run.folder / name, digest))
+            ]
             if not lost:
                 continue
             if self.step == 0 and (which == "last" or self.log[-1]["best"]):
-                self.run.save_weights(which, self.backbone, self.header)
-                print(f"{lost}: written anew from the checkpoint.")
+                self.weights |= self.run.save_weights(which, self.backbone, self.header)
+                print(f"{lost[0]}: written anew from the checkpoint.")
             elif which == "best" and self.epoch < self.schedule.epochs:
+                # Where they are of a later epoch, this one is trained again, and as good as it was.
                 self.best = -math.inf
-                print(f"{lost}: the best of the epochs to come takes its place.")
+                print(f"{lost[0]}: the best of the epochs to come takes its place.")
             elif which == self.run.cfg.weights:
-                raise InputError(f"{lost}: set weights to last, or move {self.run.folder} away to train anew.")
+                raise InputError(f"{lost[0]}: set weights to last, or move {self.run.folder} away to train anew.")
 
     def start_epoch(self) -> None:
         for group in self.optimizer.param_groups:
@@ -262,6 +270,7 @@ class _Progress:
     def save(self) -> None:
         self.means()  # a checkpoint of a run that has gone wrong would be no good
         state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log}
+        state["weights"] = self.weights
         state["sums"] = dict(zip(self.names, [] if self.sums is None else self.sums.cpu(), strict=True))
         state["backbone"] = self.backbone.state_dict()
         state["header"] = self.header.state_dict() if self.header is not None else {}
@@ -279,9 +288,8 @@ class _Progress:
         entry = {"epoch": self.epoch + 1, "lr": self.schedule.lr(self.epoch), "loss": means, "scores": scores}
         self.log.append({**entry, "best": is_best})
         self.best = max(self.best, value)
-        if is_best:
-            self.run.save_weights("best", self.backbone, self.header)
-        self.run.save_weights("last", self.backbone, self.header)
+        for which in ("best", "last") if is_best else ("last",):
+            self.weights |= self.run.save_weights(which, self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
         write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
         self.epoch, self.step, self.names, self.sums = self.epoch + 1, 0, [], None

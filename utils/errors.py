@@ -1,5 +1,9 @@
-"""The one exception for what a user can put right."""
+"""The exceptions for what a user can put right."""
 
 
 class InputError(ValueError):
     """A setting, file or folder is not as it must be. The message is one sentence that names it and says what to do."""
+
+
+class Damaged(InputError):
+    """A file is not as it was written; what can be made again from others may be."""

@@ -10,8 +10,8 @@ from torch import nn
 
 from backbones import load_weights
 from config.config import Config
-from utils.arrays import Filling, is_current
-from utils.checkpoint import need_weights
+from utils.arrays import Filling, outdated
+from utils.checkpoint import need_weights, numerics
 from utils.dataset import Column, Faces
 from utils.embeddings import origin
 from utils.engine import infer
@@ -34,11 +34,13 @@ def embed_all(
     """
     shape = (len(columns["image"].arrays[0]), cfg.embedding_size)
     with locked(path):
-        if is_current(path, shape, np.float32, made_from):
+        reason = outdated(path, shape, np.float32, made_from)
+        if reason is None:
             print(f"{path} is up to date.")
             return
+        print(reason, end="\n" if reason else "")
         block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
-        with Filling(path, shape, np.float32, made_from, block_rows) as filling:
+        with Filling(path, shape, np.float32, made_from, block_rows, numerics(cfg)) as filling:
             infer(function, network, columns, cfg, f"embed {path.stem}", filling)
     print(f"{path}: {shape[0]:,} embeddings.")
 
@@ -49,7 +51,7 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
     `faces` holds the teachers' embeddings. Loads the weights of the adaptor's run folder into `adaptor`.
     """
     weights = need_weights([cfg.adaptor_dir(name)], cfg.weights)[0]
-    load_weights(adaptor, weights)
+    digest = load_weights(adaptor, weights)
     column = faces.columns["embedding"]
     for flipped in cfg.target_views:
         inputs = {teacher: faces.origins[cfg.teacher_embeddings(teacher, flipped)] for teacher in cfg.teachers}
@@ -58,5 +60,5 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
         def target(embedding):
             return F.normalize(adaptor(embedding))
 
-        made_from = origin(faces.store.digest, weights, flipped, inputs)
+        made_from = origin(faces.store.digest, digest, flipped, inputs)
         embed_all(target, adaptor, columns, cfg.adaptor_embeddings(name, flipped), made_from, cfg)

@@ -14,21 +14,27 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
-from utils.errors import InputError
+from utils.errors import Damaged, InputError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+"""How file systems say that they cannot lock a file or flush a folder."""
+
+NO_LOCKS = "{} cannot be locked on this system: start no second process on it."
+
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yields the path of a partial file, which takes the place of `path` when the block ends without an exception.
 
-    Raises InputError where it cannot be written: a full disk, a folder that may not be written to.
+    The file that it replaces is kept as `previous`, if that is given. Raises InputError where it cannot be written: a
+    full disk, a folder that may not be written to.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -37,6 +43,8 @@ def replaced(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            _keep_as(path, previous)
         os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
@@ -65,11 +73,14 @@ def _flush_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         finally:
             os.close(handle)
 
 
-def keep_as(path: Path, kept: Path) -> None:
+def _keep_as(path: Path, kept: Path) -> None:
     """Gives a file a second name, under which its content stays when the first comes to name another."""
     link = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
     remove_leftovers(kept)
@@ -92,9 +103,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     Another process waits for it, or without `wait` is refused: an InputError names the process that holds it.
     """
     if fcntl is None:
+        print(NO_LOCKS.format(path))
         yield
         return
-    lock = path.with_name(f"{path.name}.lock")
+    lock = _lock_of(path)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with _held(lock, path, wait):
         try:
@@ -105,9 +117,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 def refuse_if_locked(path: Path) -> None:
     """Raises InputError where another process holds the file or folder."""
-    if path.with_name(f"{path.name}.lock").exists():
+    if _lock_of(path).exists():
         with locked(path):
             pass
+
+
+def _lock_of(path: Path) -> Path:
+    path = path.resolve()  # a folder that is reached by two ways has one lock
+    return path.with_name(f"{path.name}.lock")
 
 
 def _held(lock: Path, path: Path, wait: bool) -> IO:
@@ -125,9 +142,9 @@ def _held(lock: Path, path: Path, wait: bool) -> IO:
             print(f"{path} is in use by {holder}: waiting for it.", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in UNSUPPORTED:
                 raise
-            print(f"{path} lies on a file system without locks: start no second process on it.", flush=True)
+            print(NO_LOCKS.format(path), flush=True)
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
@@ -155,16 +172,16 @@ def seal(path: Path) -> None:
         file.write(MARK + digest.encode())
 
 
-def broken_seal(path: Path) -> str:
+def broken_seal(file: BinaryIO) -> str:
     """What is wrong with a sealed archive, or nothing."""
-    digest, left = hashlib.sha256(), path.stat().st_size - SEAL
+    digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - SEAL
     if left < 0:
         return "it ends too early"
-    with open(path, "rb") as file:
-        while chunk := file.read(min(left, 1 << 20)):
-            digest.update(chunk)
-            left -= len(chunk)
-        end = file.read()
+    file.seek(0)
+    while chunk := file.read(min(left, 1 << 20)):
+        digest.update(chunk)
+        left -= len(chunk)
+    end = file.read()
     if not end.startswith(MARK):
         return "it has no SHA-256 at its end"
     return "" if end == MARK + digest.hexdigest().encode() else "its SHA-256 is another"
@@ -175,12 +192,18 @@ def write_sealed_json(path: Path, value: dict) -> None:
 
 
 def read_sealed_json(path: Path) -> dict:
-    """Raises InputError where the file is not, to the last byte, what was written."""
-    value = read_json(path)
-    value.pop("sha256", None)
-    if path.read_bytes() != _sealed(value).encode():
-        raise InputError(f"{path} is damaged (its SHA-256 is another): delete it to have it made again.")
-    return value
+    """Raises InputError where there is no file, Damaged where it is not, to the last byte, what was written."""
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+        value.pop("sha256", None)
+        if content == _sealed(value).encode():
+            return value
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except (ValueError, AttributeError):  # not JSON, not an object
+        pass
+    raise Damaged(f"{path} is damaged (it is not what its SHA-256 was made of)")
 
 
 def _sealed(value: dict) -> str:
@@ -193,7 +216,8 @@ def _sealed(value: dict) -> str:
 
 def write_text(path: Path, text: str) -> None:
     with replaced(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be text
+        # Names of files need not be text.
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -213,4 +237,10 @@ def read_json(path: Path) -> dict:
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Of an open file, from its beginning."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
-from utils.arrays import Filling, about, is_current, read
-from utils.errors import InputError
+from utils.arrays import Filling, about, outdated, read
+from utils.errors import Damaged, InputError
 from utils.files import locked, write_text
 from utils.threads import map_ahead
 
@@ -143,11 +143,13 @@ class ImageStore:
         self.index = scan(data, cfg.ethnicities)
         path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
         made_from = {"files": self.index.digest}
-        if not is_current(path, *form, made_from, checked):
+        if outdated(path, *form, made_from, checked) is not None:
             with locked(path, wait=True):  # teachers may be trained side by side, each in its own process
-                if not is_current(path, *form, made_from, checked):
-                    _say_why(path, made_from)
-                    _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK))
+                reason = outdated(path, *form, made_from, checked)
+                if reason is not None:
+                    print(reason, end="\n" if reason else "")
+                    _make_room(path, made_from)
+                    _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
         self.images = read(path, *form, checked=False)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
@@ -157,16 +159,12 @@ class ImageStore:
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
 
 
-def _say_why(path: Path, made_from: dict) -> None:
-    """Says why images that are there are decoded again; those of other files make room."""
-    if not path.exists():
-        return
-    found = about(path)
-    if found and found["made from"] != made_from:
-        print(f"{path} was made from other files than data holds now.")
-        path.unlink()
-    else:
-        print(f"{path} is damaged: it is decoded again where its SHA-256 is another.")
+def _make_room(path: Path, made_from: dict) -> None:
+    """Deletes images of other files before those of these files are decoded."""
+    with contextlib.suppress(Damaged):
+        found = about(path)
+        if found and found["made from"] != made_from:
+            path.unlink()
 
 
 def _decode_all(index: Index, data: Path, filling: Filling) -> None:
@@ -204,7 +202,9 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
         return
     listing = folder / "bad_images.txt"
     printable = [os.fsencode(reason).decode(errors="replace") for reason in bad.values()]
-    write_text(listing, "".join(f"{reason}\n" for reason in printable))
+    text = "".join(f"{reason}\n" for reason in printable)
+    if not listing.exists() or listing.read_text(encoding="utf-8") != text:  # the cache may be a read-only one
+        write_text(listing, text)
     shown = [f"\n  {reason}" for reason in printable[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
     if not skip:
