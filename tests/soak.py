@@ -115,6 +115,7 @@ def _shortened(text: str, folder: Path) -> str:
 def _write(lines: list[str], messages: dict[str, str], failures: list[str]) -> None:
     found = versions(Config())
     date = datetime.date.today().isoformat()
+    found["commit"] = found["commit"][:12]
     head = HEAD.format(date=date, processor=found.pop("device"), **found)
     said = "".join(f"**{kind}**\n\n    {text.splitlines()[0]}\n\n" for kind, text in messages.items())
     parts = [head + "\n".join(lines)]

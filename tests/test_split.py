@@ -55,3 +55,14 @@ def test_later_stages_name_the_groups_that_are_missing(cfg):
     write_split(cfg, "B", ["B/b1", "B/b3"])
     with pytest.raises(InputError, match=r"B.json was made when data held other identities"):
         read_quarter(cfg, "quarter1", index)
+
+
+def test_a_list_cannot_lead_out_of_the_data_folder(cfg):
+    cfg = replace(cfg, is_teacher_baseline=True)
+    index = scan(Path(cfg.data), cfg.ethnicities)
+    for group in cfg.ethnicities:
+        write_split(cfg, group, index.identities_of(group))
+    path = cfg.split_dir / "A.json"
+    path.write_text(path.read_text().replace("A/a1", "A/../../secret"))
+    with pytest.raises(InputError, match="A.json was made when data held other identities"):
+        read_quarter(cfg, "quarter1", index)

@@ -485,8 +485,10 @@ def another_process_holding(path: Path) -> Iterator[int]:
 
 def gadgets(marker: Path) -> dict[str, bytes]:
     """Opcodes of pickles that, where they are executed, leave a file or would reach into memory."""
-    shell, code = f"touch {marker}".encode(), f"open({str(marker)!r}, 'w')".encode()
-    call = b"(V" + shell + b"\ntR"
+
+    def text(value: object) -> bytes:
+        encoded = str(value).encode()
+        return b"X" + len(encoded).to_bytes(4, "little") + encoded
 
     def of(value) -> bytes:
         return pickle.dumps(value, protocol=2)[2:-1]
@@ -498,27 +500,34 @@ def gadgets(marker: Path) -> dict[str, bytes]:
         def __reduce__(self):
             return self.reduced[0], self.reduced[1:]
 
+    shell, code, path = text(f"touch {marker}"), text(f"open({str(marker)!r}, 'w')"), text(marker)
+    call = b"(" + shell + b"tR"
+    imported = b"cbuiltins\n__import__\n(" + text("os") + b"tR"
     return {
         "os.system": b"cos\nsystem\n" + call,
         "posix.system": b"cposix\nsystem\n" + call,
-        "builtins.eval": b"cbuiltins\neval\n(V" + code + b"\ntR",
-        "builtins.exec": b"cbuiltins\nexec\n(V" + code + b"\ntR",
-        "the Python 2 name of eval": b"c__builtin__\neval\n(V" + code + b"\ntR",
-        "subprocess.Popen": b"csubprocess\nPopen\n((lVtouch\naV" + str(marker).encode() + b"\natR",
-        "io.open": b"cio\nopen\n(V" + str(marker).encode() + b"\nVw\ntR",
+        "builtins.eval": b"cbuiltins\neval\n(" + code + b"tR",
+        "builtins.exec": b"cbuiltins\nexec\n(" + code + b"tR",
+        "the Python 2 name of eval": b"c__builtin__\neval\n(" + code + b"tR",
+        "subprocess.Popen": b"csubprocess\nPopen\n(](" + text("touch") + path + b"etR",
+        "io.open": b"cio\nopen\n(" + path + text("w") + b"tR",
         "__reduce__": of(Reduced(Path.touch, marker)),
-        "nested in lists and a dictionary": b"((l(dVkey\ncos\nsystem\n" + call + b"sat",
-        "put into the memo and taken out again": b"cos\nsystem\np7\n0g7\n" + call,
+        "nested in tuples, lists and a dictionary": b"(](}" + text("key") + b"cos\nsystem\n" + call + b"set",
+        "put into the memo and taken out again": b"](cos\nsystem\nq\x07h\x07" + call + b"e",
         "STACK_GLOBAL": b"\x8c\x02os\x8c\x06system\x93" + call,
-        "INST": b"(V" + shell + b"\nios\nsystem\n",
-        "OBJ": b"(cos\nsystem\nV" + shell + b"\no",
+        "INST": b"(" + shell + b"ios\nsystem\n",
+        "OBJ": b"(cos\nsystem\n" + shell + b"o",
         "EXT1": b"\x82\xf0" + call,
-        "getattr of an imported module": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(Vos\ntRVsystem\ntR" + call,
-        "functools.partial": b"cfunctools\npartial\n(cos\nsystem\nV" + shell + b"\ntR)R",
-        "numpy.memmap": b"cnumpy\nmemmap\n(V" + str(marker).encode() + b"\nVuint8\nVw+\nI0\n(I4\nttR",
+        "getattr of an imported module": b"cbuiltins\ngetattr\n(" + imported + text("system") + b"tR" + call,
+        "functools.partial": b"cfunctools\npartial\n(cos\nsystem\n" + shell + b"tR)R",
+        "numpy.memmap": b"cnumpy\nmemmap\n(" + path + text("uint8") + text("w+") + b"K\x00(K\x04ttR",
         "array of objects": of(np.array([Reduced(Path.touch, marker)], dtype=object)),
         "array of pointers": of(Reduced(np.ndarray, (4,), np.dtype("O"), b"A" * 32)),
     }
+
+
+UNKNOWN_TO_PYTORCH = ("STACK_GLOBAL", "INST", "EXT1")
+"""What PyTorch's reader refuses for its opcode, whatever it would do."""
 
 
 def hostile_files(work: Path) -> Result:
@@ -528,8 +537,8 @@ def hostile_files(work: Path) -> Result:
     copyreg.add_extension("os", "system", 0xF0)
     try:
         for name, opcodes in gadgets(marker).items():
-            pairs = b"\x80\x04((l" + opcodes + b"a" + picture + b"a(l\x88at."
-            state = b"\x80\x02}Vweight\n" + opcodes + b"s."
+            pairs = b"\x80\x02((l" + opcodes + b"a" + picture + b"a(l\x88at."
+            state = b"\x80\x02}X\x06\0\0\0weight" + opcodes + b"s."
             for file, content, read in (
                 ("x.bin", pairs, load_bin),
                 ("best_backbone.pth", state, load),
@@ -542,7 +551,8 @@ def hostile_files(work: Path) -> Result:
                 else:
                     _write_archive(path, content, sealed=file.startswith("best"))
                 said = refusal(lambda path=path, read=read: read(path))
-                failure = "executed" if marker.exists() else "" if said else "not refused"
+                names_it = re.search(r"it asks for|an array of type 'O8'", said) or name in UNKNOWN_TO_PYTORCH
+                failure = "executed" if marker.exists() else "" if said and names_it else f"not refused: {said!r}"
                 marker.unlink(missing_ok=True)
                 kind = "Code in a .bin" if file.endswith(".bin") else "Code in a checkpoint"
                 result.add(failure and f"{name} in {file}: {failure}", kind, said)

@@ -14,6 +14,7 @@ The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked w
 import contextlib
 import functools
 import os
+import pickle
 import platform
 import re
 import subprocess
@@ -75,10 +76,12 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
         except (OSError, MemoryError):
             raise
         except Exception as error:
-            # torch.load has no exception of its own: what it raises depends on what is wrong where.
-            found = re.search(r"WeightsUnpickler error:\s*(.*)", str(error)) or re.match(r"\s*(.*)", str(error))
-            reason = found[1].strip().rstrip(".")
-            raise InputError(f"{path} is damaged or holds more than tensors ({reason}): replace it.") from error
+            # torch.load has no exception of its own: what it raises depends on what is wrong where. Its own words on
+            # what is not allowed advise to allow it.
+            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+            refused = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
+            reason = refused if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]
+            raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): replace it.") from error
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
