@@ -62,6 +62,9 @@ class Config:
 
     # Running
     device: str = "auto"  # auto | cpu | cuda
+    precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
+    compile: bool = False  # compile the networks: minutes at the start, faster steps after
+    device_cache_gb: float = -1.0  # data that stays on the device; -1: half of a GPU's memory, on a CPU none
     num_threads: int = 0  # CPU threads; 0: as many as there are cores
     num_workers: int = 2  # threads that read batches ahead of the step; 0: each is read when it is needed
     infer_batch_size: int = 256  # images a step where nothing is trained
@@ -90,6 +93,9 @@ class Config:
         for name in ("m", "std", "std_fc", "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("momentum", self.momentum < 1, "below 1")
+        self._check(
+            "device_cache_gb", self.device_cache_gb == -1 or 0 <= self.device_cache_gb < math.inf, "-1, or 0 or more"
+        )
         self._check("seed", 0 <= self.seed < 2**63, "0 or more, and below 2**63")
         for name in ("num_threads", "num_workers"):
             self._check(name, 0 <= getattr(self, name) <= 1024, "between 0 and 1024")
@@ -296,12 +302,23 @@ CHOICES = {
     "student_network": NETWORKS,
     "loss": HEADERS,
     "device": ("auto", "cpu", "cuda"),
+    "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
 }
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
 PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25)}
 DECISIVE = {
-    "every run": ("seed", "batch_size", "momentum", "weight_decay", "max_grad_norm", "embedding_size", "s", "m"),
+    "every run": (
+        "seed",
+        "batch_size",
+        "momentum",
+        "weight_decay",
+        "max_grad_norm",
+        "embedding_size",
+        "s",
+        "m",
+        "precision",
+    ),
     "teachers": ("network", "loss", "std", "num_epoch", "milestones", "lr"),
     "adaptors": ("teachers", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
     "students": ("student_network", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),

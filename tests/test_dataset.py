@@ -10,7 +10,7 @@ import torch
 from tests.conftest import encode, noise
 from tests.runs import write_embeddings, write_targets
 from utils.checkpoint import save
-from utils.dataset import Column, Faces, cut, stream, to_network
+from utils.dataset import Cached, Column, Faces, cache, cut, stream, to_network
 from utils.errors import InputError
 from utils.split import write_split
 
@@ -182,3 +182,44 @@ def test_two_weights_in_one_folder_are_refused(cfg):
     save(cfg.teacher_dir("A") / "1000backbone.pth", {})
     with pytest.raises(InputError, match=r"holds 1000backbone.pth, best_backbone.pth: keep the one"):
         Faces(cfg, inputs=cfg.teachers)
+
+
+# Columns in the memory of the device ----------------------------------------------------------------------------------
+
+
+def columns_of_every_kind():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (40, 112, 112, 3), np.uint8)
+    embeddings = [random.normal(size=(40, 4)).astype(np.float32) for _ in range(4)]
+    return {
+        "image": Column((images,)),
+        "label": Column((np.arange(40),)),
+        "embedding": Column(tuple(embeddings[:2]), tuple(embeddings[2:])),
+        "target": Column((embeddings[3],), (embeddings[0],)),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
+    monkeypatch.setattr("utils.dataset.PART", 7)
+    device, columns, random = torch.device("cpu"), columns_of_every_kind(), np.random.default_rng(1)
+    rows = np.sort(random.permutation(40)[:30])
+    cached = cache(columns, rows, device, 1.0)
+    assert all(isinstance(column, Cached) for column in cached.values())
+    batches = [(random.permutation(rows)[:8], flips) for flips in (None, random.random(8) < 0.5, np.ones(8, bool))]
+    for one, other in zip(
+        stream(columns, batches, device, workers), stream(cached, batches, device, workers), strict=True
+    ):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
+    columns, rows = columns_of_every_kind(), np.arange(40)
+    kept = cache(columns, rows, torch.device("cpu"), 3e-6)  # 3,000 bytes: labels take 320, targets 1,280
+    assert [name for name, column in kept.items() if isinstance(column, Cached)] == ["label", "target"]
+    assert cache(columns, rows, torch.device("cpu"), -1.0) == columns  # on a CPU
+    assert capsys.readouterr().out == ""
+    kept = cache(columns, rows, torch.device("cpu"), 1e9)
+    assert "device_cache_gb = 1e+09 is more than there is:" in capsys.readouterr().out
+    assert all(isinstance(column, Cached) for column in kept.values())

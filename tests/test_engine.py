@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
 
 from tests.runs import Linear, checkpoint, difference, train
 from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import Interrupted, _seed, _Watch, fit, infer, run, setup
+from utils.engine import Interrupted, _seed, _Watch, arithmetic, fit, infer, run, setup
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 
@@ -384,6 +385,84 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", first["versions"]["commit"])
     assert about["all settings"]["loss_lambda"] == cfg.loss_lambda
     assert set(about["sources"]) == {"images", "identities"}
+
+
+def test_a_run_from_cached_columns_is_the_same_run(cfg):
+    train(cfg)
+    cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
+    train(cached)
+    assert_equal_runs(cfg, cached)
+
+
+def test_bf16_stays_close_to_fp32_and_leaves_the_network_as_it_was(cfg):
+    train(cfg)
+    rounded = replace(cfg, output=cfg.output + "2", precision="bf16")
+    network, _ = train(rounded)
+    assert "forward" not in vars(network)
+    one, other = checkpoint(cfg), checkpoint(rounded)
+    assert not torch.equal(one["backbone"]["fc.weight"], other["backbone"]["fc.weight"])
+    for line, there in zip(one["log"], other["log"], strict=True):
+        assert there["loss"]["margin"] == pytest.approx(line["loss"]["margin"], rel=5e-3)
+    assert other["backbone"]["fc.weight"].dtype == torch.float32
+    with pytest.raises(InputError, match="precision was 'bf16', now 'fp32'"):
+        train(replace(rounded, precision="fp32"))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg):
+    def stop(call):
+        if call == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    compiled, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
+    train(compiled)
+    with pytest.raises(Interrupted):
+        train(stopped, before_step=stop)
+    train(stopped)
+    assert_equal_runs(compiled, stopped)
+    network, images = Small().eval(), torch.randn(4, 3, 112, 112)
+    plain = network(images)
+    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
+        assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_a_run_goes_on_without(monkeypatch, capsys):
+    class Failing(TorchDynamoException):
+        pass
+
+    def fails(_):
+        def forward(*_):
+            raise Failing("no compiler here")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fails)
+    network = torch.nn.Linear(3, 2)
+    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
+        assert network(torch.ones(1, 3)).shape == (1, 2)
+        assert network(torch.ones(1, 3)).shape == (1, 2)
+    assert capsys.readouterr().out == "compile: no compiler here Going on without.\n"
+
+
+def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
+    network = torch.nn.Linear(64, 32)
+    columns = {"embedding": Column((np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32),))}
+
+    def embed():
+        return infer(lambda embedding: network(embedding), network, columns, cfg, "test")
+
+    plain = embed()
+    with arithmetic(network, "bf16", torch.device("cpu")):
+        assert np.array_equal(embed(), plain)
+        lowered = network(torch.from_numpy(columns["embedding"].arrays[0]))
+        assert lowered.dtype == torch.float32
+        assert not np.array_equal(lowered.detach().numpy(), plain)
+    assert "forward" not in vars(network)
+
+
+def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):
+    setup(replace(cfg, precision="tf32"))
+    assert "precision = 'tf32': this device computes in fp32 only" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

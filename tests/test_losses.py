@@ -96,6 +96,48 @@ def test_published_defaults():
     assert losses.ElasticArcFace(512, 2000).kernel.std().item() == pytest.approx(0.01, rel=0.01)
 
 
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_the_head_in_place_is_the_plain_formula_to_rounding(name):
+    """Against normalised copies and autograd, at the width of a real head; labels repeat, one centre is short."""
+    torch.manual_seed(4)
+    head = getattr(losses, name)(64, 3000).train()
+    head.kernel.data[:, 7] *= 1e-4
+    embeddings, label = torch.randn(32, 64), torch.randint(3000, (32,))
+    label[:4] = 7
+
+    def gradients(logits, given):
+        head.kernel.grad = None
+        loss = F.cross_entropy(logits, label)
+        loss.backward()
+        return loss.detach(), given.grad, head.kernel.grad
+
+    def plain(given):
+        cosine = (F.normalize(given) @ F.normalize(head.kernel, dim=0)).clamp(-1, 1)
+        column = label.unsqueeze(1)
+        target = cosine.gather(1, column)
+        logits = head.s * cosine.scatter(1, column, head.target_logit(target))
+        return head.adjusted(logits, column, target.detach())
+
+    found = []
+    for function in (lambda given: head(given, label), plain):
+        if name == "CurricularFace":
+            head.t.zero_()
+        given = embeddings.clone().requires_grad_()
+        torch.manual_seed(5)
+        found.append(gradients(function(given), given))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
+
+
+def test_a_frozen_kernel_gets_no_gradient():
+    head = losses.ArcFace(16, 5)
+    head.kernel.requires_grad_(False)
+    embeddings = torch.randn(8, 16, requires_grad=True)
+    head(embeddings, torch.zeros(8, dtype=torch.long)).sum().backward()
+    assert head.kernel.grad is None
+    assert embeddings.grad.norm() > 0
+
+
 def test_plus_gives_harder_samples_larger_margins():
     torch.manual_seed(1)
     head = losses.ElasticArcFace(4, 3, std=0.1, plus=True)

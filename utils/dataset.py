@@ -8,6 +8,7 @@ Loss functions name the columns that they read by their parameters:
     target     (B, D) the unit-length multi-teacher embedding
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from utils.split import read_quarter, require_split
 from utils.store import ImageStore, Index
 from utils.threads import map_ahead
 
+PART = 65536  # rows that pass through memory together on their way to the device
 AHEAD = 2  # batches gathered ahead of the consumer by each worker
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
 
@@ -40,6 +42,10 @@ class Column:
 
     arrays: tuple[np.ndarray, ...]
     mirrored: tuple[np.ndarray, ...] = ()
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(array.strides[0] for array in (*self.arrays, *self.mirrored))
 
     def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
         taken = _take(self.arrays, rows)
@@ -166,20 +172,83 @@ def cut(rows: range, batch_size: int) -> list[range]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
+class Cached:
+    """Those rows of a column that are read, in the memory of the device."""
+
+    def __init__(self, column: Column, rows: np.ndarray, device: torch.device):
+        self._rows, self._device = rows, device  # sorted
+        self._values = _load(column.arrays, rows, device)
+        self._mirrored = _load(column.mirrored, rows, device) if column.mirrored else None
+
+    def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
+        index = _to(torch.from_numpy(np.searchsorted(self._rows, rows)), self._device)
+        taken = self._values.index_select(0, index)
+        if self._mirrored is None or flips is None:
+            return taken
+        mask = _to(torch.from_numpy(flips), self._device).unsqueeze(1)
+        return torch.where(mask, self._mirrored.index_select(0, index), taken)
+
+
+def _load(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The rows of arrays that are concatenated along their second dimension; a part at a time passes through memory."""
+    width = [sum(array.shape[1] for array in arrays), *arrays[0].shape[2:]] if arrays[0].ndim > 1 else []
+    kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    loaded = torch.empty((len(rows), *width), dtype=kind, device=device)
+    for part in cut(range(len(rows)), PART):
+        loaded[part.start : part.stop] = torch.from_numpy(_take(arrays, rows[part.start : part.stop]))
+    return loaded
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without making it wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gigabytes: float) -> dict:
+    """The columns, those in the memory of the device that fit into so many gigabytes, the narrowest first.
+
+    -1 stands for half of a GPU's memory as far as it is free, and for none on a CPU: there the files that are read
+    often stay in memory by themselves. What more is asked for than is free is not taken, and said.
+    """
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (_free_memory(), 0)
+    budget = min(free, total / 2) if gigabytes == -1 else gigabytes * 1e9
+    if budget > 0.9 * free:
+        print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
+        budget = 0.9 * free
+    kept = dict(columns)
+    for name, column in sorted(columns.items(), key=lambda item: item[1].row_bytes):
+        size = column.row_bytes * len(rows)
+        if size <= budget:
+            kept[name] = Cached(column, rows, device)
+            budget -= size
+    return kept
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are available; without bound where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return 1 << 60
+
+
 def stream(
-    columns: dict[str, Column], batches: Iterable[Batch], device: torch.device, workers: int = 1
+    columns: dict[str, Column | Cached], batches: Iterable[Batch], device: torch.device, workers: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields each batch as {column: tensor on the device}, gathered ahead of the consumer in so many threads."""
+    cached = {name: column for name, column in columns.items() if isinstance(column, Cached)}
 
     def gather(batch: Batch):
-        tensors = {name: column.gather(*batch) for name, column in columns.items()}
+        tensors = {name: column.gather(*batch) for name, column in columns.items() if name not in cached}
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors, batch[1]
+        return tensors, batch
 
     def finish(gathered) -> dict[str, torch.Tensor]:
-        tensors, flips = gathered
+        tensors, (rows, flips) = gathered
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        batch |= {name: column.gather(rows, flips) for name, column in cached.items()}
         if "image" in batch:
             batch["image"] = to_network(batch["image"], flips)
         return batch
@@ -193,11 +262,11 @@ def stream(
 
 def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.Tensor:
     """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5, mirrored where `flips` says so."""
+    if flips is not None:  # while they are bytes
+        index = _to(torch.from_numpy(np.flatnonzero(flips)), images.device)
+        images = images.index_copy(0, index, images.index_select(0, index).flip(2))
     images = images.permute(0, 3, 1, 2)  # a view: channels last stays the layout in memory
-    if flips is not None:
-        mask = torch.from_numpy(flips).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-        images = torch.where(mask, images.flip(-1), images)
-    return images.float().div_(127.5).sub_(1)
+    return torch.add(torch.tensor(-1.0), images, alpha=1 / 127.5)  # read as bytes and written once
 
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:

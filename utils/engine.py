@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import json
 import math
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from config.config import Config, Schedule
 from utils.arrays import Filling
 from utils.checkpoint import Run, device_of, find_weights, wrong_with
-from utils.dataset import STEP, Column, Faces, cut, stream
+from utils.dataset import STEP, Column, Faces, cache, cut, stream
 from utils.errors import InputError
 from utils.files import locked, refuse_if_locked, write_text
 
@@ -65,8 +66,51 @@ def setup(cfg: Config) -> None:
     torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
+    if reason := _lacks(cfg.precision, device_of(cfg)):
+        print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
     _keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
+
+
+def _lacks(precision: str, device: torch.device) -> str:
+    """What a precision needs that the device does not have, or nothing."""
+    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "this device computes in fp32 only"
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this device has no bf16 units"
+    return ""
+
+
+@contextlib.contextmanager
+def arithmetic(network: nn.Module, precision: str, device: torch.device, compiled: bool = False) -> Iterator[None]:
+    """Context in which the network computes in a precision, and gives fp32; nothing else is changed by it."""
+    before, tf32 = network.__dict__.pop("forward", None), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions only: products of headers stay fp32
+    forward = torch.compile(network.forward) if compiled else network.forward
+
+    def lowered(*inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal forward
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            try:
+                return forward(*inputs).float()
+            except RuntimeError as error:
+                from torch._dynamo.exc import TorchDynamoException  # takes a second, which every script would wait for
+
+                if not isinstance(error, TorchDynamoException):
+                    raise
+                print(f"compile: {str(error).splitlines()[0]} Going on without.")
+                forward = functools.partial(type(network).forward, network)
+                return forward(*inputs).float()
+
+    if compiled or precision == "bf16":
+        network.forward = lowered
+    try:
+        yield
+    finally:
+        network.__dict__.pop("forward", None)
+        if before:
+            network.forward = before
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
@@ -115,13 +159,15 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         run.begin(progress.epoch, progress.step)
-        _train(losses, faces, cfg, progress, validate)
+        with arithmetic(backbone, cfg.precision, device, cfg.compile):
+            _train(losses, faces, cfg, progress, validate)
 
 
 def _train(losses: Losses, faces: Faces, cfg: Config, progress: "_Progress", validate: Validate | None) -> None:
     """From where the run stands to its last epoch."""
-    columns = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     schedule, steps, device = progress.schedule, len(faces) // cfg.batch_size, device_of(cfg)
+    read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
+    columns = cache(read, faces.rows, device, cfg.device_cache_gb)
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
     with _StopSignals() as stop:
@@ -348,7 +394,8 @@ def infer(
     was_training = network.training
     network.to(device).eval()
     try:
-        with _Bar(title, count, count - sum(map(len, parts))) as bar:
+        # Always in fp32: embeddings and scores do not depend on how the network was trained.
+        with arithmetic(network, "fp32", device), _Bar(title, count, count - sum(map(len, parts))) as bar:
             ahead = stream(read, ((np.asarray(rows), None) for rows in batches), device, cfg.num_workers)
             for rows, batch in zip(batches, ahead, strict=True):
                 result = function(**batch).float().cpu().numpy()

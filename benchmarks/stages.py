@@ -1,0 +1,507 @@
+"""Every stage side by side: the straightforward way, ours, and the bare kernels that bound it, in one run.
+
+The straightforward way is what the published code does, written here for the comparison: files opened one by one on
+the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five, taken in turn,
+without warm-up, validation and compilation.
+
+Reads   nothing; draws generated faces
+Writes  benchmarks/results/stages_<device>.json and .md
+Run     python -m benchmarks.stages
+"""
+
+import inspect
+import itertools
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.model_selection import KFold
+from torch import nn
+from torchvision import transforms
+
+from backbones import build_adaptor, build_backbone
+from config.config import Config
+from eval.verification import THRESHOLDS, load_bin, pair_distances, ten_fold, views
+from utils.checkpoint import versions
+from utils.dataset import Column, Faces, stream
+from utils.engine import fit, infer, setup
+from utils.files import write_json, write_text
+from utils.losses import ElasticArcFace
+from utils.split import deal
+from utils.store import ImageStore, scan
+from utils.synthetic import generate
+
+REPEATS = 5
+GROUPS = ("African", "Asian", "Caucasian", "Indian")
+CLASSES, ROWS = 27_997, 8192  # of the adaptor: the classes of the paper, and a part of its rows
+TRANSFORM = transforms.Compose(
+    [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+)
+
+
+@dataclass
+class Row:
+    """Rates in units per second; the limit is that of the bare kernels."""
+
+    stage: str
+    unit: str
+    straightforward: float
+    ours: float
+    limit: float | None = None
+    limit_is: str = ""
+
+
+def rates(units: int, *ways: Callable[[], object]) -> list[float]:
+    """Units per second of each way: all in turn, once to warm up, then the median of REPEATS."""
+    times = [[] for _ in ways]
+    for repeat in range(REPEATS + 1):
+        for way, taken in zip(ways, times, strict=True):
+            started = time.perf_counter()
+            way()
+            if repeat:
+                taken.append(time.perf_counter() - started)
+    return [units / statistics.median(taken) for taken in times]
+
+
+# Files and images -----------------------------------------------------------------------------------------------------
+
+
+def measure_split(faces: Path, work: Path) -> Row:
+    paths = sorted((faces / "train").rglob("*.jpg"))
+
+    def decoded_and_written_again() -> None:
+        for path in paths:
+            cv2.imwrite(str(work / "copy.jpg"), cv2.imread(str(path)))
+
+    def listed() -> None:
+        index = scan(faces / "train", GROUPS)
+        for group in GROUPS:
+            deal(index.identities_of(group), 4, np.random.default_rng(0))
+
+    return Row("split", "images", *rates(len(paths), decoded_and_written_again, listed))
+
+
+def measure_reader(faces: Path, cfg: Config) -> Row:
+    """One thread each: the published loaders decode in workers, of which each does this."""
+    store = ImageStore(cfg)
+    paths = [faces / "train" / path for path in store.index.paths]
+    random, size = np.random.default_rng(0), 128
+    batches = [(random.integers(0, len(paths), size), random.random(size) < 0.5) for _ in range(8)]
+    device = torch.device("cpu")
+
+    def files() -> None:
+        for rows, _ in batches:
+            images = [cv2.cvtColor(cv2.imread(str(paths[row])), cv2.COLOR_BGR2RGB) for row in rows]
+            torch.stack([TRANSFORM(Image.fromarray(image)) for image in images])
+
+    def mapped() -> None:
+        for _ in stream({"image": Column((store.images,))}, batches, device, 1):
+            pass
+
+    def gathered() -> None:
+        for rows, _ in batches:
+            np.take(store.images, rows, axis=0)
+
+    return Row("image reader", "images", *rates(size * len(batches), files, mapped, gathered), "gathering the bytes")
+
+
+def measure_adaptor_input(work: Path) -> Row:
+    """Four embeddings per row: a file each, or rows of four mapped arrays."""
+    count, size = 4096, 128
+    values = np.random.default_rng(0).normal(size=(4, count, 512)).astype(np.float32)
+    for teacher, row in itertools.product(range(4), range(count)):
+        (work / f"{teacher}").mkdir(exist_ok=True)
+        np.save(work / f"{teacher}" / f"{row}.npy", values[teacher, row])
+    for teacher in range(4):
+        np.save(work / f"{teacher}.npy", values[teacher])
+    arrays = tuple(np.load(work / f"{teacher}.npy", mmap_mode="r") for teacher in range(4))
+    order = np.random.default_rng(1).permutation(count).reshape(-1, size)
+    device = torch.device("cpu")
+
+    def files() -> None:
+        for rows in order[:4]:
+            for row in rows:
+                np.concatenate([np.load(work / f"{teacher}" / f"{row}.npy") for teacher in range(4)])
+
+    def mapped() -> None:
+        for _ in stream({"embedding": Column(arrays)}, ((rows, None) for rows in order), device, 1):
+            pass
+
+    def copied() -> None:
+        whole = torch.from_numpy(np.concatenate(values[:, :size], 1))
+        for _ in order:
+            whole.clone()
+
+    straightforward = rates(4 * size, files)[0]
+    ours, limit = rates(count, mapped, copied)
+    return Row("adaptor input", "rows", straightforward, ours, limit, "copying the rows")
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+class PlainElasticArcFace(nn.Module):
+    """The head as published: normalised copy of the kernel, dense one-hot margins, arc cosine of all entries."""
+
+    def __init__(self, dimensions: int, classes: int, s: float = 64.0, m: float = 0.5, std: float = 0.0125):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.empty(dimensions, classes).normal_(0, 0.01))
+        self.s, self.m, self.std = s, m, std
+
+    def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        cosine = (F.normalize(embeddings) @ F.normalize(self.kernel, dim=0)).clamp(-1, 1)
+        labelled = torch.where(label != -1)[0]
+        margins = torch.normal(self.m, self.std, (len(labelled), 1))
+        hot = torch.zeros(len(labelled), cosine.shape[1]).scatter_(1, label[labelled].unsqueeze(1), margins)
+        return cosine.acos().index_add(0, labelled, hot).cos() * self.s
+
+
+class Timed:
+    """Losses that note when they are called: a step is the time from one call to the next, everything included."""
+
+    def __init__(self, losses: Callable):
+        self.losses, self.calls, self.__signature__ = losses, [], inspect.signature(losses)
+
+    def __call__(self, **batch):
+        self.calls.append(time.perf_counter())
+        return self.losses(**batch)
+
+    def rate(self, units: int) -> float:
+        return units / statistics.median(np.diff(self.calls)[1:])
+
+
+def table(cfg: Config, columns: dict[str, np.ndarray | tuple], flip: bool) -> Faces:
+    """A training set of arrays, read as every other one is."""
+    faces = Faces.__new__(Faces)
+    faces.cfg, faces.flip, faces.sources, faces.identities = cfg, flip, {}, ()
+    faces.columns = {name: Column(value if isinstance(value, tuple) else (value,)) for name, value in columns.items()}
+    faces.rows = np.arange(len(faces.columns["label"].arrays[0]))
+    return faces
+
+
+def plain_steps(losses: Callable, modules: list[nn.Module], batch: dict, units: int) -> float:
+    """PyTorch's defaults: optimizer in its plain form, a loss that is read after every step, no reader to wait for."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        total = sum(losses(**batch).values())
+        total.backward()
+        nn.utils.clip_grad_norm_(modules[0].parameters(), 5.0)
+        optimizer.step()
+        total.item()
+
+    return rates(units, step)[0]
+
+
+def adaptor_columns(classes: int = CLASSES) -> dict:
+    random = np.random.default_rng(0)
+    embeddings = random.normal(size=(4, ROWS, 512)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=2, keepdims=True)
+    return {"embedding": tuple(embeddings), "label": random.integers(0, classes, ROWS)}
+
+
+def adaptor_losses(adaptor: nn.Module, header: nn.Module) -> Callable:
+    def losses(embedding, label):
+        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+
+    return losses
+
+
+def plain_adaptor(cfg: Config) -> float:
+    columns, size = adaptor_columns(), cfg.batch_size
+    adaptor, header = build_adaptor("SL", cfg), PlainElasticArcFace(512, CLASSES)
+    batch = {
+        "embedding": torch.from_numpy(np.concatenate([array[:size] for array in columns["embedding"]], 1)),
+        "label": torch.from_numpy(columns["label"][:size]),
+    }
+    return plain_steps(adaptor_losses(adaptor, header), [adaptor, header], batch, size)
+
+
+def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES) -> float:
+    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, classes, std=cfg.std_fc)
+    losses, faces = Timed(adaptor_losses(adaptor, header)), table(cfg, adaptor_columns(classes), flip=False)
+    fit(
+        losses, faces, work / "adaptors" / "SL", cfg, adaptor, header, schedule=replace(cfg, num_epoch_fc=1).schedule_fc
+    )
+    return losses.rate(cfg.batch_size)
+
+
+def bare_adaptor(cfg: Config) -> float:
+    """The products of one step and one pass over header, gradient and momentum."""
+    size = cfg.batch_size
+    inputs, kernel = torch.randn(size, 2048), torch.randn(512, CLASSES)
+    weight, grad = torch.randn(512, 2048), torch.randn(size, CLASSES)
+    header = nn.Parameter(kernel)
+    header.grad = torch.zeros_like(kernel)
+    optimizer = torch.optim.SGD([header], 1e-9, 0.9, weight_decay=5e-4, fused=True)
+
+    def step() -> None:
+        embedding = inputs @ weight.T
+        with torch.no_grad():
+            embedding @ header
+            back = grad @ header.T
+            torch.mm(embedding.T, grad, out=header.grad)
+        back.T @ inputs
+        optimizer.step()
+
+    return rates(size, step)[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A network's training step: the losses of teachers (EAF), of a-KD (KD) or of EAF-KD (both)."""
+
+    stage: str
+    network: str
+    batch: int
+    has_header: bool
+    has_target: bool
+
+    def modules(self, head: type) -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [build_backbone(self.network), *([head(512, 7000, std=0.05)] if self.has_header else [])]
+
+    def losses(self, backbone: nn.Module, header: nn.Module | None = None) -> Callable:
+        def named(embedding, label, target):
+            eaf = {"eaf": F.cross_entropy(header(embedding, label), label)} if header else {}
+            return eaf | ({"kd": 10_000 * F.mse_loss(embedding, target)} if self.has_target else {})
+
+        def losses(image, label, target):
+            return named(F.normalize(backbone(image)), label, target)
+
+        return losses
+
+    def columns(self, images: np.ndarray) -> dict:
+        random = np.random.default_rng(0)
+        target = random.normal(size=(len(images), 512)).astype(np.float32)
+        return {"image": images, "label": random.integers(0, 7000, len(images)), "target": target}
+
+    def plain(self, images: np.ndarray) -> float:
+        columns = self.columns(images[: self.batch])
+        batch = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
+        batch["image"] = (batch["image"].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+        modules = self.modules(PlainElasticArcFace)
+        return plain_steps(self.losses(*modules), modules, batch, self.batch)
+
+    def ours(self, images: np.ndarray, cfg: Config, work: Path) -> float:
+        cfg = replace(cfg, batch_size=self.batch, num_epoch=1)
+        modules = self.modules(ElasticArcFace)
+        losses = Timed(self.losses(*modules))
+        faces = table(cfg, self.columns(images[: self.batch * (REPEATS + 3)]), flip=True)
+        fit(losses, faces, work / "students" / self.stage, cfg, *modules, schedule=cfg.schedule)
+        return losses.rate(self.batch)
+
+    def bare(self, cfg: Config) -> float:
+        """The network forwards and backwards, on a batch that is there."""
+        backbone = build_backbone(self.network).to(memory_format=torch.channels_last)
+        image = torch.randn(self.batch, 3, 112, 112).to(memory_format=torch.channels_last)
+        grad = torch.randn(self.batch, 512)
+        return rates(self.batch, lambda: backbone(image).backward(grad))[0]
+
+
+STEPS = (
+    Step("teacher step, iresnet34", "iresnet34", 16, has_header=True, has_target=False),
+    Step("teacher step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=False),
+    Step("a-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=False, has_target=True),
+    Step("EAF-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=True),
+)
+
+
+# Inference and scores -------------------------------------------------------------------------------------------------
+
+
+def measure_verification(faces: Path, cfg: Config) -> Row:
+    network = build_backbone("iresnet_tiny").eval()
+    path = faces / "pairs" / "Asian_test.bin"
+    pairs, encoded = load_bin(path), None
+    encoded = [cv2.imencode(".png", image)[1] for image in pairs.images]
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        """Published: decoded and transformed one at a time, embedded in batches of 64."""
+        images = [plain(Image.fromarray(cv2.imdecode(image, cv2.IMREAD_COLOR))) for image in encoded]
+        for start in range(0, len(images), 64):
+            batch = torch.stack(images[start : start + 64])
+            network(batch), network(batch.flip(-1))
+
+    @torch.no_grad()
+    def bare() -> None:
+        for start in range(0, len(pairs.images), 256):
+            batch = inputs[start : start + 256]
+            network(batch), network(batch)
+
+    inputs = torch.randn(len(encoded), 3, 112, 112).to(memory_format=torch.channels_last)
+    found = rates(len(encoded), one_by_one, lambda: pair_distances(views(network, pairs.images, cfg, "verify")), bare)
+    return Row("verification embedding, iresnet_tiny", "images", *found, "the network alone")
+
+
+def measure_extraction(cfg: Config, work: Path) -> Row:
+    network, store = build_backbone("iresnet_tiny").eval(), ImageStore(cfg)
+    images = store.images[:1024]
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    paths = [Path(cfg.data) / path for path in store.index.paths[: len(images)]]
+
+    @torch.no_grad()
+    def file_by_file() -> None:
+        for start in range(0, len(paths), 128):
+            opened = [plain(Image.open(path)) for path in paths[start : start + 128]]
+            for k, embedding in enumerate(F.normalize(network(torch.stack(opened))).numpy()):
+                np.save(work / f"{start + k}.npy", embedding)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for start in range(0, len(images), 256):
+            network(inputs[start : start + 256])
+
+    def embedding(image):
+        return F.normalize(network(image))
+
+    inputs = torch.randn(len(images), 3, 112, 112).to(memory_format=torch.channels_last)
+    columns = {"image": Column((images,))}
+    found = rates(len(images), file_by_file, lambda: infer(embedding, network, columns, cfg, "embed"), bare)
+    return Row("extraction, iresnet_tiny", "images", *found, "the network alone")
+
+
+def measure_ten_fold(pairs: int = 6000) -> Row:
+    random = np.random.default_rng(0)
+    embeddings = random.normal(size=(2 * pairs, 64))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    same = np.arange(pairs) // (pairs // 20) % 2 == 0
+
+    def counted(distance: np.ndarray, actual: np.ndarray, threshold: float) -> tuple[float, float, float]:
+        accepted = distance < threshold
+        right, wrong = np.sum(accepted & actual), np.sum(accepted & ~actual)
+        rejected, missed = np.sum(~accepted & ~actual), np.sum(~accepted & actual)
+        tpr, fpr = right / max(1, right + missed), wrong / max(1, wrong + rejected)
+        return tpr, fpr, (right + rejected) / len(distance)
+
+    def loop() -> None:
+        """Published: all pairs are counted again for every threshold of every fold."""
+        distance = np.sum(np.square(embeddings[0::2] - embeddings[1::2]), 1)
+        for train, test in KFold(10, shuffle=False).split(distance):
+            accuracies = [counted(distance[train], same[train], t)[2] for t in THRESHOLDS]
+            for t in THRESHOLDS:
+                counted(distance[test], same[test], t)
+            counted(distance[test], same[test], THRESHOLDS[int(np.argmax(accuracies))])
+
+    return Row(f"ten folds of {pairs:,} pairs", "sets", *rates(1, loop, lambda: ten_fold(embeddings, same)))
+
+
+# Growth and memory ----------------------------------------------------------------------------------------------------
+
+
+def growth(faces: Path, cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
+    """Milliseconds at three sizes, and the peak of memory that a head adds to its process."""
+    for classes in (7_000, 14_000, CLASSES):
+        rate = our_adaptor(cfg, work / str(classes), classes)
+        yield f"adaptor step, {classes:,} classes", f"{1e3 * cfg.batch_size / rate:.1f} ms"
+    for groups in (1, 2, 4):
+        rate = rates(1, lambda groups=groups: scan(faces / "train", GROUPS[:groups]))[0]
+        yield f"index of {512 * groups:,} images", f"{1e3 / rate:.1f} ms"
+    for pairs in (1500, 3000, 6000):
+        yield f"ten folds of {pairs:,} pairs", f"{1e3 / measure_ten_fold(pairs).ours:.2f} ms"
+    for name in ("PlainElasticArcFace", "ElasticArcFace"):
+        yield f"memory of {name}, batch 128, {CLASSES:,} classes", f"{_peak(name) / 1e6:.0f} MB"
+
+
+def _peak(head: str) -> int:
+    """Bytes that one forward and backward pass of a head, and its gradient, add to a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_here, (head,))
+
+
+def _peak_here(head: str) -> int:
+    torch.set_num_threads(1)
+    header = {"PlainElasticArcFace": PlainElasticArcFace, "ElasticArcFace": ElasticArcFace}[head]
+    small, large = header(512, 128), header(512, CLASSES)
+    embeddings, label = F.normalize(torch.randn(128, 512)), torch.zeros(128, dtype=torch.long)
+    F.cross_entropy(small(embeddings, label), label).backward()  # what the libraries take at first use
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _memory("VmRSS")
+    F.cross_entropy(large(embeddings.requires_grad_(), label), label).backward()
+    return _memory("VmHWM") - before
+
+
+def _memory(what: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        faces = work / "faces"
+        generate(faces, GROUPS, identities=32, images=16, pairs=100, seed=0)
+        paths = {
+            "data": f"{faces}/train",
+            "pairs": f"{faces}/pairs",
+            "output": f"{work}/output",
+            "cache": f"{work}/cache",
+        }
+        cfg = Config(**paths, device="cpu", infer_batch_size=256)
+        images = np.array(ImageStore(cfg).images)
+        report = []
+        for row in _measure(faces, work, cfg, images):
+            print(_line(row), flush=True)
+            report.append(row)
+        sizes = dict(growth(faces, cfg, work))
+    found = versions(cfg)
+    stages = [vars(row) for row in report]
+    write_json(Path("benchmarks/results/stages_cpu.json"), {"versions": found, "stages": stages, "sizes": sizes})
+    head = f"Made by `python -m benchmarks.stages` ({', '.join(f'{k} {v}' for k, v in found.items())}).\n\n"
+    grown = "".join(f"| {what} | {value} |\n" for what, value in sizes.items())
+    lines = "\n".join([*HEADER, *map(_line, report)]) + f"\n\n| ours | |\n|---|--:|\n{grown.rstrip()}"
+    write_text(Path("benchmarks/results/stages_cpu.md"), f"# Stages side by side\n\n{head}{lines}\n")
+
+
+def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
+    # What `setup` does cannot be undone: PyTorch's defaults are measured first.
+    plain = {step: step.plain(images) for step in STEPS}
+    plain_rate = plain_adaptor(cfg)
+    setup(cfg)
+    yield measure_split(faces, work)
+    yield measure_reader(faces, cfg)
+    (work / "embeddings").mkdir()
+    yield measure_adaptor_input(work / "embeddings")
+    limit = "products and one pass over header, gradient, momentum"
+    yield Row("adaptor step, 27,997 classes", "rows", plain_rate, our_adaptor(cfg, work), bare_adaptor(cfg), limit)
+    for step in STEPS:
+        ours, bare = step.ours(images, cfg, work), step.bare(cfg)
+        yield Row(step.stage, "images", plain[step], ours, bare, "the network alone")
+    yield measure_extraction(cfg, work)
+    yield measure_verification(faces, cfg)
+    yield measure_ten_fold()
+
+
+HEADER = (
+    "| stage | unit | straightforward, /s | ours, /s | ratio | limit, /s | share of the limit | what the limit is |",
+    "|---|---|--:|--:|--:|--:|--:|---|",
+)
+
+
+def _line(row: Row) -> str:
+    limit = f"{row.limit:,.0f} | {row.ours / row.limit:.0%}" if row.limit else " | "
+    ratio = row.ours / row.straightforward
+    numbers = f"{row.straightforward:,.1f} | {row.ours:,.1f} | {ratio:,.1f} | {limit}"
+    return f"| {row.stage} | {row.unit} | {numbers} | {row.limit_is} |"
+
+
+if __name__ == "__main__":
+    main()
