@@ -9,10 +9,13 @@ Writes  benchmarks/results/stages_<device>.json and .md
 Run     python -m benchmarks.stages
 """
 
+import glob
 import inspect
 import itertools
 import multiprocessing
+import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
@@ -38,7 +41,7 @@ from utils.engine import fit, infer, setup
 from utils.files import write_json, write_text
 from utils.losses import ElasticArcFace
 from utils.split import deal
-from utils.store import ImageStore, scan
+from utils.store import SETTLED, ImageStore, find_images, scan
 from utils.synthetic import generate
 
 REPEATS = 5
@@ -89,6 +92,18 @@ def measure_split(faces: Path, work: Path) -> Row:
             deal(index.identities_of(group), 4, np.random.default_rng(0))
 
     return Row("split", "images", *rates(len(paths), decoded_and_written_again, listed))
+
+
+def measure_index(faces: Path, cfg: Config) -> Row:
+    """Against a list of all files and a dictionary of labels; ours is read back, as after the first start."""
+
+    def globbed() -> None:
+        paths = sorted(glob.glob(f"{faces}/train/*/*/*.jpg"))
+        labels = {name: k for k, name in enumerate(sorted({path.split("/")[-2] for path in paths}))}
+        [labels[path.split("/")[-2]] for path in paths]
+
+    count = len(find_images(cfg).paths)
+    return Row("index", "images", *rates(count, globbed, lambda: find_images(cfg)))
 
 
 def measure_reader(faces: Path, cfg: Config) -> Row:
@@ -189,14 +204,14 @@ def table(cfg: Config, columns: dict[str, np.ndarray | tuple], flip: bool) -> Fa
     return faces
 
 
-def plain_steps(losses: Callable, modules: list[nn.Module], batch: dict, units: int) -> float:
-    """PyTorch's defaults: optimizer in its plain form, a loss that is read after every step, no reader to wait for."""
+def plain_steps(losses: Callable, modules: list[nn.Module], batch: Callable[[], dict], units: int) -> float:
+    """PyTorch's defaults: optimizer in its plain form, batches on the training thread, a loss read after every step."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimizer.zero_grad()
-        total = sum(losses(**batch).values())
+        total = sum(losses(**batch()).values())
         total.backward()
         nn.utils.clip_grad_norm_(modules[0].parameters(), 5.0)
         optimizer.step()
@@ -219,14 +234,20 @@ def adaptor_losses(adaptor: nn.Module, header: nn.Module) -> Callable:
     return losses
 
 
-def plain_adaptor(cfg: Config) -> float:
+def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
+    """Rows per second of the step alone, and with four files that are opened for every row."""
     columns, size = adaptor_columns(), cfg.batch_size
     adaptor, header = build_adaptor("SL", cfg), PlainElasticArcFace(512, CLASSES)
-    batch = {
-        "embedding": torch.from_numpy(np.concatenate([array[:size] for array in columns["embedding"]], 1)),
-        "label": torch.from_numpy(columns["label"][:size]),
-    }
-    return plain_steps(adaptor_losses(adaptor, header), [adaptor, header], batch, size)
+    for teacher, row in itertools.product(range(4), range(size)):
+        np.save(work / f"{teacher}-{row}.npy", columns["embedding"][teacher][row])
+
+    def files() -> dict:
+        opened = [[np.load(work / f"{teacher}-{row}.npy") for teacher in range(4)] for row in range(size)]
+        embedding = torch.stack([torch.from_numpy(np.concatenate(four)) for four in opened])
+        return {"embedding": embedding, "label": torch.from_numpy(columns["label"][:size])}
+
+    there, losses = files(), adaptor_losses(adaptor, header)
+    return tuple(plain_steps(losses, [adaptor, header], batch, size) for batch in (lambda: there, files))
 
 
 def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES) -> float:
@@ -268,6 +289,7 @@ class Step:
     batch: int
     has_header: bool
     has_target: bool
+    compile: bool = False
 
     def modules(self, head: type) -> list[nn.Module]:
         torch.manual_seed(0)
@@ -293,10 +315,10 @@ class Step:
         batch = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
         batch["image"] = (batch["image"].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
         modules = self.modules(PlainElasticArcFace)
-        return plain_steps(self.losses(*modules), modules, batch, self.batch)
+        return plain_steps(self.losses(*modules), modules, lambda: batch, self.batch)
 
     def ours(self, images: np.ndarray, cfg: Config, work: Path) -> float:
-        cfg = replace(cfg, batch_size=self.batch, num_epoch=1)
+        cfg = replace(cfg, batch_size=self.batch, num_epoch=1, compile=self.compile)
         modules = self.modules(ElasticArcFace)
         losses = Timed(self.losses(*modules))
         faces = table(cfg, self.columns(images[: self.batch * (REPEATS + 3)]), flip=True)
@@ -314,6 +336,7 @@ class Step:
 STEPS = (
     Step("teacher step, iresnet34", "iresnet34", 16, has_header=True, has_target=False),
     Step("teacher step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=False),
+    Step("teacher step, iresnet_tiny, compiled", "iresnet_tiny", 128, has_header=True, has_target=False, compile=True),
     Step("a-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=False, has_target=True),
     Step("EAF-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=True),
 )
@@ -403,18 +426,36 @@ def measure_ten_fold(pairs: int = 6000) -> Row:
 # Growth and memory ----------------------------------------------------------------------------------------------------
 
 
-def growth(faces: Path, cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
+def growth(cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
     """Milliseconds at three sizes, and the peak of memory that a head adds to its process."""
     for classes in (7_000, 14_000, CLASSES):
         rate = our_adaptor(cfg, work / str(classes), classes)
         yield f"adaptor step, {classes:,} classes", f"{1e3 * cfg.batch_size / rate:.1f} ms"
-    for groups in (1, 2, 4):
-        rate = rates(1, lambda groups=groups: scan(faces / "train", GROUPS[:groups]))[0]
-        yield f"index of {512 * groups:,} images", f"{1e3 / rate:.1f} ms"
+    for count in (12_500, 125_000, 1_250_000):
+        listed, read = _index_times(count, replace(cfg, data=str(work / f"{count}-files"), ethnicities=("African",)))
+        yield f"index of {count:,} files, listed", f"{listed:.2f} s"
+        yield f"index of {count:,} files, read back", f"{read:.2f} s"
     for pairs in (1500, 3000, 6000):
         yield f"ten folds of {pairs:,} pairs", f"{1e3 / measure_ten_fold(pairs).ours:.2f} ms"
     for name in ("PlainElasticArcFace", "ElasticArcFace"):
         yield f"memory of {name}, batch 128, {CLASSES:,} classes", f"{_peak(name) / 1e6:.0f} MB"
+
+
+def _index_times(count: int, cfg: Config) -> tuple[float, float]:
+    """Seconds for listing so many empty files, 50 to an identity, and for reading the kept index back."""
+    for number in range(count):
+        folder = Path(cfg.data) / "African" / f"m.{number // 50}"
+        if number % 50 == 0:
+            folder.mkdir(parents=True)
+        os.close(os.open(folder / f"{number}.jpg", os.O_CREAT))
+    time.sleep(SETTLED)
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        find_images(cfg)
+        taken.append(time.perf_counter() - started)
+    shutil.rmtree(cfg.data)
+    return taken[0], taken[1]
 
 
 def _peak(head: str) -> int:
@@ -461,7 +502,7 @@ def main() -> None:
         for row in _measure(faces, work, cfg, images):
             print(_line(row), flush=True)
             report.append(row)
-        sizes = dict(growth(faces, cfg, work))
+        sizes = dict(growth(cfg, work))
     found = versions(cfg)
     stages = [vars(row) for row in report]
     write_json(Path("benchmarks/results/stages_cpu.json"), {"versions": found, "stages": stages, "sizes": sizes})
@@ -474,14 +515,18 @@ def main() -> None:
 def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
     # What `setup` does cannot be undone: PyTorch's defaults are measured first.
     plain = {step: step.plain(images) for step in STEPS}
-    plain_rate = plain_adaptor(cfg)
+    (work / "files").mkdir()
+    plain_step, plain_epoch = plain_adaptor(cfg, work / "files")
     setup(cfg)
     yield measure_split(faces, work)
+    yield measure_index(faces, cfg)
     yield measure_reader(faces, cfg)
     (work / "embeddings").mkdir()
     yield measure_adaptor_input(work / "embeddings")
     limit = "products and one pass over header, gradient, momentum"
-    yield Row("adaptor step, 27,997 classes", "rows", plain_rate, our_adaptor(cfg, work), bare_adaptor(cfg), limit)
+    ours, bare = our_adaptor(cfg, work), bare_adaptor(cfg)
+    yield Row("adaptor step, 27,997 classes", "rows", plain_step, ours, bare, limit)
+    yield Row("adaptor epoch, with its reader", "rows", plain_epoch, ours, bare, limit)
     for step in STEPS:
         ours, bare = step.ours(images, cfg, work), step.bare(cfg)
         yield Row(step.stage, "images", plain[step], ours, bare, "the network alone")

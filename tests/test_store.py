@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import encode, noise, write_images
 from utils import store
 from utils.errors import InputError
-from utils.store import ImageStore, decode, scan
+from utils.store import ImageStore, decode, find_images, scan
 
 
 def test_the_index_is_sorted_whatever_the_file_system_lists(tmp_path, monkeypatch):
@@ -275,6 +275,54 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
     assert ImageStore(replace(cfg, cache=cfg.cache + "3")).digest == again.digest
     monkeypatch.undo()
     assert ImageStore(replace(cfg, cache=cfg.cache + "4")).digest == digest
+
+
+def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
+    scans, plain = [], store.scan
+    monkeypatch.setattr(store, "scan", lambda *given: scans.append(1) or plain(*given))
+    first = find_images(cfg)
+    assert not (cfg.cache_dir / "index.npz").exists()  # the folders have only just been written
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    find_images(cfg)
+    (Path(cfg.data) / "A" / "empty").mkdir()
+
+    def is_read_back() -> bool:
+        scans.clear()
+        found, again = find_images(cfg), plain(Path(cfg.data), cfg.ethnicities)
+        for name, value in vars(again).items():
+            assert np.array_equal(getattr(found, name), value), name
+        return not scans
+
+    assert not is_read_back()
+    assert is_read_back()
+    assert find_images(cfg).digest == first.digest  # an empty folder changes no image
+    for change in (
+        lambda: image_of(cfg, "A/a1/new.jpg").write_bytes(encode(noise(9))),
+        lambda: image_of(cfg, "A/empty/first.jpg").write_bytes(encode(noise(9))),
+        lambda: image_of(cfg, "A/a1/new.jpg").unlink(),
+        lambda: image_of(cfg, "A/a2/0.jpg").rename(image_of(cfg, "A/a2/00.jpg")),
+        lambda: image_of(cfg, "B/b1/0.jpg").write_bytes(encode(noise(8))),  # in place
+        lambda: os.utime(image_of(cfg, "B/b1/0.jpg"), (1, 1)),
+        lambda: image_of(cfg, "B/b3").mkdir(),
+        lambda: image_of(cfg, "B/b1/gone.jpg").symlink_to("nowhere.jpg"),
+    ):
+        change()
+        assert not is_read_back()
+        assert is_read_back()
+    with pytest.raises(InputError, match="has no folder for C"):
+        find_images(replace(cfg, ethnicities=("A", "B", "C")))
+
+
+def test_a_damaged_index_is_made_anew(cfg, monkeypatch, capsys):
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    first = find_images(cfg)
+    path = cfg.cache_dir / "index.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    assert find_images(cfg).paths == first.paths
+    assert "index.npz is damaged (its SHA-256 is another)" in capsys.readouterr().out
+    assert find_images(cfg).paths == first.paths
+    assert capsys.readouterr().out == ""
 
 
 def test_an_identity_in_two_groups_is_refused(cfg):

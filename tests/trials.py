@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -345,6 +346,7 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
+@mock.patch("utils.store.SETTLED", 0.0)
 def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
     """Checkpoints, weights, arrays and their sidecars, cut short or with one bit flipped at seeded places.
 
@@ -388,7 +390,8 @@ def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
         "Damaged embeddings": (embeddings, array),
         "Damaged sidecar of embeddings": (arrays.sidecar(embeddings), array),
         "Damaged image cache": (cfg.cache_dir / "images.npy", images),
-        "Damaged index of the image cache": (cfg.cache_dir / "images.json", images),
+        "Damaged sidecar of the image cache": (cfg.cache_dir / "images.json", images),
+        "Damaged index of the data folder": (cfg.cache_dir / "index.npz", images),
     }
     for k in range(truncations + flips):
         kind = list(cases)[k % len(cases)]

@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from config.config import Config
 from utils.arrays import Filling, about, outdated, read
 from utils.errors import Damaged, InputError
-from utils.files import locked, write_text
+from utils.files import broken_seal, locked, replaced, seal, write_text
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
@@ -34,12 +35,9 @@ class Index:
     paths: tuple[str, ...]  # "<group>/<identity>/<image>", sorted within an identity
     identity: np.ndarray  # (N,) int64: which identity an image shows
     stamps: np.ndarray  # (N, 2) int64: size in bytes and time of change in nanoseconds
-
-    @property
-    def digest(self) -> str:
-        """Of names, sizes and times of change of all files."""
-        names = b"\0".join(map(os.fsencode, self.paths))
-        return hashlib.sha256(names + self.stamps.astype("<i8").tobytes()).hexdigest()
+    folders: tuple[str, ...]  # all that were listed: groups and identities, also those without an image
+    changed: np.ndarray  # (folders,) int64: when the list of their files last changed, in nanoseconds
+    digest: str  # of names, sizes and times of change of all files
 
     def identities_of(self, group: str) -> list[str]:
         return [name for name in self.identities if name.startswith(f"{group}/")]
@@ -63,26 +61,34 @@ def _scan(data: Path, groups: list[str]) -> Index:
     if missing:
         raise InputError(f"{data} has no folder for {', '.join(missing)}: set data or ethnicities.")
 
-    folders = [(group, name) for group in groups for name in _folders(data / group)]
+    changed = [os.stat(data / group).st_mtime_ns for group in groups]  # before they are listed
+    folders = [f"{group}/{name}" for group in groups for name in _folders(data / group)]
     with ThreadPoolExecutor() as pool:
-        listed = list(pool.map(lambda folder: _images(data.joinpath(*folder)), folders))
-    filled = [(folder, files) for folder, files in zip(folders, listed, strict=True) if files]
+        listed = list(pool.map(lambda folder: _images(data / folder), folders))
+    changed += [when for when, _ in listed]
+    files = [(folder, images) for folder, (_, images) in zip(folders, listed, strict=True) if images]
 
-    empty = [group for group in groups if group not in {folder[0] for folder, _ in filled}]
+    empty = sorted(set(groups) - {folder.split("/")[0] for folder, _ in files})
     if empty:
         raise InputError(f"{data / empty[0]} holds no image: expected {empty[0]}/<identity>/<image>.jpg or .png.")
     seen: dict[str, str] = {}
-    for (group, name), _ in filled:
+    for folder, _ in files:
+        group, name = folder.split("/")
         if name in seen:
             raise InputError(
                 f"Identity {name} is in both {seen[name]} and {group}: give the two different names, or remove one."
             )
         seen[name] = group
+    paths = tuple(f"{folder}/{name}" for folder, images in files for name, _, _ in images)
+    stamps = np.array([stamp for _, images in files for _, *stamp in images], np.int64)
     return Index(
-        tuple(f"{group}/{name}" for (group, name), _ in filled),
-        tuple(f"{group}/{name}/{file}" for (group, name), files in filled for file, _, _ in files),
-        np.repeat(np.arange(len(filled)), [len(files) for _, files in filled]),
-        np.array([stamp for _, files in filled for _, *stamp in files], np.int64),
+        tuple(folder for folder, _ in files),
+        paths,
+        np.repeat(np.arange(len(files)), [len(images) for _, images in files]),
+        stamps,
+        (*groups, *folders),
+        np.array(changed, np.int64),
+        hashlib.sha256(_packed(paths) + stamps.astype("<i8").tobytes()).hexdigest(),
     )
 
 
@@ -91,9 +97,9 @@ def _folders(path: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def _images(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every image, sorted by name."""
-    found = []
+def _images(path: Path) -> tuple[int, list[tuple[str, int, int]]]:
+    """When the folder last changed, and name, size and time of change of every image in it, sorted by name."""
+    found, changed = [], os.stat(path).st_mtime_ns
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS):
@@ -102,7 +108,80 @@ def _images(path: Path) -> list[tuple[str, int, int]]:
                     found.append((entry.name, stat.st_size, stat.st_mtime_ns))
                 except FileNotFoundError:  # a link that leads nowhere: listed with the bad images
                     found.append((entry.name, -1, -1))
-    return sorted(found)
+    return changed, sorted(found)
+
+
+# The index is kept, since listing a million files takes a quarter of a minute -----------------------------------------
+
+LOOKED_AT = 10_000  # files of a kept index whose size and time are compared, evenly spread over all
+SETTLED = 2.0  # seconds: a folder that changed within this time before it was listed may change unnoticed after
+
+
+def find_images(cfg: Config) -> Index:
+    """What `scan` finds in the data folder, read back from the cache where nothing has changed since.
+
+    Any file that is added, removed or renamed changes its folder, and is noticed. A file that is written over in place
+    is noticed where it is among the 10,000 that are looked at; a folder of no more files is looked at whole.
+    """
+    data, path = Path(cfg.data), cfg.cache_dir / "index.npz"
+    if index := _kept_index(path, data, cfg.ethnicities):
+        return index
+    started = time.time_ns()
+    index = scan(data, cfg.ethnicities)
+    if index.changed.max() < started - SETTLED * 1e9:
+        _keep_index(path, index)
+    return index
+
+
+def _keep_index(path: Path, index: Index) -> None:
+    fields = {name: _as_array(value) for name, value in vars(index).items()}
+    with replaced(path) as partial:
+        with open(partial, "wb") as file:
+            np.savez(file, **fields)
+        seal(partial)
+
+
+def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...]) -> Index | None:
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        if reason := broken_seal(file):
+            print(f"{path} is damaged ({reason}): {data} is listed again.")
+            return None
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as stored:
+            fields = {name: stored[name] for name in stored.files}
+    texts = {name: _unpacked(fields[name]) for name in ("identities", "paths", "folders")}
+    index = Index(**{**fields, **texts, "digest": str(fields["digest"])})
+    looked_at = np.unique(np.linspace(0, len(index.paths) - 1, LOOKED_AT).astype(int))
+    try:
+        same = index.folders[: len(ethnicities)] == tuple(sorted(ethnicities))
+        same = same and index.changed.tolist() == [os.stat(data / folder).st_mtime_ns for folder in index.folders]
+        same = same and index.stamps[looked_at].tolist() == [_stamp(data / index.paths[row]) for row in looked_at]
+    except OSError:
+        return None
+    return index if same else None
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:  # as in `_images`
+        return [-1, -1]
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _as_array(value: object) -> np.ndarray:
+    return np.frombuffer(_packed(value), np.uint8) if isinstance(value, tuple) else np.asarray(value)
+
+
+def _packed(texts: Iterable[str]) -> bytes:
+    """Any number of names as bytes; names of files need not be text."""
+    return os.fsencode("\0".join(texts))
+
+
+def _unpacked(array: np.ndarray) -> tuple[str, ...]:
+    return tuple(os.fsdecode(array.tobytes()).split("\0"))
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -127,10 +206,10 @@ def decode(content: bytes) -> np.ndarray:
 class ImageStore:
     """Index and decoded images of a data folder, made once and used by every stage.
 
-    The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order. It is trusted as long as names,
-    sizes and times of change of all files are those of the data folder, and else made anew; with `checked` its content
-    is compared with what was written, and decoded again where it is another. Images that cannot be used are refused, or
-    with `cfg.skip_bad_images` keep an empty row that is in no training set.
+    The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order, and `index.npz`. The images are
+    trusted as long as names, sizes and times of change of all files are those of the data folder, and else made anew;
+    with `checked` their content is compared with what was written, and decoded again where it is another. Images that
+    cannot be used are refused, or with `cfg.skip_bad_images` keep an empty row that is in no training set.
     """
 
     index: Index
@@ -140,7 +219,7 @@ class ImageStore:
 
     def __init__(self, cfg: Config, checked: bool = True):
         data, folder = Path(cfg.data), cfg.cache_dir
-        self.index = scan(data, cfg.ethnicities)
+        self.index = find_images(cfg)
         path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
         made_from = {"files": self.index.digest}
         if outdated(path, *form, made_from, checked) is not None:
