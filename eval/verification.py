@@ -152,9 +152,11 @@ def squared_distances(embeddings: np.ndarray) -> np.ndarray:
     embeddings = np.asarray(embeddings, np.float64)
     if len(embeddings) % 2:
         raise InputError(f"{len(embeddings)} embeddings do not make pairs.")
-    if not np.isfinite(embeddings).all():
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.square(embeddings[0::2] - embeddings[1::2]).sum(1)
+    if not np.isfinite(distance).all():
         raise InputError("Some embeddings are not finite: the network gives NaN or infinity for some images.")
-    return np.square(embeddings[0::2] - embeddings[1::2]).sum(1)
+    return distance
 
 
 def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:

@@ -264,7 +264,7 @@ def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.T
     """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5, mirrored where `flips` says so."""
     if flips is not None:  # while they are bytes
         index = _to(torch.from_numpy(np.flatnonzero(flips)), images.device)
-        images = images.index_copy(0, index, images.index_select(0, index).flip(2))
+        images = images.clone().index_put_((index,), images.index_select(0, index).flip(2))
     images = images.permute(0, 3, 1, 2)  # a view: channels last stays the layout in memory
     return torch.add(torch.tensor(-1.0), images, alpha=1 / 127.5)  # read as bytes and written once
 
