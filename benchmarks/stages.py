@@ -1,8 +1,9 @@
 """Every stage side by side: the straightforward way, ours, and the bare kernels that bound it, in one run.
 
 The straightforward way is what the published code does, written here for the comparison: files opened one by one on
-the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five, taken in turn,
-without warm-up, validation and compilation.
+the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five or more,
+without warm-up, validation and compilation. The ways are taken in turn; those of training steps one after another, for
+what `setup` does to the process cannot be undone: there a difference of a tenth may be the machine's.
 
 Reads   nothing; draws generated faces
 Writes  benchmarks/results/stages_<device>.json and .md
@@ -107,7 +108,7 @@ def measure_index(faces: Path, cfg: Config) -> Row:
 
 
 def measure_reader(faces: Path, cfg: Config) -> Row:
-    """One thread each: the published loaders decode in workers, of which each does this."""
+    """Published loaders have several workers, each of which does this; ours is one thread and those of PyTorch."""
     store = ImageStore(cfg)
     paths = [faces / "train" / path for path in store.index.paths]
     random, size = np.random.default_rng(0), 128
@@ -514,7 +515,7 @@ def main() -> None:
 
 def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
     # What `setup` does cannot be undone: PyTorch's defaults are measured first.
-    plain = {step: step.plain(images) for step in STEPS}
+    plain = {step: step.plain(images) for step in STEPS if not step.compile}
     (work / "files").mkdir()
     plain_step, plain_epoch = plain_adaptor(cfg, work / "files")
     setup(cfg)
@@ -529,7 +530,8 @@ def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterat
     yield Row("adaptor epoch, with its reader", "rows", plain_epoch, ours, bare, limit)
     for step in STEPS:
         ours, bare = step.ours(images, cfg, work), step.bare(cfg)
-        yield Row(step.stage, "images", plain[step], ours, bare, "the network alone")
+        straightforward = plain[replace(step, stage=step.stage.removesuffix(", compiled"), compile=False)]
+        yield Row(step.stage, "images", straightforward, ours, bare, "the network alone, not compiled")
     yield measure_extraction(cfg, work)
     yield measure_verification(faces, cfg)
     yield measure_ten_fold()

@@ -201,7 +201,7 @@ def columns_of_every_kind():
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
-    monkeypatch.setattr("utils.dataset.PART", 7)
+    monkeypatch.setattr("utils.dataset.PART", 7 * 112 * 112 * 3)  # seven images at once
     device, columns, random = torch.device("cpu"), columns_of_every_kind(), np.random.default_rng(1)
     rows = np.sort(random.permutation(40)[:30])
     cached = cache(columns, rows, device, 1.0)
@@ -212,6 +212,17 @@ def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
     ):
         assert one.keys() == other.keys()
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_by_default_half_of_what_a_gpu_has_free_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 80_000))
+    loaded = []
+    monkeypatch.setattr(
+        "utils.dataset.Cached", lambda column, rows, device: loaded.append(column.row_bytes * len(rows))
+    )
+    cache(columns_of_every_kind(), np.arange(40), torch.device("cuda"), -1.0)
+    assert loaded == [320, 1280]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_does_not_fit_is_streamed_the_widest_first(capsys):

@@ -387,8 +387,9 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
     assert set(about["sources"]) == {"images", "identities"}
 
 
-def test_a_run_from_cached_columns_is_the_same_run(cfg):
+def test_a_run_from_cached_columns_is_the_same_run(cfg, monkeypatch):
     train(cfg)
+    monkeypatch.setattr(Column, "gather", lambda *_: pytest.fail("streamed"))
     cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
     train(cached)
     assert_equal_runs(cfg, cached)
@@ -409,7 +410,7 @@ def test_bf16_stays_close_to_fp32_and_leaves_the_network_as_it_was(cfg):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg):
+def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
     def stop(call):
         if call == 7:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -424,6 +425,7 @@ def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg):
     plain = network(images)
     with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
         assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
+    assert "Going on without" not in capsys.readouterr().out
 
 
 def test_without_a_compiler_a_run_goes_on_without(monkeypatch, capsys):

@@ -313,6 +313,29 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
         find_images(replace(cfg, ethnicities=("A", "B", "C")))
 
 
+def test_a_mended_image_is_noticed_among_any_number(cfg, monkeypatch):
+    """Written over in place, where only a few files are looked at."""
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(store, "LOOKED_AT", 2)
+    bad = image_of(cfg, "A/a2/1.jpg")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-500])
+    with pytest.raises(InputError, match="1 of 20 images"):
+        ImageStore(cfg)
+    bad.write_bytes(whole)
+    assert ImageStore(cfg).usable.all()
+
+
+def test_an_index_that_cannot_be_kept_costs_nothing_else(cfg, monkeypatch):
+    monkeypatch.setattr(store, "SETTLED", 0.0)
+
+    def read_only(*_):
+        raise InputError("index.npz could not be written (Read-only file system).")
+
+    monkeypatch.setattr(store, "_keep_index", read_only)
+    assert len(find_images(cfg).paths) == 20
+
+
 def test_a_damaged_index_is_made_anew(cfg, monkeypatch, capsys):
     monkeypatch.setattr(store, "SETTLED", 0.0)
     first = find_images(cfg)

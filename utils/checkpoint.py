@@ -228,6 +228,7 @@ def versions(cfg: Config) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()),
         "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
+        "compile": str(cfg.compile),
         "commit": _commit(),
     }
 

@@ -25,7 +25,7 @@ from utils.split import read_quarter, require_split
 from utils.store import ImageStore, Index
 from utils.threads import map_ahead
 
-PART = 65536  # rows that pass through memory together on their way to the device
+PART = 1 << 26  # bytes that pass through memory together on their way to the device
 AHEAD = 2  # batches gathered ahead of the consumer by each worker
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
 
@@ -194,7 +194,8 @@ def _load(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device
     width = [sum(array.shape[1] for array in arrays), *arrays[0].shape[2:]] if arrays[0].ndim > 1 else []
     kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
     loaded = torch.empty((len(rows), *width), dtype=kind, device=device)
-    for part in cut(range(len(rows)), PART):
+    at_once = max(1, PART // sum(array.strides[0] for array in arrays))
+    for part in cut(range(len(rows)), at_once):
         loaded[part.start : part.stop] = torch.from_numpy(_take(arrays, rows[part.start : part.stop]))
     return loaded
 
@@ -207,11 +208,11 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gigabytes: float) -> dict:
     """The columns, those in the memory of the device that fit into so many gigabytes, the narrowest first.
 
-    -1 stands for half of a GPU's memory as far as it is free, and for none on a CPU: there the files that are read
-    often stay in memory by themselves. What more is asked for than is free is not taken, and said.
+    -1 stands for half of what is free on a GPU, and for nothing on a CPU: there the files that are read often stay in
+    memory by themselves. What more is asked for than is free is not taken, and said.
     """
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (_free_memory(), 0)
-    budget = min(free, total / 2) if gigabytes == -1 else gigabytes * 1e9
+    budget = min(free, total) / 2 if gigabytes == -1 else gigabytes * 1e9
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
         budget = 0.9 * free

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import inspect
 import json
 import math
@@ -85,8 +84,8 @@ def _lacks(precision: str, device: torch.device) -> str:
 def arithmetic(network: nn.Module, precision: str, device: torch.device, compiled: bool = False) -> Iterator[None]:
     """Context in which the network computes in a precision, and gives fp32; nothing else is changed by it."""
     before, tf32 = network.__dict__.pop("forward", None), torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions only: products of headers stay fp32
-    forward = torch.compile(network.forward) if compiled else network.forward
+    plain = network.forward
+    forward = plain
 
     def lowered(*inputs: torch.Tensor) -> torch.Tensor:
         nonlocal forward
@@ -99,12 +98,18 @@ def arithmetic(network: nn.Module, precision: str, device: torch.device, compile
                 if not isinstance(error, TorchDynamoException):
                     raise
                 print(f"compile: {str(error).splitlines()[0]} Going on without.")
-                forward = functools.partial(type(network).forward, network)
+                forward = plain
                 return forward(*inputs).float()
 
-    if compiled or precision == "bf16":
-        network.forward = lowered
     try:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions only: products of headers stay fp32
+        if compiled:
+            try:
+                forward = torch.compile(plain)
+            except RuntimeError as error:  # a Python or a system for which there is no compiler
+                print(f"compile: {error} Going on without.")
+        if forward is not plain or precision == "bf16":
+            network.forward = lowered
         yield
     finally:
         network.__dict__.pop("forward", None)

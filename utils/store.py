@@ -1,6 +1,7 @@
 """Image store: an index with labels that do not depend on the file system, and every image decoded once."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -61,7 +62,7 @@ def _scan(data: Path, groups: list[str]) -> Index:
     if missing:
         raise InputError(f"{data} has no folder for {', '.join(missing)}: set data or ethnicities.")
 
-    changed = [os.stat(data / group).st_mtime_ns for group in groups]  # before they are listed
+    changed = [_changed(data / group) for group in groups]  # before they are listed
     folders = [f"{group}/{name}" for group in groups for name in _folders(data / group)]
     with ThreadPoolExecutor() as pool:
         listed = list(pool.map(lambda folder: _images(data / folder), folders))
@@ -99,7 +100,7 @@ def _folders(path: Path) -> list[str]:
 
 def _images(path: Path) -> tuple[int, list[tuple[str, int, int]]]:
     """When the folder last changed, and name, size and time of change of every image in it, sorted by name."""
-    found, changed = [], os.stat(path).st_mtime_ns
+    found, changed = [], _changed(path)
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS):
@@ -117,19 +118,21 @@ LOOKED_AT = 10_000  # files of a kept index whose size and time are compared, ev
 SETTLED = 2.0  # seconds: a folder that changed within this time before it was listed may change unnoticed after
 
 
-def find_images(cfg: Config) -> Index:
+def find_images(cfg: Config, suspects: Iterable[int] = ()) -> Index:
     """What `scan` finds in the data folder, read back from the cache where nothing has changed since.
 
     Any file that is added, removed or renamed changes its folder, and is noticed. A file that is written over in place
-    is noticed where it is among the 10,000 that are looked at; a folder of no more files is looked at whole.
+    is noticed where it is among the 10,000 that are looked at, or in one of the rows `suspects`; a data folder of no
+    more than 10,000 files is looked at whole.
     """
     data, path = Path(cfg.data), cfg.cache_dir / "index.npz"
-    if index := _kept_index(path, data, cfg.ethnicities):
+    if index := _kept_index(path, data, cfg.ethnicities, suspects):
         return index
     started = time.time_ns()
     index = scan(data, cfg.ethnicities)
     if index.changed.max() < started - SETTLED * 1e9:
-        _keep_index(path, index)
+        with contextlib.suppress(InputError):  # the cache may be a read-only one, which costs time and nothing else
+            _keep_index(path, index)
     return index
 
 
@@ -141,7 +144,7 @@ def _keep_index(path: Path, index: Index) -> None:
         seal(partial)
 
 
-def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...]) -> Index | None:
+def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: Iterable[int]) -> Index | None:
     if not path.exists():
         return None
     with open(path, "rb") as file:
@@ -151,16 +154,24 @@ def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...]) -> Index |
         file.seek(0)
         with np.load(file, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
+    if fields.keys() != {field.name for field in dataclasses.fields(Index)}:  # of another version
+        return None
     texts = {name: _unpacked(fields[name]) for name in ("identities", "paths", "folders")}
     index = Index(**{**fields, **texts, "digest": str(fields["digest"])})
-    looked_at = np.unique(np.linspace(0, len(index.paths) - 1, LOOKED_AT).astype(int))
+    spread = np.linspace(0, len(index.paths) - 1, LOOKED_AT).astype(int)
+    looked_at = np.unique([*spread, *(row for row in suspects if row < len(index.paths))])
     try:
         same = index.folders[: len(ethnicities)] == tuple(sorted(ethnicities))
-        same = same and index.changed.tolist() == [os.stat(data / folder).st_mtime_ns for folder in index.folders]
+        same = same and index.changed.tolist() == [_changed(data / folder) for folder in index.folders]
         same = same and index.stamps[looked_at].tolist() == [_stamp(data / index.paths[row]) for row in looked_at]
     except OSError:
         return None
     return index if same else None
+
+
+def _changed(folder: Path) -> int:
+    """When the list of its files last changed, or it was given another time: tools that copy can set the first back."""
+    return os.stat(folder).st_ctime_ns
 
 
 def _stamp(path: Path) -> list[int]:
@@ -207,9 +218,9 @@ class ImageStore:
     """Index and decoded images of a data folder, made once and used by every stage.
 
     The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order, and `index.npz`. The images are
-    trusted as long as names, sizes and times of change of all files are those of the data folder, and else made anew;
-    with `checked` their content is compared with what was written, and decoded again where it is another. Images that
-    cannot be used are refused, or with `cfg.skip_bad_images` keep an empty row that is in no training set.
+    trusted as long as the data folder is the one that they were decoded from, as far as `find_images` can tell; with
+    `checked` their content is compared with what was written, and decoded again where it is another. Images that cannot
+    be used are refused, or with `cfg.skip_bad_images` keep an empty row that is in no training set.
     """
 
     index: Index
@@ -219,7 +230,7 @@ class ImageStore:
 
     def __init__(self, cfg: Config, checked: bool = True):
         data, folder = Path(cfg.data), cfg.cache_dir
-        self.index = find_images(cfg)
+        self.index = find_images(cfg, _bad_images(folder / "images.npy"))  # they may have been mended
         path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
         made_from = {"files": self.index.digest}
         if outdated(path, *form, made_from, checked) is not None:
@@ -232,10 +243,18 @@ class ImageStore:
         self.images = read(path, *form, checked=False)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
-        bad = {row: reason for block in blocks for row, reason in block["bad"]}
+        bad = _bad_images(path)
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
+
+
+def _bad_images(path: Path) -> dict[int, str]:
+    """Rows of images that could not be used when they were decoded, and why."""
+    with contextlib.suppress(Damaged):
+        if found := about(path):
+            return {row: reason for block in found["blocks"] for row, reason in block["bad"]}
+    return {}
 
 
 def _make_room(path: Path, made_from: dict) -> None:
