@@ -11,12 +11,13 @@ from tests.trials import ROOT, another_process_holding
 from utils.errors import Damaged, InputError
 from utils.files import (
     _keep_as,
-    broken_seal,
+    check_seal,
     locked,
     read_sealed_json,
     refuse_if_locked,
     replaced,
     seal,
+    sha256,
     write_sealed_json,
 )
 
@@ -50,11 +51,13 @@ def test_a_sealed_file_is_one_that_pytorch_reads(tmp_path):
 
     def broken():
         with open(path, "rb") as file:
-            return broken_seal(file)
+            return check_seal(file)[0]
 
     assert broken() == "it has no SHA-256 at its end"
-    seal(path)
-    assert broken() == ""
+    digest = seal(path)
+    assert digest == sha256(path)
+    with open(path, "rb") as file:
+        assert check_seal(file) == ("", digest)
     for mapped in (False, True):
         assert torch.load(path, weights_only=True, mmap=mapped)["weight"].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes() + b"x")

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import Damaged, InputError
-from utils.files import locked, read_sealed_json, write_sealed_json
+from utils.files import locked, not_written, read_sealed_json, write_sealed_json
 from utils.threads import map_ahead
 
 NOTED_EVERY = 5.0  # seconds: a kill loses the blocks of no more than this
@@ -64,7 +64,7 @@ class Filling:
             except Damaged:
                 earlier, self.array = {}, self._new()
         except OSError as error:
-            raise _not_written(self.path, error) from error
+            raise not_written(self.path, error) from error
         notes = {block: note for block, note in enumerate(earlier.get("blocks", [])) if note}
         good = _check(self.path, self.array, self._about["block rows"], notes)
         self._blocks = {block: note for block, note in notes.items() if block in good}
@@ -102,7 +102,7 @@ class Filling:
             sidecar(self.path).unlink(missing_ok=True)  # it is not that of the array that comes now
             os.replace(self._partial, self.path)
         except OSError as error:
-            raise _not_written(self.path, error) from error
+            raise not_written(self.path, error) from error
         self._note(sidecar(self.path))
         self._notes.unlink(missing_ok=True)
 
@@ -212,10 +212,6 @@ def _take_room(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _not_written(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} could not be written ({error.strerror or error}).")
 
 
 def _check(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict]) -> set[int]:

@@ -30,15 +30,15 @@ from torch import nn
 
 from config.config import Config
 from utils.errors import Damaged, InputError
-from utils.files import broken_seal, replaced, seal, sha256, sha256_of, write_json, write_text
+from utils.files import check_seal, replaced, seal, sha256, sha256_of, write_json, write_text
 
 CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
 OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth")
 """The names of files that we write, and seal; files of other names come from elsewhere."""
 
 
-def save(path: Path, value: Any, previous: Path | None = None) -> None:
-    """Writes and seals a file; the one that it replaces is kept as `previous`, if that is given."""
+def save(path: Path, value: Any, previous: Path | None = None) -> str:
+    """Writes and seals a file, and gives its SHA-256; the one that it replaces is kept as `previous`, if given."""
     with replaced(path, previous) as partial:
         try:
             # Given a path, PyTorch would not say why it cannot write, and would put the path into the file.
@@ -48,7 +48,7 @@ def save(path: Path, value: Any, previous: Path | None = None) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        seal(partial)
+        return seal(partial)
 
 
 def load(path: Path) -> Any:
@@ -67,9 +67,12 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     with file:
-        if OURS.fullmatch(path.name) and (reason := broken_seal(file)):
-            raise Damaged(f"{path} is damaged ({reason})")
-        digest = sha256_of(file)
+        if OURS.fullmatch(path.name):
+            reason, digest = check_seal(file)
+            if reason:
+                raise Damaged(f"{path} is damaged ({reason})")
+        else:
+            digest = sha256_of(file)
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True), digest
@@ -113,9 +116,10 @@ def wrong_with(path: Path, digest: str) -> str:
     if not path.exists():
         return f"{path} is missing"
     with open(path, "rb") as file:
-        if reason := broken_seal(file):
-            return f"{path} is damaged ({reason})"
-        return "" if sha256_of(file) == digest else f"{path} is of another epoch"
+        reason, found = check_seal(file)
+    if reason:
+        return f"{path} is damaged ({reason})"
+    return "" if found == digest else f"{path} is of another epoch"
 
 
 def weights_with_digest(folder: Path, digest: str) -> Path | None:
@@ -132,25 +136,25 @@ class Run:
         self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
         self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
         self._is_described = False
-        before = decided_by(folder)
-        self.has_checkpoint = before is not None
-        if before and (different := _differences(before, self.decided_by)):
+        self._state, self._damage = _newest(folder)  # read once: it is as large as the networks and the optimizer
+        self.has_checkpoint = self._state is not None
+        if self._state and (different := _differences(self._state["decided_by"], self.decided_by)):
             raise InputError(
                 f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
 
     def load(self) -> dict | None:
-        """The state of the newest good checkpoint, or None where the run has none.
+        """Hands over the state of the newest good checkpoint, or None where the run has none.
 
         Says what is damaged, and what is other than when the run was left: it decides the last bits of the numbers.
         """
-        state, damage = _newest(self.folder)
+        state, self._state = self._state, None
         if state is None:
             return None
-        if damage:
+        if self._damage:
             checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
-            print(f"{damage}: going on from {previous.name}, the one before it.")
+            print(f"{self._damage}: going on from {previous.name}, the one before it.")
             if checkpoint.exists():  # or the next save would keep it as the previous
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
@@ -177,9 +181,7 @@ class Run:
     def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> dict[str, str]:
         """Writes the state dicts; gives the digests of the files by name."""
         modules = {f"{which}_backbone.pth": backbone} | ({f"{which}_header.pth": header} if header else {})
-        for name, module in modules.items():
-            save(self.folder / name, module.state_dict())
-        return {name: sha256(self.folder / name) for name in modules}
+        return {name: save(self.folder / name, module.state_dict()) for name, module in modules.items()}
 
 
 def decided_by(folder: Path) -> dict | None:

@@ -211,8 +211,9 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
     -1 stands for half of what is free on a GPU, and for nothing on a CPU: there the files that are read often stay in
     memory by themselves. What more is asked for than is free is not taken, and said.
     """
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (_free_memory(), 0)
-    budget = min(free, total) / 2 if gigabytes == -1 else gigabytes * 1e9
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+    budget = gigabytes * 1e9 if gigabytes != -1 else free / 2 if on_gpu else 0
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
         budget = 0.9 * free

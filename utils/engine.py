@@ -145,7 +145,7 @@ def fit(
 
     Raises InputError where `check_run` does, and where a loss or gradient is not finite: that step is not taken.
     """
-    check_run(faces, folder, cfg)
+    _need_a_batch(faces, cfg)
     with locked(folder):
         run = Run(folder, cfg, faces.sources, faces.identities)
         state = run.load()
@@ -213,10 +213,14 @@ def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
     That is a folder that another process works on or that holds a run of other settings or data, and fewer rows than
     one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
-    if len(faces) < cfg.batch_size:
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
+    _need_a_batch(faces, cfg)
     refuse_if_locked(folder)
     Run(folder, cfg, faces.sources, faces.identities)
+
+
+def _need_a_batch(faces: Faces, cfg: Config) -> None:
+    if len(faces) < cfg.batch_size:
+        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
 
 
 class _Progress:

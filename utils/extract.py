@@ -38,7 +38,8 @@ def embed_all(
         if reason is None:
             print(f"{path} is up to date.")
             return
-        print(reason, end="\n" if reason else "")
+        if reason:
+            print(reason)
         block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
         with Filling(path, shape, np.float32, made_from, block_rows, numerics(cfg)) as filling:
             infer(function, network, columns, cfg, f"embed {path.stem}", filling)

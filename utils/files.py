@@ -48,10 +48,14 @@ def replaced(path: Path, previous: Path | None = None) -> Iterator[Path]:
         os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error.strerror or error}).") from error
+        raise not_written(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} could not be written ({error.strerror or error}).")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -161,30 +165,34 @@ MARK = b"sha256="
 SEAL = len(MARK) + 64  # bytes
 
 
-def seal(path: Path) -> None:
-    """Ends a zip archive with a comment that holds the SHA-256 of all bytes before it."""
+def seal(path: Path) -> str:
+    """Ends a zip archive with a comment that holds the SHA-256 of all bytes before it; gives that of the whole file."""
     with open(path, "rb+") as file:
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", SEAL))  # the length of the comment is the archive's last field
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+        end = MARK + digest.hexdigest().encode()
         file.seek(0, os.SEEK_END)
-        file.write(MARK + digest.encode())
+        file.write(end)
+    digest.update(end)
+    return digest.hexdigest()
 
 
-def broken_seal(file: BinaryIO) -> str:
-    """What is wrong with a sealed archive, or nothing."""
+def check_seal(file: BinaryIO) -> tuple[str, str]:
+    """What is wrong with a sealed archive, or nothing, and the SHA-256 of the whole file."""
     digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - SEAL
     if left < 0:
-        return "it ends too early"
+        return "it ends too early", sha256_of(file)
     file.seek(0)
     while chunk := file.read(min(left, 1 << 20)):
         digest.update(chunk)
         left -= len(chunk)
-    end = file.read()
+    end, expected = file.read(), MARK + digest.hexdigest().encode()
+    digest.update(end)
     if not end.startswith(MARK):
-        return "it has no SHA-256 at its end"
-    return "" if end == MARK + digest.hexdigest().encode() else "its SHA-256 is another"
+        return "it has no SHA-256 at its end", digest.hexdigest()
+    return "" if end == expected else "its SHA-256 is another", digest.hexdigest()
 
 
 def write_sealed_json(path: Path, value: dict) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config.config import Config
 from utils.arrays import Filling, about, outdated, read
 from utils.errors import Damaged, InputError
-from utils.files import broken_seal, locked, replaced, seal, write_text
+from utils.files import check_seal, locked, replaced, seal, write_text
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
@@ -148,7 +148,8 @@ def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: 
     if not path.exists():
         return None
     with open(path, "rb") as file:
-        if reason := broken_seal(file):
+        reason, _ = check_seal(file)
+        if reason:
             print(f"{path} is damaged ({reason}): {data} is listed again.")
             return None
         file.seek(0)
@@ -237,13 +238,14 @@ class ImageStore:
             with locked(path, wait=True):  # teachers may be trained side by side, each in its own process
                 reason = outdated(path, *form, made_from, checked)
                 if reason is not None:
-                    print(reason, end="\n" if reason else "")
+                    if reason:
+                        print(reason)
                     _make_room(path, made_from)
                     _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
         self.images = read(path, *form, checked=False)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
-        bad = _bad_images(path)
+        bad = _bad_of(blocks)
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
         _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
@@ -253,8 +255,12 @@ def _bad_images(path: Path) -> dict[int, str]:
     """Rows of images that could not be used when they were decoded, and why."""
     with contextlib.suppress(Damaged):
         if found := about(path):
-            return {row: reason for block in found["blocks"] for row, reason in block["bad"]}
+            return _bad_of(found["blocks"])
     return {}
+
+
+def _bad_of(blocks: list[dict]) -> dict[int, str]:
+    return {row: reason for block in blocks for row, reason in block["bad"]}
 
 
 def _make_room(path: Path, made_from: dict) -> None:
