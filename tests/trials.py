@@ -174,11 +174,12 @@ def kills_in_training(faces: Path, work: Path, at_random: int, in_save: int, see
 
 
 def small_blocks() -> None:
-    """Makes many blocks of a few faces, and has every one of them noted at once."""
+    """Many blocks of a few faces, each of them noted at once, and an index that is kept whatever the clock says."""
     import utils.extract
     import utils.store
 
     arrays.NOTED_EVERY, utils.extract.BLOCK, utils.store.BLOCK = 0.0, 8, 8
+    utils.store.SETTLED = 0.0
 
 
 def kills_of_other_stages(faces: Path, work: Path, instants: int, seed: int = 0) -> Result:
