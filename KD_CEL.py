@@ -11,8 +11,9 @@ from backbones import build_backbone
 from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
-from utils.engine import announce, fit, run, setup
+from utils.engine import fit
 from utils.losses import ElasticArcFace
+from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:

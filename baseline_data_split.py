@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.config import Config
-from utils.engine import announce, run
+from utils.process import announce, run
 from utils.split import write_split
 from utils.store import scan
 

@@ -13,8 +13,8 @@ from config.config import Config
 from utils.checkpoint import need_weights
 from utils.dataset import Faces
 from utils.embeddings import origin
-from utils.engine import announce, run, setup
 from utils.extract import embed_all
+from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:

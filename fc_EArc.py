@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from backbones import build_adaptor
 from config.config import Config
 from utils.dataset import Faces
-from utils.engine import announce, fit, run, setup
+from utils.engine import fit
 from utils.extract import embed_targets
 from utils.losses import ElasticArcFace
+from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:

@@ -11,8 +11,9 @@ from backbones import build_backbone
 from config.config import Config
 from eval.verification import Pairs, load_pairs, validator
 from utils.dataset import Faces
-from utils.engine import announce, check_run, fit, run, setup
+from utils.engine import check_run, fit
 from utils.losses import build_header
+from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:

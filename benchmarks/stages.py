@@ -38,9 +38,10 @@ from config.config import Config
 from eval.verification import THRESHOLDS, load_bin, pair_distances, ten_fold, views
 from utils.checkpoint import versions
 from utils.dataset import Column, Faces, stream
-from utils.engine import fit, infer, setup
+from utils.engine import fit, infer
 from utils.files import write_json, write_text
 from utils.losses import ElasticArcFace
+from utils.process import setup
 from utils.split import deal
 from utils.store import SETTLED, ImageStore, find_images, scan
 from utils.synthetic import generate

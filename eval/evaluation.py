@@ -22,9 +22,10 @@ from eval.verification import Pairs, accuracy, load_pairs, normalize, pair_dista
 from utils.arrays import outdated, read, write
 from utils.checkpoint import decided_by, find_weights, numerics, weights_with_digest
 from utils.dataset import Column
-from utils.engine import infer, run, setup
+from utils.engine import infer
 from utils.errors import InputError
 from utils.files import write_text
+from utils.process import run, setup
 from utils.synthetic import is_generated
 
 METHODS = ("a-KD", "EAF-KD")

@@ -11,9 +11,10 @@ from utils import arrays
 from utils.checkpoint import save
 from utils.dataset import Faces
 from utils.embeddings import origin
-from utils.engine import fit, setup
+from utils.engine import fit
 from utils.files import sha256
 from utils.losses import ElasticArcFace
+from utils.process import setup
 from utils.store import ImageStore
 
 FEATURES = 3 * 112 * 112

@@ -17,9 +17,10 @@ from torch._dynamo.exc import TorchDynamoException
 from tests.runs import Linear, checkpoint, difference, train
 from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import Interrupted, _seed, _Watch, arithmetic, fit, infer, run, setup
+from utils.engine import _seed, _Watch, arithmetic, fit, infer
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
+from utils.process import Interrupted, run, setup
 
 
 def assert_equal_runs(cfg, other, name="T"):

@@ -36,9 +36,10 @@ from utils import arrays
 from utils.checkpoint import Run, load, save
 from utils.dataset import Faces
 from utils.embeddings import read_embeddings
-from utils.engine import Interrupted, fit, setup
+from utils.engine import fit
 from utils.errors import InputError
 from utils.files import seal, sha256
+from utils.process import Interrupted, setup
 from utils.store import ImageStore
 
 ROOT = Path(__file__).parents[1]
