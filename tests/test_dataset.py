@@ -59,10 +59,10 @@ def test_each_epoch_has_its_own_order_without_the_incomplete_batch(cfg):
 
 
 def test_images_are_normalised_and_flipped_as_published():
-    images = torch.from_numpy(np.stack([noise(k) for k in range(3)]))
+    images = np.stack([noise(k) for k in range(3)])
     flips = np.array([False, True, False])
-    ours = to_network(images, flips)
-    wanted = (images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
+    ours = to_network(Column((images,)).gather(np.arange(3), flips))
+    wanted = (torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
     wanted[1] = wanted[1].flip(-1)
     assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-7)
     assert ours.is_contiguous(memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 
@@ -38,10 +39,18 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Column:
-    """Arrays (N, ...) concatenated along their second dimension; `mirrored` holds those of the flipped images."""
+    """Arrays (N, ...) concatenated along their second dimension.
+
+    The place of a row that is seen flipped is taken by that of `mirrored`, in a column of images (N, H, W, 3) by the
+    mirror image.
+    """
 
     arrays: tuple[np.ndarray, ...]
     mirrored: tuple[np.ndarray, ...] = ()
+
+    @property
+    def holds_images(self) -> bool:
+        return self.arrays[0].ndim == 4
 
     @property
     def row_bytes(self) -> int:
@@ -49,8 +58,11 @@ class Column:
 
     def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
         taken = _take(self.arrays, rows)
-        if self.mirrored and flips is not None:
-            taken[flips] = _take(self.mirrored, rows[flips])
+        if flips is not None and flips.any():
+            if self.mirrored:
+                taken[flips] = _take(self.mirrored, rows[flips])
+            elif self.holds_images:
+                taken[flips] = _mirror(taken[flips])
         return torch.from_numpy(taken)
 
 
@@ -58,6 +70,11 @@ def _take(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> np.ndarray:
     if len(arrays) == 1:
         return np.take(arrays[0], rows, axis=0)
     return np.concatenate([np.take(array, rows, axis=0) for array in arrays], 1)
+
+
+def _mirror(images: np.ndarray) -> np.ndarray:
+    """Left and right swapped of (B, H, W, 3); all as one tall image, an order faster than NumPy or PyTorch."""
+    return cv2.flip(images.reshape(-1, *images.shape[2:]), 1).reshape(images.shape)
 
 
 class Faces:
@@ -179,14 +196,16 @@ class Cached:
         self._rows, self._device = rows, device  # sorted
         self._values = _load(column.arrays, rows, device)
         self._mirrored = _load(column.mirrored, rows, device) if column.mirrored else None
+        self._holds_images = column.holds_images
 
     def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
         index = _to(torch.from_numpy(np.searchsorted(self._rows, rows)), self._device)
         taken = self._values.index_select(0, index)
-        if self._mirrored is None or flips is None:
+        if flips is None or not (self._holds_images or self._mirrored is not None):
             return taken
-        mask = _to(torch.from_numpy(flips), self._device).unsqueeze(1)
-        return torch.where(mask, self._mirrored.index_select(0, index), taken)
+        mirrored = taken.flip(2) if self._mirrored is None else self._mirrored.index_select(0, index)
+        mask = _to(torch.from_numpy(flips), self._device)
+        return torch.where(mask.view(-1, *[1] * (taken.ndim - 1)), mirrored, taken)
 
 
 def _load(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -252,7 +271,7 @@ def stream(
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         batch |= {name: column.gather(rows, flips) for name, column in cached.items()}
         if "image" in batch:
-            batch["image"] = to_network(batch["image"], flips)
+            batch["image"] = to_network(batch["image"])
         return batch
 
     if not workers:
@@ -262,13 +281,10 @@ def stream(
         yield from map(finish, map_ahead(pool, gather, batches, AHEAD * workers))
 
 
-def to_network(images: torch.Tensor, flips: np.ndarray | None = None) -> torch.Tensor:
-    """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5, mirrored where `flips` says so."""
-    if flips is not None:  # while they are bytes
-        index = _to(torch.from_numpy(np.flatnonzero(flips)), images.device)
-        images = images.clone().index_put_((index,), images.index_select(0, index).flip(2))
+def to_network(images: torch.Tensor) -> torch.Tensor:
+    """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5."""
     images = images.permute(0, 3, 1, 2)  # a view: channels last stays the layout in memory
-    return torch.add(torch.tensor(-1.0), images, alpha=1 / 127.5)  # read as bytes and written once
+    return images.float().mul_(1 / 127.5).sub_(1)  # on a CPU half the time of a single call with mixed types
 
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
