@@ -13,7 +13,7 @@ from config.config import Config
 from utils.checkpoint import need_weights
 from utils.dataset import Faces
 from utils.embeddings import origin
-from utils.extract import embed_all
+from utils.extract import Output, embed_all
 from utils.process import announce, run, setup
 
 
@@ -24,17 +24,22 @@ def main(cfg: Config) -> None:
     teachers = [load_backbone(cfg.network, path, cfg) for path in paths]
     faces = Faces(cfg)
     for name, (teacher, digest) in zip(names, teachers, strict=True):
-        for flipped in cfg.target_views:
-            extract(cfg, faces, name, teacher, digest, flipped)
+        extract(cfg, faces, name, teacher, digest)
     announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")
 
 
-def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str, flipped: bool) -> None:
+def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str) -> None:
     def embedding(image):
-        return F.normalize(teacher(image.flip(-1) if flipped else image))
+        return F.normalize(teacher(image))
 
-    made_from = origin(faces.store.digest, digest, flipped)
-    embed_all(embedding, teacher, faces.columns, cfg.teacher_embeddings(name, flipped), made_from, cfg)
+    def flipped_embedding(image):
+        return F.normalize(teacher(image.flip(-1)))
+
+    outputs = [
+        Output(cfg.teacher_embeddings(name, flipped), origin(faces.store.digest, digest, flipped), function)
+        for flipped, function in zip(cfg.target_views, (embedding, flipped_embedding), strict=False)
+    ]
+    embed_all(outputs, teacher, {"image": faces.columns["image"]}, cfg)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from eval.evaluation import fuse
 from eval.verification import load_bin, ten_fold, views
 from utils.checkpoint import save
 from utils.dataset import Faces, to_network
+from utils.engine import infer
 from utils.synthetic import generate
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,26 @@ def test_embeddings_are_those_of_the_teacher_and_of_unit_length(trained):
             written = np.load(cfg.teacher_embeddings("Indian", flipped))
             assert np.allclose(written, wanted, atol=1e-5)
             assert np.allclose(np.linalg.norm(written, axis=1), 1, atol=1e-5)
+
+
+def test_both_views_are_extracted_in_one_pass_and_what_is_there_is_left(trained, tmp_path, monkeypatch):
+    cfg, given = trained
+    output = tmp_path / "output"
+    shutil.copytree(cfg.output, output)
+    moved = replace(cfg, output=str(output), ethnicities=cfg.ethnicities)
+    both = [moved.teacher_embeddings("Asian", flipped) for flipped in (False, True)]
+    before = [np.load(path) for path in both]
+    passes = []
+    monkeypatch.setattr("utils.extract.infer", lambda *given: passes.append(given[-1]) or infer(*given))
+    for lost in (both, both[1:]):
+        for path in lost:
+            path.unlink()
+        stamp = both[0].stat().st_mtime_ns if both[0].exists() else 0
+        run("extract_all.py", [*given, "--output", str(output), "--flip_targets"])
+        assert [filling.path for filling in passes.pop()] == lost
+        assert passes == []
+        assert not stamp or both[0].stat().st_mtime_ns == stamp
+        assert all(np.array_equal(np.load(path), whole) for path, whole in zip(both, before, strict=True))
 
 
 def test_targets_are_the_adaptor_of_the_concatenation_in_published_order(trained):
@@ -402,7 +423,7 @@ def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path
     ):
         run(script, [*given, *extra], expect=2)
         assert sentence in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if "pairs" not in path.parts] == [tmp_path / "cache"]
 
 
 def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 from sklearn.model_selection import KFold
 
 from config.config import Config
+from eval import verification
 from eval.verification import (
     THRESHOLDS,
     Pairs,
@@ -247,3 +248,26 @@ def test_all_missing_bin_files_are_named(cfg):
         path.unlink()
     with pytest.raises(InputError, match=r"Missing: .*A_test.bin, .*B_test.bin"):
         load_pairs(cfg)
+
+
+def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps(([encode(noise(k % 7), ".png") for k in range(600)], [True, False] * 150)))
+    plain = load_bin(path)
+    assert isinstance(load_bin(path, cache).images, np.memmap)
+    stored = next(cache.glob("*.npy"))
+    with open(stored, "r+b") as file:  # in the last of three blocks
+        file.seek(-1000, 2)
+        file.write(bytes(100))
+    decoded = []
+    whole = verification.decode
+    monkeypatch.setattr(verification, "decode", lambda content: decoded.append(1) or whole(content))
+    mended, again = load_bin(path, cache), load_bin(path, cache)
+    assert len(decoded) == 600 - 512
+    assert f"{stored} is damaged" in capsys.readouterr().out
+    for pairs in (mended, again):
+        assert np.array_equal(pairs.images, plain.images)
+        assert (pairs.same.tolist(), pairs.digest) == (plain.same.tolist(), plain.digest)
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    assert np.array_equal(load_bin(path, cache).images, load_bin(path).images)
+    assert [*cache.glob("*.npy")] == [stored]

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -176,6 +177,20 @@ def outdated(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, c
     except Damaged as error:
         return f"{error}: what is damaged is made again."
     return None
+
+
+def provide(
+    path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, fill: Callable[[], None], checked: bool = True
+) -> np.ndarray:
+    """The mapped array, after `fill` has made it where it is `outdated`; one process fills, others wait for it."""
+    if outdated(path, shape, dtype, made_from, checked) is not None:
+        with locked(path, wait=True):
+            reason = outdated(path, shape, dtype, made_from, checked)
+            if reason is not None:
+                if reason:
+                    print(reason)
+                fill()
+    return read(path, shape, dtype, checked=False)
 
 
 def sidecar(path: Path) -> Path:

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -333,37 +333,44 @@ def infer(
     columns: dict[str, Column],
     cfg: Config,
     title: str,
-    filling: Filling | None = None,
-) -> np.ndarray:
-    """`function` of all rows in order, with `network` in eval mode: array (N, ...) float32.
+    fillings: Sequence[Filling] = (),
+) -> np.ndarray | None:
+    """`function` of all rows of `columns` in order, with `network` in eval mode: array (N, ...) float32.
 
-    With `filling` only of the rows that are missing in it, written to its array. Like the losses of `fit`, `function`
-    names the columns that it reads by its parameters.
+    With `fillings`, all in blocks of the same rows, `function` gives (B, as many, ...), one part for the array of each:
+    only the blocks that are missing in one are computed, and nothing is returned.
     """
     device = device_of(cfg)
-    read = {name: columns[name] for name in inspect.signature(function).parameters}
-    count = len(next(iter(read.values())).arrays[0])
-    parts = [filling.rows(block) for block in filling.missing] if filling else [range(count)]
+    count = len(next(iter(columns.values())).arrays[0])
+    blocks = sorted({block for filling in fillings for block in filling.missing})
+    parts = [fillings[0].rows(block) for block in blocks] if fillings else [range(count)]
     batches = [rows for part in parts for rows in cut(part, cfg.infer_batch_size)]
-    out = filling.array if filling else None
-    ends = {filling.rows(block).stop: block for block in filling.missing} if filling else {}
+    block_of = {part.stop: block for part, block in zip(parts, blocks, strict=False)}
+    out = None
     was_training = network.training
     network.to(device).eval()
     try:
         # Always in fp32: embeddings and scores do not depend on how the network was trained.
         with arithmetic(network, "fp32", device), _Bar(title, count, count - sum(map(len, parts))) as bar:
-            ahead = stream(read, ((np.asarray(rows), None) for rows in batches), device, cfg.num_workers)
+            ahead = stream(columns, ((np.asarray(rows), None) for rows in batches), device, cfg.num_workers)
             for rows, batch in zip(batches, ahead, strict=True):
                 result = function(**batch).float().cpu().numpy()
-                if out is None:
-                    out = np.empty((count, *result.shape[1:]), np.float32)
-                out[rows.start : rows.stop] = result
-                if rows.stop in ends:
-                    filling.finish(ends[rows.stop], filling.digest(ends[rows.stop]))
+                if fillings:
+                    _fill(fillings, rows, result, block_of.get(rows.stop))
+                else:
+                    out = np.empty((count, *result.shape[1:]), np.float32) if out is None else out
+                    out[rows.start : rows.stop] = result
                 bar.update(len(result))
     finally:
         network.train(was_training)
     return out
+
+
+def _fill(fillings: Sequence[Filling], rows: range, result: np.ndarray, finished: int | None) -> None:
+    for filling, part in zip(fillings, result.swapaxes(0, 1), strict=True):
+        filling.array[rows.start : rows.stop] = part
+        if finished is not None:
+            filling.finish(finished, filling.digest(finished))
 
 
 # Progress ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Embeddings of all images, by a teacher from the images or by an adaptor from the teachers' embeddings."""
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +22,46 @@ from utils.files import locked
 BLOCK = 4096  # embeddings that are checked together, at least
 
 
-def embed_all(
-    function: Callable[..., torch.Tensor],
-    network: nn.Module,
-    columns: dict[str, Column],
-    path: Path,
-    made_from: dict,
-    cfg: Config,
-) -> None:
-    """Writes `function` of all rows, (N, D), to `path`, unless it is there already and was made from the same.
+@dataclass(frozen=True)
+class Output:
+    """An array of embeddings to be: where, of what (`utils.embeddings.origin`), and the function of a batch."""
 
-    Goes on where an earlier attempt at the same stopped. Raises InputError where another process writes it.
+    path: Path
+    made_from: dict
+    function: Callable[..., torch.Tensor]
+
+
+def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
+    """Writes the functions of all rows of `columns`, each (N, D), that are not there already and made from the same.
+
+    All in one pass, which goes on where an earlier attempt at the same stopped. Raises InputError where another process
+    writes one of them.
     """
-    shape = (len(columns["image"].arrays[0]), cfg.embedding_size)
-    with locked(path):
-        reason = outdated(path, shape, np.float32, made_from)
-        if reason is None:
-            print(f"{path} is up to date.")
+    shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
+    block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
+    with contextlib.ExitStack() as stack:
+        stale = []
+        for output in outputs:
+            stack.enter_context(locked(output.path))
+            reason = outdated(output.path, shape, np.float32, output.made_from)
+            if reason is None:
+                print(f"{output.path} is up to date.")
+                continue
+            if reason:
+                print(reason)
+            stale.append(output)
+        if not stale:
             return
-        if reason:
-            print(reason)
-        block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
-        with Filling(path, shape, np.float32, made_from, block_rows, numerics(cfg)) as filling:
-            infer(function, network, columns, cfg, f"embed {path.stem}", filling)
-    print(f"{path}: {shape[0]:,} embeddings.")
+
+        def together(**batch: torch.Tensor) -> torch.Tensor:
+            return torch.stack([output.function(**batch) for output in stale], 1)
+
+        with contextlib.ExitStack() as filled:
+            forms = [(output.path, shape, np.float32, output.made_from) for output in stale]
+            fillings = [filled.enter_context(Filling(*form, block_rows, numerics(cfg))) for form in forms]
+            infer(together, network, columns, cfg, f"embed {stale[0].path.stem}", fillings)
+    for output in stale:
+        print(f"{output.path}: {shape[0]:,} embeddings.")
 
 
 def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> None:
@@ -54,12 +72,12 @@ def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> N
     weights = need_weights([cfg.adaptor_dir(name)], cfg.weights)[0]
     digest = load_weights(adaptor, weights)
     column = faces.columns["embedding"]
+
+    def target(embedding):
+        return F.normalize(adaptor(embedding))
+
     for flipped in cfg.target_views:
         inputs = {teacher: faces.origins[cfg.teacher_embeddings(teacher, flipped)] for teacher in cfg.teachers}
-        columns = {**faces.columns, "embedding": Column(column.mirrored if flipped else column.arrays)}
-
-        def target(embedding):
-            return F.normalize(adaptor(embedding))
-
         made_from = origin(faces.store.digest, digest, flipped, inputs)
-        embed_all(target, adaptor, columns, cfg.adaptor_embeddings(name, flipped), made_from, cfg)
+        output = Output(cfg.adaptor_embeddings(name, flipped), made_from, target)
+        embed_all([output], adaptor, {"embedding": Column(column.mirrored if flipped else column.arrays)}, cfg)

@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
-from utils.arrays import Filling, about, outdated, read
+from utils.arrays import Filling, about, provide
 from utils.errors import Damaged, InputError
-from utils.files import check_seal, locked, replaced, seal, write_text
+from utils.files import check_seal, replaced, seal, write_text
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
@@ -234,15 +234,12 @@ class ImageStore:
         self.index = find_images(cfg, _bad_images(folder / "images.npy"))  # they may have been mended
         path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
         made_from = {"files": self.index.digest}
-        if outdated(path, *form, made_from, checked) is not None:
-            with locked(path, wait=True):  # teachers may be trained side by side, each in its own process
-                reason = outdated(path, *form, made_from, checked)
-                if reason is not None:
-                    if reason:
-                        print(reason)
-                    _make_room(path, made_from)
-                    _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
-        self.images = read(path, *form, checked=False)
+
+        def fill() -> None:
+            _make_room(path, made_from)
+            _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
+
+        self.images = provide(path, *form, made_from, fill, checked)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
         bad = _bad_of(blocks)
