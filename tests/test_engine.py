@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 
+from config.config import Config
 from tests.runs import Linear, checkpoint, difference, train
-from utils.checkpoint import save, versions
+from utils.checkpoint import Run, save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import _seed, _Watch, arithmetic, fit, infer
+from utils.engine import _Progress, _seed, _Watch, arithmetic, fit, infer
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 from utils.process import Interrupted, run, setup
@@ -461,6 +462,75 @@ def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
         assert lowered.dtype == torch.float32
         assert not np.array_equal(lowered.detach().numpy(), plain)
     assert "forward" not in vars(network)
+
+
+def graph_in_python(function):
+    """Called twice before, as by `graph_of`; its replay is another call."""
+    function()
+    function()
+    return function
+
+
+def failing_graph(function):
+    function()
+    raise RuntimeError("operation not permitted\nwhile capturing")
+
+
+def graph_that_forgets(function):
+    function()
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (graph_in_python, ""),
+        (failing_graph, "The step could not be captured (operation not permitted): its kernels are launched one by"),
+        (graph_that_forgets, "The step could not be captured (it gave other numbers): its kernels are launched one by"),
+    ],
+)
+def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
+    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
+    train(cfg)
+    plain = _Progress.stepper
+    monkeypatch.setattr(_Progress, "stepper", lambda self, losses, norm, _: plain(self, losses, norm, True))
+    monkeypatch.setattr("utils.capture.graph_of", graph)
+    captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
+    train(captured)
+    assert_equal_runs(cfg, captured)
+    assert said in capsys.readouterr().out
+    with pytest.raises(Interrupted):
+        train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
+    train(stopped)
+    assert_equal_runs(cfg, stopped)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_captured_on_a_gpu_is_the_plain_step(tmp_path):
+    cfg = Config(batch_size=8, device="cuda", output=str(tmp_path))
+    setup(cfg)
+    inputs, targets = torch.randn(6, 8, 32, device="cuda"), torch.randint(0, 50, (6, 8), device="cuda")
+
+    def taken(replayed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
+        network, header = network.cuda(), ElasticArcFace(16, 50, std=0.0125).cuda()
+        parameters = [*network.parameters(), *header.parameters()]
+        optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+
+        def losses(embedding, label):
+            return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
+
+        progress = _Progress(Run(cfg.adaptor_dir("SL"), cfg, {}, ()), network, header, optimizer, cfg.schedule_fc)
+        progress.start_epoch()
+        step = progress.stepper(losses, 5.0, replayed)
+        for k in range(6):
+            step({"embedding": inputs[k], "label": targets[k]}, k)
+        assert not replayed or step._replay
+        return progress._tensors()
+
+    for one, other in zip(taken(True), taken(False), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):

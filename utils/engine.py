@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from config.config import Config, Schedule
 from utils.arrays import Filling
+from utils.capture import Replayed
 from utils.checkpoint import Run, device_of, find_weights, wrong_with
 from utils.dataset import STEP, Column, Faces, cache, cut, stream
 from utils.errors import InputError
@@ -27,6 +28,7 @@ Losses = Callable[..., dict[str, torch.Tensor]]
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
 GRADIENTS = (GRADIENT, HEADER_GRADIENT)
 """The names under which the norms of gradients are kept beside the losses, to notice when one is not finite."""
+NUMBERS = 8  # losses and norms of gradients of a step, at most
 
 Validate = Callable[[], tuple[dict[str, float], float]]
 """Scores to log, and the one that decides which epoch is best (higher is better)."""
@@ -120,17 +122,19 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: "_Progress", val
     schedule, steps, device = progress.schedule, len(faces) // cfg.batch_size, device_of(cfg)
     read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     columns = cache(read, faces.rows, device, cfg.device_cache_gb)
+    replayed = device.type == "cuda" and "image" not in read  # such a step is shorter than launching its kernels
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
     with StopSignals() as stop:
         while progress.epoch < schedule.epochs:
             epoch, first, started = progress.epoch, progress.step, time.monotonic()
             progress.start_epoch()
+            take_step = progress.stepper(losses, cfg.max_grad_norm, replayed)
             batches = stream(columns, faces.batches(epoch, first), device, cfg.num_workers)
             with _Bar(f"epoch {epoch + 1}/{schedule.epochs}", steps * cfg.batch_size, first * cfg.batch_size) as bar:
                 for batch in batches:
-                    torch.manual_seed(_seed(STEP, cfg.seed, epoch, progress.step))  # margins and dropout
-                    progress.take_step(losses(**batch), cfg.max_grad_norm)
+                    take_step(batch, _seed(STEP, cfg.seed, epoch, progress.step))  # margins and dropout
+                    progress.step += 1
                     bar.update(cfg.batch_size)
                     if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
                         bar.set_postfix_str(_listed(progress.means()), refresh=False)
@@ -185,11 +189,11 @@ class _Progress:
         self.epoch = self.step = 0
         self.best = -math.inf
         self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # (names,) float64
         self.log: list[dict] = []
         self.weights: dict[str, str] = {}  # digests of the best and last weights by name
         self.saved_at = time.monotonic()
         self._watch = _Watch(next(backbone.parameters()).device)
+        self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
 
     def restore(self, state: dict) -> None:
@@ -197,8 +201,8 @@ class _Progress:
             self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
             self.weights = state["weights"]
             self.names = list(state["sums"])
-            if self.names:
-                self.sums = torch.stack([*state["sums"].values()]).to(self._watch.bad.device)
+            for k, total in enumerate(state["sums"].values()):
+                self.sums[k] = total
             self.backbone.load_state_dict(state["backbone"])
             if self.header is not None:
                 self.header.load_state_dict(state["header"])
@@ -238,8 +242,23 @@ class _Progress:
             self.header.train()
         self._watch.start(self.step)
 
-    def take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
-        """One step of the optimizer, which changes nothing if a loss or a gradient is not finite."""
+    def stepper(self, losses: Losses, max_grad_norm: float, replayed: bool) -> Callable[[dict, int], None]:
+        """The function that takes one step of this epoch with a batch and a seed."""
+
+        def take_step(batch: dict[str, torch.Tensor]) -> None:
+            self._take_step(losses(**batch), max_grad_norm)
+
+        def seeded(batch: dict[str, torch.Tensor], seed: int) -> None:
+            torch.manual_seed(seed)
+            take_step(batch)
+
+        return Replayed(take_step, self._tensors) if replayed else seeded
+
+    def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
+        """One step of the optimizer, which changes nothing if a loss or a gradient is not finite.
+
+        Whatever it changes is among `_tensors`, and is changed in place.
+        """
         self.optimizer.zero_grad()
         sum(named.values()).backward()
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
@@ -248,17 +267,23 @@ class _Progress:
                 [parameter.grad for parameter in self.header.parameters() if parameter.grad is not None]
             )
         self.names = list(values)
-        seen = torch.stack([value.detach().double() for value in values.values()])
+        seen = torch.zeros_like(self.sums)
+        seen[: len(values)] = torch.stack([value.detach().double() for value in values.values()])
         self._watch.look(seen)
         self.optimizer.step()
-        self.sums = seen if self.sums is None else self.sums + seen
-        self.step += 1
+        self.sums += seen
+
+    def _tensors(self) -> list[torch.Tensor]:
+        modules = [self.backbone] if self.header is None else [self.backbone, self.header]
+        states = [module.state_dict() for module in modules]
+        momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
+        return [value for state in states for value in state.values()] + momentum + [self.sums, *self._watch.tensors]
 
     def means(self) -> dict[str, float]:
         """Mean of each loss over the epoch so far; raises InputError where one, or a gradient, was not finite."""
         if found := self._watch.found():
             step, values = found
-            name, value = next((n, v) for n, v in zip(self.names, values, strict=True) if not math.isfinite(v))
+            name, value = next((n, v) for n, v in zip(self.names, values, strict=False) if not math.isfinite(v))
             what = name if name in GRADIENTS else f"loss {name!r}"
             advice = "lower the learning rate or s"
             if self.run.has_checkpoint:
@@ -266,14 +291,14 @@ class _Progress:
             raise InputError(
                 f"The {what} is {value} in epoch {self.epoch + 1}, step {step + 1}, which was not taken: {advice}."
             )
-        sums = [] if self.sums is None else self.sums.tolist()
-        return {n: total / self.step for n, total in zip(self.names, sums, strict=True) if n not in GRADIENTS}
+        sums = zip(self.names, self.sums.tolist(), strict=False)
+        return {name: total / self.step for name, total in sums if name not in GRADIENTS}
 
     def save(self) -> None:
         self.means()  # a checkpoint of a run that has gone wrong would be no good
         state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log}
         state["weights"] = self.weights
-        state["sums"] = dict(zip(self.names, [] if self.sums is None else self.sums.cpu(), strict=True))
+        state["sums"] = dict(zip(self.names, self.sums.cpu(), strict=False))
         state["backbone"] = self.backbone.state_dict()
         state["header"] = self.header.state_dict() if self.header is not None else {}
         self.run.save({**state, "optimizer": self.optimizer.state_dict()})
@@ -294,7 +319,8 @@ class _Progress:
             self.weights |= self.run.save_weights(which, self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
         write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
-        self.epoch, self.step, self.names, self.sums = self.epoch + 1, 0, [], None
+        self.epoch, self.step, self.names = self.epoch + 1, 0, []
+        self.sums.zero_()
         self.save()
         line = f"epoch {self.epoch}/{self.schedule.epochs}  {_listed(means)}  {_listed(scores)}"
         return f"{line} (best so far)" if is_best else line
@@ -305,22 +331,26 @@ class _Watch:
 
     def __init__(self, device: torch.device):
         self.bad = torch.zeros((), device=device)  # 1 from the first step on that was not to be taken
-        self.start(0)
+        self.values = torch.zeros(NUMBERS, dtype=torch.float64, device=device)  # of that step, or of the last one
+        self._steps = torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.bad, self.values, self._steps]
 
     def start(self, step: int) -> None:
         """Counts steps from this one on."""
-        self._steps = torch.full((), step, device=self.bad.device)
-        self._values: torch.Tensor | None = None
+        self._steps.fill_(step)
 
     def look(self, values: torch.Tensor) -> None:
-        """Losses and norms of gradients of the step that is about to be taken."""
-        self._values = values if self._values is None else torch.where(self.bad > 0, self._values, values)
+        """Losses and norms of gradients (NUMBERS,) of the step that is about to be taken."""
+        self.values.copy_(torch.where(self.bad > 0, self.values, values))
         self.bad.copy_(torch.maximum(self.bad, 1 - values.isfinite().all().float()))
         self._steps += self.bad == 0
 
     def found(self) -> tuple[int, list[float]] | None:
         """How many steps of the epoch came before the first bad one, and the numbers of that one."""
-        return (int(self._steps), self._values.tolist()) if self.bad.item() else None
+        return (int(self._steps), self.values.tolist()) if self.bad.item() else None
 
 
 # Inference ------------------------------------------------------------------------------------------------------------

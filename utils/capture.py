@@ -1,0 +1,84 @@
+"""Steps that are launched at once: on a GPU a step without images is over before Python has launched its kernels."""
+
+from collections.abc import Callable
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+class Replayed:
+    """A step of training that is captured when it is first taken, and replayed from then on.
+
+    `step(batch)` works on `tensors()` in place, all that it changes, and depends on nothing else that changes but the
+    generators' seed: a learning rate, for one, is captured with it. All batches have the same shapes.
+
+    The first step is taken twice, plainly and replayed. Where the two differ by more than rounding, or where capturing
+    fails, that is said and every step is taken plainly. A step that makes new tensors, as an optimizer's first one
+    does, is taken plainly and not captured.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Batch], None],
+        tensors: Callable[[], list[torch.Tensor]],
+        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ):
+        self._step, self._tensors, self._capture = step, tensors, capture or graph_of
+        self._inputs: Batch = {}
+        self._replay: Callable[[], None] | None = None
+        self._plainly = False
+
+    def __call__(self, batch: Batch, seed: int) -> None:
+        if self._replay:
+            for name, value in batch.items():
+                self._inputs[name].copy_(value)
+            torch.manual_seed(seed)
+            self._replay()
+            return
+        before = [value.clone() for value in self._tensors()]
+        torch.manual_seed(seed)
+        self._step(batch)
+        if self._plainly or len(self._tensors()) != len(before):
+            return
+        plainly = [value.clone() for value in self._tensors()]
+        try:
+            self._inputs = {name: value.clone() for name, value in batch.items()}
+            replay = self._capture(lambda: self._step(self._inputs))
+            self._set(before)
+            torch.manual_seed(seed)
+            replay()
+            if all(map(_equal, self._tensors(), plainly)):
+                self._replay = replay
+                return
+            reason = "it gave other numbers"
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        print(f"The step could not be captured ({reason}): its kernels are launched one by one, which is slower.")
+        self._plainly = True
+        self._set(plainly)
+
+    def _set(self, values: list[torch.Tensor]) -> None:
+        for tensor, value in zip(self._tensors(), values, strict=True):
+            tensor.copy_(value)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Up to the rounding of sums in another order."""
+    tolerance = 1e-3 * float(other.abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=tolerance, equal_nan=True)
+
+
+def graph_of(function: Callable[[], None]) -> Callable[[], None]:
+    """The kernels that `function` launches, as one CUDA graph. It is called twice before, as capturing requires."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, those of the reader, may take pinned memory meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
