@@ -1,9 +1,11 @@
 """Every stage side by side: the straightforward way, ours, and the bare kernels that bound it, in one run.
 
 The straightforward way is what the published code does, written here for the comparison: files opened one by one on
-the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five or more,
-without warm-up, validation and compilation. The ways are taken in turn; those of training steps one after another, for
-what `setup` does to the process cannot be undone: there a difference of a tenth may be the machine's.
+the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five, without
+warm-up, validation and compilation. The ways are taken in turn; those of training steps one after another, for what
+`setup` does to the process cannot be undone: there a difference of a tenth may be the machine's.
+
+On a GPU, which is used where there is one, benchmarks.networks follows.
 
 Reads   nothing; draws generated faces
 Writes  benchmarks/results/stages_<device>.json and .md
@@ -11,13 +13,11 @@ Run     python -m benchmarks.stages
 """
 
 import glob
-import inspect
 import itertools
 import multiprocessing
 import os
 import re
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,10 +34,12 @@ from torch import nn
 from torchvision import transforms
 
 from backbones import build_adaptor, build_backbone
+from benchmarks.networks import PUBLISHED, measure_all
+from benchmarks.timing import EPOCHS, Timed, rates
 from config.config import Config
 from eval.verification import THRESHOLDS, load_bin, pair_distances, ten_fold, views
-from utils.checkpoint import versions
-from utils.dataset import Column, Faces, stream
+from utils.checkpoint import device_of, versions
+from utils.dataset import Column, stream
 from utils.engine import fit, infer
 from utils.files import write_json, write_text
 from utils.losses import ElasticArcFace
@@ -46,9 +48,11 @@ from utils.split import deal
 from utils.store import SETTLED, ImageStore, find_images, scan
 from utils.synthetic import generate
 
-REPEATS = 5
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
 CLASSES, ROWS = 27_997, 8192  # of the adaptor: the classes of the paper, and a part of its rows
+DEVICE = device_of(Config())
+AGAIN = 1 if DEVICE.type == "cpu" else 50  # how often an epoch sees these rows
+LISTED = 125_000  # files of which the index is made
 TRANSFORM = transforms.Compose(
     [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
 )
@@ -64,18 +68,6 @@ class Row:
     ours: float
     limit: float | None = None
     limit_is: str = ""
-
-
-def rates(units: int, *ways: Callable[[], object]) -> list[float]:
-    """Units per second of each way: all in turn, once to warm up, then the median of REPEATS."""
-    times = [[] for _ in ways]
-    for repeat in range(REPEATS + 1):
-        for way, taken in zip(ways, times, strict=True):
-            started = time.perf_counter()
-            way()
-            if repeat:
-                taken.append(time.perf_counter() - started)
-    return [units / statistics.median(taken) for taken in times]
 
 
 # Files and images -----------------------------------------------------------------------------------------------------
@@ -96,16 +88,26 @@ def measure_split(faces: Path, work: Path) -> Row:
     return Row("split", "images", *rates(len(paths), decoded_and_written_again, listed))
 
 
-def measure_index(faces: Path, cfg: Config) -> Row:
+def measure_index(cfg: Config) -> Row:
     """Against a list of all files and a dictionary of labels; ours is read back, as after the first start."""
+    empty_files(LISTED, Path(cfg.data))
 
     def globbed() -> None:
-        paths = sorted(glob.glob(f"{faces}/train/*/*/*.jpg"))
+        paths = sorted(glob.glob(f"{cfg.data}/*/*/*.jpg"))
         labels = {name: k for k, name in enumerate(sorted({path.split("/")[-2] for path in paths}))}
         [labels[path.split("/")[-2]] for path in paths]
 
-    count = len(find_images(cfg).paths)
-    return Row("index", "images", *rates(count, globbed, lambda: find_images(cfg)))
+    return Row(f"index of {LISTED:,} files", "images", *rates(LISTED, globbed, lambda: find_images(cfg)))
+
+
+def empty_files(count: int, folder: Path) -> None:
+    """So many, 50 to an identity; the index of them is kept from now on."""
+    for number in range(count):
+        identity = folder / "African" / f"m.{number // 50}"
+        if number % 50 == 0:
+            identity.mkdir(parents=True)
+        os.close(os.open(identity / f"{number}.jpg", os.O_CREAT))
+    time.sleep(SETTLED)
 
 
 def measure_reader(faces: Path, cfg: Config) -> Row:
@@ -122,7 +124,7 @@ def measure_reader(faces: Path, cfg: Config) -> Row:
             torch.stack([TRANSFORM(Image.fromarray(image)) for image in images])
 
     def mapped() -> None:
-        for _ in stream({"image": Column((store.images,))}, batches, device, 1):
+        for _ in stream({"image": Column((store.images,))}, batches, device, 0):
             pass
 
     def gathered() -> None:
@@ -151,7 +153,7 @@ def measure_adaptor_input(work: Path) -> Row:
                 np.concatenate([np.load(work / f"{teacher}" / f"{row}.npy") for teacher in range(4)])
 
     def mapped() -> None:
-        for _ in stream({"embedding": Column(arrays)}, ((rows, None) for rows in order), device, 1):
+        for _ in stream({"embedding": Column(arrays)}, ((rows, None) for rows in order), device, 0):
             pass
 
     def copied() -> None:
@@ -178,42 +180,21 @@ class PlainElasticArcFace(nn.Module):
     def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         cosine = (F.normalize(embeddings) @ F.normalize(self.kernel, dim=0)).clamp(-1, 1)
         labelled = torch.where(label != -1)[0]
-        margins = torch.normal(self.m, self.std, (len(labelled), 1))
-        hot = torch.zeros(len(labelled), cosine.shape[1]).scatter_(1, label[labelled].unsqueeze(1), margins)
+        margins = torch.normal(self.m, self.std, (len(labelled), 1), device=label.device)
+        hot = torch.zeros(len(labelled), cosine.shape[1], device=label.device).scatter_(
+            1, label[labelled].unsqueeze(1), margins
+        )
         return cosine.acos().index_add(0, labelled, hot).cos() * self.s
-
-
-class Timed:
-    """Losses that note when they are called: a step is the time from one call to the next, everything included."""
-
-    def __init__(self, losses: Callable):
-        self.losses, self.calls, self.__signature__ = losses, [], inspect.signature(losses)
-
-    def __call__(self, **batch):
-        self.calls.append(time.perf_counter())
-        return self.losses(**batch)
-
-    def rate(self, units: int) -> float:
-        return units / statistics.median(np.diff(self.calls)[1:])
-
-
-def table(cfg: Config, columns: dict[str, np.ndarray | tuple], flip: bool) -> Faces:
-    """A training set of arrays, read as every other one is."""
-    faces = Faces.__new__(Faces)
-    faces.cfg, faces.flip, faces.sources, faces.identities = cfg, flip, {}, ()
-    faces.columns = {name: Column(value if isinstance(value, tuple) else (value,)) for name, value in columns.items()}
-    faces.rows = np.arange(len(faces.columns["label"].arrays[0]))
-    return faces
 
 
 def plain_steps(losses: Callable, modules: list[nn.Module], batch: Callable[[], dict], units: int) -> float:
     """PyTorch's defaults: optimizer in its plain form, batches on the training thread, a loss read after every step."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters = [parameter for module in modules for parameter in module.to(DEVICE).parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimizer.zero_grad()
-        total = sum(losses(**batch()).values())
+        total = sum(losses(**{name: value.to(DEVICE) for name, value in batch().items()}).values())
         total.backward()
         nn.utils.clip_grad_norm_(modules[0].parameters(), 5.0)
         optimizer.step()
@@ -253,19 +234,20 @@ def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
 
 
 def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES) -> float:
+    cfg = replace(cfg, num_epoch_fc=EPOCHS)
     adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, classes, std=cfg.std_fc)
-    losses, faces = Timed(adaptor_losses(adaptor, header)), table(cfg, adaptor_columns(classes), flip=False)
-    fit(
-        losses, faces, work / "adaptors" / "SL", cfg, adaptor, header, schedule=replace(cfg, num_epoch_fc=1).schedule_fc
-    )
-    return losses.rate(cfg.batch_size)
+    faces = Timed(cfg, adaptor_columns(classes), flip=False, times=AGAIN)
+    options = {"schedule": cfg.schedule_fc, "validate": faces.validate}
+    fit(adaptor_losses(adaptor, header), faces, work / "adaptors" / "SL", cfg, adaptor, header, **options)
+    return faces.rate()
 
 
 def bare_adaptor(cfg: Config) -> float:
     """The products of one step and one pass over header, gradient and momentum."""
     size = cfg.batch_size
-    inputs, kernel = torch.randn(size, 2048), torch.randn(512, CLASSES)
-    weight, grad = torch.randn(512, 2048), torch.randn(size, CLASSES)
+    inputs, kernel, weight, grad = (
+        torch.randn(shape, device=DEVICE) for shape in ((size, 2048), (512, CLASSES), (512, 2048), (size, CLASSES))
+    )
     header = nn.Parameter(kernel)
     header.grad = torch.zeros_like(kernel)
     optimizer = torch.optim.SGD([header], 1e-9, 0.9, weight_decay=5e-4, fused=True)
@@ -289,8 +271,9 @@ class Step:
     stage: str
     network: str
     batch: int
-    has_header: bool
-    has_target: bool
+    steps: int  # of an epoch
+    has_header: bool = True
+    has_target: bool = False
     compile: bool = False
 
     def modules(self, head: type) -> list[nn.Module]:
@@ -320,27 +303,27 @@ class Step:
         return plain_steps(self.losses(*modules), modules, lambda: batch, self.batch)
 
     def ours(self, images: np.ndarray, cfg: Config, work: Path) -> float:
-        cfg = replace(cfg, batch_size=self.batch, num_epoch=1, compile=self.compile)
+        cfg = replace(cfg, batch_size=self.batch, num_epoch=EPOCHS, compile=self.compile)
         modules = self.modules(ElasticArcFace)
-        losses = Timed(self.losses(*modules))
-        faces = table(cfg, self.columns(images[: self.batch * (REPEATS + 3)]), flip=True)
-        fit(losses, faces, work / "students" / self.stage, cfg, *modules, schedule=cfg.schedule)
-        return losses.rate(self.batch)
+        faces = Timed(cfg, self.columns(images[: self.batch * self.steps]), flip=True)
+        options = {"schedule": cfg.schedule, "validate": faces.validate}
+        fit(self.losses(*modules), faces, work / "students" / self.stage, cfg, *modules, **options)
+        return faces.rate()
 
-    def bare(self, cfg: Config) -> float:
+    def bare(self, layout: torch.memory_format = torch.channels_last) -> float:
         """The network forwards and backwards, on a batch that is there."""
-        backbone = build_backbone(self.network).to(memory_format=torch.channels_last)
-        image = torch.randn(self.batch, 3, 112, 112).to(memory_format=torch.channels_last)
-        grad = torch.randn(self.batch, 512)
+        backbone = build_backbone(self.network).to(DEVICE, memory_format=layout)
+        image = torch.randn(self.batch, 3, 112, 112).to(DEVICE, memory_format=layout)
+        grad = torch.randn(self.batch, 512, device=DEVICE)
         return rates(self.batch, lambda: backbone(image).backward(grad))[0]
 
 
 STEPS = (
-    Step("teacher step, iresnet34", "iresnet34", 16, has_header=True, has_target=False),
-    Step("teacher step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=False),
-    Step("teacher step, iresnet_tiny, compiled", "iresnet_tiny", 128, has_header=True, has_target=False, compile=True),
-    Step("a-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=False, has_target=True),
-    Step("EAF-KD step, iresnet_tiny", "iresnet_tiny", 128, has_header=True, has_target=True),
+    Step("teacher step, iresnet34", "iresnet34", 16, 4),
+    Step("teacher step, iresnet_tiny", "iresnet_tiny", 128, 16),
+    Step("teacher step, iresnet_tiny, compiled", "iresnet_tiny", 128, 16, compile=True),
+    Step("a-KD step, iresnet_tiny", "iresnet_tiny", 128, 16, has_header=False, has_target=True),
+    Step("EAF-KD step, iresnet_tiny", "iresnet_tiny", 128, 16, has_target=True),
 )
 
 
@@ -348,7 +331,7 @@ STEPS = (
 
 
 def measure_verification(faces: Path, cfg: Config) -> Row:
-    network = build_backbone("iresnet_tiny").eval()
+    network = build_backbone("iresnet_tiny").eval().to(DEVICE)
     path = faces / "pairs" / "Asian_test.bin"
     pairs, encoded = load_bin(path), None
     encoded = [cv2.imencode(".png", image)[1] for image in pairs.images]
@@ -359,7 +342,7 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
         """Published: decoded and transformed one at a time, embedded in batches of 64."""
         images = [plain(Image.fromarray(cv2.imdecode(image, cv2.IMREAD_COLOR))) for image in encoded]
         for start in range(0, len(images), 64):
-            batch = torch.stack(images[start : start + 64])
+            batch = torch.stack(images[start : start + 64]).to(DEVICE)
             network(batch), network(batch.flip(-1))
 
     @torch.no_grad()
@@ -368,13 +351,13 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
             batch = inputs[start : start + 256]
             network(batch), network(batch)
 
-    inputs = torch.randn(len(encoded), 3, 112, 112).to(memory_format=torch.channels_last)
+    inputs = torch.randn(len(encoded), 3, 112, 112).to(DEVICE, memory_format=torch.channels_last)
     found = rates(len(encoded), one_by_one, lambda: pair_distances(views(network, pairs.images, cfg, "verify")), bare)
     return Row("verification embedding, iresnet_tiny", "images", *found, "the network alone")
 
 
 def measure_extraction(cfg: Config, work: Path) -> Row:
-    network, store = build_backbone("iresnet_tiny").eval(), ImageStore(cfg)
+    network, store = build_backbone("iresnet_tiny").eval().to(DEVICE), ImageStore(cfg)
     images = store.images[:1024]
     plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
     paths = [Path(cfg.data) / path for path in store.index.paths[: len(images)]]
@@ -383,7 +366,7 @@ def measure_extraction(cfg: Config, work: Path) -> Row:
     def file_by_file() -> None:
         for start in range(0, len(paths), 128):
             opened = [plain(Image.open(path)) for path in paths[start : start + 128]]
-            for k, embedding in enumerate(F.normalize(network(torch.stack(opened))).numpy()):
+            for k, embedding in enumerate(F.normalize(network(torch.stack(opened).to(DEVICE))).cpu().numpy()):
                 np.save(work / f"{start + k}.npy", embedding)
 
     @torch.no_grad()
@@ -394,7 +377,7 @@ def measure_extraction(cfg: Config, work: Path) -> Row:
     def embedding(image):
         return F.normalize(network(image))
 
-    inputs = torch.randn(len(images), 3, 112, 112).to(memory_format=torch.channels_last)
+    inputs = torch.randn(len(images), 3, 112, 112).to(DEVICE, memory_format=torch.channels_last)
     columns = {"image": Column((images,))}
     found = rates(len(images), file_by_file, lambda: infer(embedding, network, columns, cfg, "embed"), bare)
     return Row("extraction, iresnet_tiny", "images", *found, "the network alone")
@@ -429,54 +412,82 @@ def measure_ten_fold(pairs: int = 6000) -> Row:
 
 
 def growth(cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
-    """Milliseconds at three sizes, and the peak of memory that a head adds to its process."""
+    """Milliseconds and megabytes at three sizes, and images per second in each layout and number of threads."""
     for classes in (7_000, 14_000, CLASSES):
         rate = our_adaptor(cfg, work / str(classes), classes)
         yield f"adaptor step, {classes:,} classes", f"{1e3 * cfg.batch_size / rate:.1f} ms"
     for count in (12_500, 125_000, 1_250_000):
-        listed, read = _index_times(count, replace(cfg, data=str(work / f"{count}-files"), ethnicities=("African",)))
-        yield f"index of {count:,} files, listed", f"{listed:.2f} s"
-        yield f"index of {count:,} files, read back", f"{read:.2f} s"
+        files = replace(cfg, data=str(work / f"{count}-files"), ethnicities=("African",))
+        empty_files(count, Path(files.data))
+        yield f"index of {count:,} files, listed", f"{_seconds(files):.2f} s"
+        yield f"index of {count:,} files, read back", f"{_seconds(files):.2f} s"
+        yield f"memory of the index of {count:,} files", f"{_apart(_index_here, files) / 1e6:.0f} MB"
+        shutil.rmtree(files.data)
     for pairs in (1500, 3000, 6000):
         yield f"ten folds of {pairs:,} pairs", f"{1e3 / measure_ten_fold(pairs).ours:.2f} ms"
-    for name in ("PlainElasticArcFace", "ElasticArcFace"):
-        yield f"memory of {name}, batch 128, {CLASSES:,} classes", f"{_peak(name) / 1e6:.0f} MB"
+    for head in (PlainElasticArcFace, ElasticArcFace):
+        peak = _apart(_head_here, head)
+        yield f"memory of {head.__name__}, batch 128, {CLASSES:,} classes", f"{peak / 1e6:.0f} MB"
+    peak = _apart(_adaptor_here, replace(cfg, device="cpu"), work / "whole")
+    yield (
+        f"resident memory of a process that trains SL, {CLASSES:,} classes, libraries included",
+        f"{peak / 1e6:.0f} MB",
+    )
+    if DEVICE.type == "cpu":
+        yield from layouts()
 
 
-def _index_times(count: int, cfg: Config) -> tuple[float, float]:
-    """Seconds for listing so many empty files, 50 to an identity, and for reading the kept index back."""
-    for number in range(count):
-        folder = Path(cfg.data) / "African" / f"m.{number // 50}"
-        if number % 50 == 0:
-            folder.mkdir(parents=True)
-        os.close(os.open(folder / f"{number}.jpg", os.O_CREAT))
-    time.sleep(SETTLED)
-    taken = []
-    for _ in range(2):
-        started = time.perf_counter()
-        find_images(cfg)
-        taken.append(time.perf_counter() - started)
-    shutil.rmtree(cfg.data)
-    return taken[0], taken[1]
+def layouts() -> Iterator[tuple[str, str]]:
+    every = torch.get_num_threads()
+    for step, threads in itertools.product(STEPS[:2], sorted({1, every})):
+        torch.set_num_threads(threads)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            what = f"{step.network} forwards and backwards, {str(layout).removeprefix('torch.')}, {threads} threads"
+            yield what, f"{step.bare(layout):.1f} images/s"
+    torch.set_num_threads(every)
 
 
-def _peak(head: str) -> int:
-    """Bytes that one forward and backward pass of a head, and its gradient, add to a process of their own."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (head,))
+def _seconds(cfg: Config) -> float:
+    started = time.perf_counter()
+    find_images(cfg)
+    return time.perf_counter() - started
 
 
-def _peak_here(head: str) -> int:
+def _apart(function: Callable[..., int], *arguments) -> int:
+    """What a function gives in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _index_here(cfg: Config) -> int:
+    """Bytes that reading the index back adds."""
+    _forget_peak()
+    before = _memory("VmRSS")
+    find_images(cfg)
+    return _memory("VmHWM") - before
+
+
+def _adaptor_here(cfg: Config, work: Path) -> int:
+    """Bytes of the whole process."""
+    setup(cfg)
+    our_adaptor(cfg, work)
+    return _memory("VmHWM")
+
+
+def _head_here(head: type[nn.Module]) -> int:
+    """Bytes that one forward and backward pass of a head, and its gradient, add."""
     torch.set_num_threads(1)
-    header = {"PlainElasticArcFace": PlainElasticArcFace, "ElasticArcFace": ElasticArcFace}[head]
-    small, large = header(512, 128), header(512, CLASSES)
+    small, large = head(512, 128), head(512, CLASSES)
     embeddings, label = F.normalize(torch.randn(128, 512)), torch.zeros(128, dtype=torch.long)
     F.cross_entropy(small(embeddings, label), label).backward()  # what the libraries take at first use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    _forget_peak()
     before = _memory("VmRSS")
     F.cross_entropy(large(embeddings.requires_grad_(), label), label).backward()
     return _memory("VmHWM") - before
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _memory(what: str) -> int:
@@ -498,7 +509,7 @@ def main() -> None:
             "output": f"{work}/output",
             "cache": f"{work}/cache",
         }
-        cfg = Config(**paths, device="cpu", infer_batch_size=256)
+        cfg = Config(**paths, infer_batch_size=256)
         images = np.array(ImageStore(cfg).images)
         report = []
         for row in _measure(faces, work, cfg, images):
@@ -507,11 +518,14 @@ def main() -> None:
         sizes = dict(growth(cfg, work))
     found = versions(cfg)
     stages = [vars(row) for row in report]
-    write_json(Path("benchmarks/results/stages_cpu.json"), {"versions": found, "stages": stages, "sizes": sizes})
+    path = Path(f"benchmarks/results/stages_{DEVICE.type}.json")
+    write_json(path, {"versions": found, "stages": stages, "sizes": sizes})
     head = f"Made by `python -m benchmarks.stages` ({', '.join(f'{k} {v}' for k, v in found.items())}).\n\n"
     grown = "".join(f"| {what} | {value} |\n" for what, value in sizes.items())
     lines = "\n".join([*HEADER, *map(_line, report)]) + f"\n\n| ours | |\n|---|--:|\n{grown.rstrip()}"
-    write_text(Path("benchmarks/results/stages_cpu.md"), f"# Stages side by side\n\n{head}{lines}\n")
+    write_text(path.with_suffix(".md"), f"# Stages side by side\n\n{head}{lines}\n")
+    if DEVICE.type == "cuda":
+        measure_all(PUBLISHED)
 
 
 def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
@@ -521,7 +535,7 @@ def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterat
     plain_step, plain_epoch = plain_adaptor(cfg, work / "files")
     setup(cfg)
     yield measure_split(faces, work)
-    yield measure_index(faces, cfg)
+    yield measure_index(replace(cfg, data=str(work / "files-to-list"), ethnicities=("African",)))
     yield measure_reader(faces, cfg)
     (work / "embeddings").mkdir()
     yield measure_adaptor_input(work / "embeddings")
@@ -530,7 +544,7 @@ def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterat
     yield Row("adaptor step, 27,997 classes", "rows", plain_step, ours, bare, limit)
     yield Row("adaptor epoch, with its reader", "rows", plain_epoch, ours, bare, limit)
     for step in STEPS:
-        ours, bare = step.ours(images, cfg, work), step.bare(cfg)
+        ours, bare = step.ours(images, cfg, work), step.bare()
         straightforward = plain[replace(step, stage=step.stage.removesuffix(", compiled"), compile=False)]
         yield Row(step.stage, "images", straightforward, ours, bare, "the network alone, not compiled")
     yield measure_extraction(cfg, work)

@@ -64,6 +64,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
+    cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
     device_cache_gb: float = -1.0  # data that stays on the device; -1: half of what a GPU has free, on a CPU none
     num_threads: int = 0  # CPU threads; 0: as many as there are cores
     num_workers: int = 2  # threads that read batches ahead of the step; 0: each is read when it is needed

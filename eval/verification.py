@@ -17,13 +17,14 @@ from torch import nn
 
 from config.config import Config
 from utils.arrays import Filling, provide
-from utils.dataset import Column
+from utils.dataset import Column, cut
 from utils.engine import Validate, infer
 from utils.errors import InputError
 from utils.store import BLOCK, SIZE, decode
 from utils.threads import map_ahead
 
 FOLDS = 10
+IN_CACHE = 1 << 15  # numbers that are worked on together: a processor's cache holds them
 THRESHOLDS = np.arange(0, 4, 0.01)
 """On the squared distance of unit vectors, which lies in [0, 4]."""
 
@@ -179,9 +180,12 @@ def squared_distances(embeddings: np.ndarray) -> np.ndarray:
     embeddings = np.asarray(embeddings, np.float64)
     if len(embeddings) % 2:
         raise InputError(f"{len(embeddings)} embeddings do not make pairs.")
+    one, other = embeddings[0::2], embeddings[1::2]
+    distance = np.empty(len(one))
     with np.errstate(invalid="ignore", over="ignore"):
-        apart = embeddings[0::2] - embeddings[1::2]
-        distance = np.square(apart, out=apart).sum(1)
+        for part in cut(range(len(one)), max(1, IN_CACHE // one.shape[1])):
+            apart = one[part.start : part.stop] - other[part.start : part.stop]
+            np.square(apart, out=apart).sum(1, out=distance[part.start : part.stop])
     if not np.isfinite(distance).all():
         raise InputError("Some embeddings are not finite: the network gives NaN or infinity for some images.")
     return distance

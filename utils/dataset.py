@@ -67,9 +67,8 @@ class Column:
 
 
 def _take(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> np.ndarray:
-    if len(arrays) == 1:
-        return np.take(arrays[0], rows, axis=0)
-    return np.concatenate([np.take(array, rows, axis=0) for array in arrays], 1)
+    taken = [np.asarray(array).take(rows, axis=0) for array in arrays]  # np.memmap itself is slower
+    return taken[0] if len(taken) == 1 else np.concatenate(taken, 1)
 
 
 def _mirror(images: np.ndarray) -> np.ndarray:

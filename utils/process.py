@@ -44,7 +44,8 @@ def setup(cfg: Config) -> None:
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # NumPy 1 measures denormals when first asked, and warns where they are flushed
     torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
+    torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
     if reason := _lacks(cfg.precision, device_of(cfg)):
         print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")

@@ -1,0 +1,231 @@
+"""Training steps of every network on a GPU: images/s, the share of its measured matrix peak, and hours for the paper.
+
+Each is `utils.engine.fit` as the scripts call it, reader and head of 27,997 classes included, on noise that lies in the
+memory of the device. What was measured before on the same machine with the same packages is kept: name some networks to
+measure these only.
+
+Reads   nothing
+Writes  benchmarks/results/networks_<cuda or cpu>.json and .md
+Run     python -m benchmarks.networks [iresnet34 ...]
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones import build_adaptor, build_backbone
+from benchmarks.timing import EPOCHS, Timed, rates
+from config.config import NETWORKS, Config
+from utils.checkpoint import device_of, versions
+from utils.dataset import Column
+from utils.engine import fit, infer
+from utils.files import write_json, write_text
+from utils.losses import ElasticArcFace
+from utils.process import setup
+
+PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
+CLASSES, IMAGES = 27_997, 1_248_932  # of the paper's training set
+TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # of teachers; of adaptors and students
+ADAPTORS, STUDENTS = 3, 6  # of a column of the paper
+BATCHES, PRECISIONS = (128, 512), ("fp32", "tf32", "bf16")
+SEEN = 5120  # images of an epoch that is timed
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A network's training step."""
+
+    network: str
+    batch: int
+    precision: str
+    compiled: bool
+    rate: float  # images per second
+    share: float  # of the matrix peak in this precision
+    gigabytes: float  # of the device's memory, at most
+
+
+def measure(network: str, batch: int, precision: str, compiled: bool, peak: float, seen: int = SEEN) -> Measured:
+    """The median over epochs of so many images; `peak` in floating-point operations per second."""
+    cfg = _config(batch_size=batch, precision=precision, compile=compiled, num_epoch=EPOCHS)
+    setup(cfg)
+    random, count = np.random.default_rng(0), 2 * batch
+    columns = {"image": random.integers(0, 256, (count, 112, 112, 3), np.uint8)}
+    columns["label"] = random.integers(0, CLASSES, count)
+    faces = Timed(cfg, columns, flip=True, times=max(1, seen // count))
+    backbone, header = build_backbone(network), ElasticArcFace(512, CLASSES)
+
+    def losses(image, label):
+        return {"margin": F.cross_entropy(header(F.normalize(backbone(image)), label), label)}
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    _fit(losses, faces, "teachers", cfg, backbone, header)
+    gigabytes = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    share = faces.rate() * _operations(network) / peak
+    return Measured(network, batch, precision, compiled, faces.rate(), share, gigabytes)
+
+
+def measure_adaptor(steps: int = 500) -> float:
+    """Rows per second of the SL adaptor's step."""
+    cfg = _config(num_epoch_fc=EPOCHS)
+    setup(cfg)
+    random = np.random.default_rng(0)
+    rows = {"embedding": random.normal(size=(4 * 128, 2048)).astype(np.float32)}
+    faces = Timed(cfg, rows | {"label": random.integers(0, CLASSES, 4 * 128)}, flip=False, times=steps // 4)
+    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, CLASSES, std=cfg.std_fc)
+
+    def losses(embedding, label):
+        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+
+    _fit(losses, faces, "adaptors", cfg, adaptor, header)
+    return faces.rate()
+
+
+def measure_extraction(network: str, count: int = 10_240) -> float:
+    """Images per second, in fp32 as always."""
+    cfg = _config()
+    setup(cfg)
+    teacher = build_backbone(network)
+    columns = {"image": Column((np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), np.uint8),))}
+    return rates(count, lambda: infer(lambda image: F.normalize(teacher(image)), teacher, columns, cfg, "extract"))[0]
+
+
+def matrix_peak(precision: str) -> float:
+    """Operations per second of one large product in this precision."""
+    device = device_of(_config())
+    size = 8192 if device.type == "cuda" else 1024
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    one, other = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        return rates(2 * size**3, lambda: one @ other)[0]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def hours(step: float, extraction: float, adaptor: float) -> float:
+    """Projected for a column of the paper, from the images or rows per second of a step, of extraction, of an adaptor.
+
+    Four teachers see every image in each of their epochs between them, and all of them once more to be extracted.
+    """
+    trained = TEACHER_EPOCHS + STUDENTS * EPOCHS_AFTER
+    return IMAGES * (trained / step + 4 / extraction + ADAPTORS * EPOCHS_AFTER / adaptor) / 3600
+
+
+def _config(**settings) -> Config:
+    return Config(device_cache_gb=1.0, cudnn_benchmark=True, **settings)
+
+
+def _fit(losses, faces: Timed, kind: str, cfg: Config, *modules: torch.nn.Module) -> None:
+    schedule = cfg.schedule_fc if kind == "adaptors" else cfg.schedule
+    with tempfile.TemporaryDirectory() as folder:
+        fit(losses, faces, Path(folder) / kind / "run", cfg, *modules, schedule=schedule, validate=faces.validate)
+
+
+def _operations(network: str) -> float:
+    """Of one image forwards and backwards through network and head."""
+    backbone = build_backbone(network)
+    with FlopCounterMode(display=False) as counter:
+        backbone(torch.randn(2, 3, 112, 112)).sum().backward()
+    return counter.get_total_flops() / 2 + 3 * 2 * 512 * CLASSES  # the head's three products
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", help=f"some of {', '.join(NETWORKS)}")
+    networks = parser.parse_args().networks
+    if unknown := [name for name in networks if name not in NETWORKS]:
+        parser.error(f"there is no network {unknown[0]}: name some of {', '.join(NETWORKS)}.")
+    measure_all(networks or PUBLISHED)
+
+
+def measure_all(networks: Sequence[str]) -> None:
+    cfg = _config()
+    on_gpu = device_of(cfg).type == "cuda"
+    batches, precisions = (BATCHES, PRECISIONS) if on_gpu else ((8,), ("fp32",))
+    found = {name: value for name, value in versions(cfg).items() if name not in ("commit", "compile")}
+    path = RESULTS / f"networks_{'cuda' if on_gpu else 'cpu'}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("versions") != found:
+        kept = {"versions": found, "peaks": {}, "others": {}, "steps": []}
+    peaks = kept["peaks"] = {precision: matrix_peak(precision) for precision in precisions}
+    for form in itertools.product(networks, batches, precisions, (False, True)):
+        measured = asdict(measure(*form, peaks[form[2]], SEEN if on_gpu else 16))
+        print(_line(measured), flush=True)
+        others = [one for one in kept["steps"] if [*one.values()][:4] != [*form]]
+        kept["steps"] = [*others, measured]
+        _write(path, kept)
+    if "iresnet34" in networks:
+        kept["others"] = {"adaptor": measure_adaptor(500 if on_gpu else 4)}
+        kept["others"] |= {"extraction": measure_extraction("iresnet34", 10_240 if on_gpu else 32)}
+        _write(path, kept)
+
+
+def _write(path: Path, kept: dict) -> None:
+    write_json(path, kept)
+    write_text(path.with_suffix(".md"), report(kept))
+
+
+def report(kept: dict) -> str:
+    """The Markdown page of what was measured."""
+    peaks = ", ".join(f"{name} {peak / 1e12:,.1f} TFLOP/s" for name, peak in kept["peaks"].items())
+    lines = [
+        "# Training steps of the networks",
+        "",
+        f"Made by `python -m benchmarks.networks` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
+        f"Measured matrix peaks: {peaks}. Head of {CLASSES:,} classes, images on the device.",
+        "",
+        *HEADER,
+        *(_line(one) for one in sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))),
+    ]
+    if others := kept["others"]:
+        minutes = EPOCHS_AFTER * IMAGES / others["adaptor"] / 60
+        lines += [
+            "",
+            f"SL adaptor's step: {others['adaptor']:,.0f} rows/s, {minutes:.1f} minutes for {EPOCHS_AFTER} epochs.",
+            f"Extraction by iresnet34 in fp32: {others['extraction']:,.0f} images/s.",
+            "",
+            f"Projected from these for the paper's iresnet34 column, {IMAGES:,} images: 4 teachers of {TEACHER_EPOCHS}",
+            f"epochs, extraction, {ADAPTORS} adaptors and {STUDENTS} students of {EPOCHS_AFTER}; without verification.",
+            "",
+            "| batch | precision | compiled | hours |",
+            "|--:|---|---|--:|",
+        ]
+        for one in kept["steps"]:
+            if one["network"] == "iresnet34":
+                projected = hours(one["rate"], others["extraction"], others["adaptor"])
+                lines += [f"| {one['batch']} | {one['precision']} | {_yes(one['compiled'])} | {projected:.1f} |"]
+    return "\n".join(lines) + "\n"
+
+
+HEADER = (
+    "| network | batch | precision | compiled | images/s | share of the peak | GB |",
+    "|---|--:|---|---|--:|--:|--:|",
+)
+
+
+def _line(one: dict) -> str:
+    numbers = f"{one['rate']:,.1f} | {one['share']:.1%} | {one['gigabytes']:.1f}"
+    return f"| {one['network']} | {one['batch']} | {one['precision']} | {_yes(one['compiled'])} | {numbers} |"
+
+
+def _yes(compiled: bool) -> str:
+    return "yes" if compiled else "no"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What the benchmarks share: how a way, and how the training loop, is timed."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from config.config import Config
+from utils.dataset import Batch, Column, Faces
+
+REPEATS = 5
+EPOCHS = REPEATS + 1
+
+
+def wait() -> None:
+    """For a GPU to have done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def rates(units: int, *ways: Callable[[], object]) -> list[float]:
+    """Units per second of each way: all in turn, once to warm up, then the median of REPEATS."""
+    times = [[] for _ in ways]
+    for repeat in range(REPEATS + 1):
+        for way, taken in zip(ways, times, strict=True):
+            wait()
+            started = time.perf_counter()
+            way()
+            wait()
+            if repeat:
+                taken.append(time.perf_counter() - started)
+    return [units / statistics.median(taken) for taken in times]
+
+
+class Timed(Faces):
+    """A training set of arrays that notes how long `fit` takes for the steps of each epoch, everything included.
+
+    Every row is seen `times` times an epoch. Give `validate` and EPOCHS epochs to `fit`: the first is to warm up and to
+    compile.
+    """
+
+    def __init__(self, cfg: Config, columns: dict[str, np.ndarray | tuple], flip: bool, times: int = 1):
+        self.cfg, self.flip, self.times = cfg, flip, times
+        self.sources, self.identities = {}, ()
+        self.columns = {name: Column(v if isinstance(v, tuple) else (v,)) for name, v in columns.items()}
+        self.rows = np.arange(len(self.columns["label"].arrays[0]))
+        self.taken: list[float] = []
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        self._started = time.perf_counter()
+        for _ in range(self.times):
+            yield from super().batches(epoch, first)
+
+    def validate(self) -> tuple[dict[str, float], float]:
+        wait()
+        self.taken.append(time.perf_counter() - self._started)
+        return {}, 0.0
+
+    def rate(self) -> float:
+        """Rows per second, median over the epochs but the first."""
+        size = self.cfg.batch_size
+        return self.times * (len(self.rows) // size) * size / statistics.median(self.taken[1:])
