@@ -1,15 +1,16 @@
 """Training steps of every network on a GPU: images/s, the share of its measured matrix peak, and hours for the paper.
 
 Each is `utils.engine.fit` as the scripts call it, reader and head of 27,997 classes included, on noise that lies in the
-memory of the device. What was measured before on the same machine with the same packages is kept: name some networks to
-measure these only.
+memory of the device. What was measured before on the same machine with the same packages is kept and not measured
+again, so that it can be done in several sittings.
 
 Reads   nothing
 Writes  benchmarks/results/networks_<cuda or cpu>.json and .md
-Run     python -m benchmarks.networks [iresnet34 ...]
+Run     python -m benchmarks.networks [iresnet34 ...] [--batch 128] [--precision bf16] [--results folder]
 """
 
 import argparse
+import functools
 import itertools
 import json
 import tempfile
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import build_adaptor, build_backbone
-from benchmarks.timing import EPOCHS, Timed, rates
+from benchmarks.timing import EPOCHS, Timed, graphs, rates
 from config.config import NETWORKS, Config
 from utils.checkpoint import device_of, versions
 from utils.dataset import Column
@@ -39,6 +40,7 @@ ADAPTORS, STUDENTS = 3, 6  # of a column of the paper
 BATCHES, PRECISIONS = (128, 512), ("fp32", "tf32", "bf16")
 SEEN = 5120  # images of an epoch that is timed
 RESULTS = Path("benchmarks/results")
+FORM = ("network", "precision", "batch", "compiled")
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Measured:
     batch: int
     precision: str
     compiled: bool
-    rate: float  # images per second
-    share: float  # of the matrix peak in this precision
+    rate: float  # images per second; 0 where the device's memory is too small
+    operations: float  # per second, in multiplications and additions
     gigabytes: float  # of the device's memory, at most
 
 
-def measure(network: str, batch: int, precision: str, compiled: bool, peak: float, seen: int = SEEN) -> Measured:
-    """The median over epochs of so many images; `peak` in floating-point operations per second."""
+def measure(network: str, batch: int, precision: str, compiled: bool, seen: int = SEEN) -> Measured:
+    """The median over epochs of so many images. Raises RuntimeError where it cannot be compiled as asked."""
     cfg = _config(batch_size=batch, precision=precision, compile=compiled, num_epoch=EPOCHS)
     setup(cfg)
     random, count = np.random.default_rng(0), 2 * batch
@@ -69,13 +71,18 @@ def measure(network: str, batch: int, precision: str, compiled: bool, peak: floa
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    _fit(losses, faces, "teachers", cfg, backbone, header)
+    before = graphs()
+    try:
+        _fit(losses, faces, "teachers", cfg, backbone, header)
+    except torch.OutOfMemoryError:
+        return Measured(network, batch, precision, compiled, 0.0, 0.0, 0.0)
+    if compiled and graphs() == before:
+        raise RuntimeError(f"{network} was not compiled.")
     gigabytes = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-    share = faces.rate() * _operations(network) / peak
-    return Measured(network, batch, precision, compiled, faces.rate(), share, gigabytes)
+    return Measured(network, batch, precision, compiled, faces.rate(), faces.rate() * _operations(network), gigabytes)
 
 
-def measure_adaptor(steps: int = 500) -> float:
+def measure_adaptor(steps: int = 5000) -> float:
     """Rows per second of the SL adaptor's step."""
     cfg = _config(num_epoch_fc=EPOCHS)
     setup(cfg)
@@ -129,10 +136,12 @@ def _config(**settings) -> Config:
 
 def _fit(losses, faces: Timed, kind: str, cfg: Config, *modules: torch.nn.Module) -> None:
     schedule = cfg.schedule_fc if kind == "adaptors" else cfg.schedule
-    with tempfile.TemporaryDirectory() as folder:
+    memory = Path("/dev/shm")  # checkpoints of a gigabyte are not what is measured
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         fit(losses, faces, Path(folder) / kind / "run", cfg, *modules, schedule=schedule, validate=faces.validate)
 
 
+@functools.cache
 def _operations(network: str) -> float:
     """Of one image forwards and backwards through network and head."""
     backbone = build_backbone(network)
@@ -147,31 +156,49 @@ def _operations(network: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help=f"some of {', '.join(NETWORKS)}")
-    networks = parser.parse_args().networks
-    if unknown := [name for name in networks if name not in NETWORKS]:
+    parser.add_argument("--batch", type=int, action="append", help="some batch sizes instead of all")
+    parser.add_argument("--precision", choices=PRECISIONS, action="append", help="some precisions instead of all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that is written to")
+    given = parser.parse_args()
+    if unknown := [name for name in given.networks if name not in NETWORKS]:
         parser.error(f"there is no network {unknown[0]}: name some of {', '.join(NETWORKS)}.")
-    measure_all(networks or PUBLISHED)
+    measure_all(given.networks or PUBLISHED, given.batch, given.precision, given.results)
 
 
-def measure_all(networks: Sequence[str]) -> None:
+def measure_all(
+    networks: Sequence[str],
+    batches: Sequence[int] | None = None,
+    precisions: Sequence[str] | None = None,
+    results: Path = RESULTS,
+) -> None:
+    """Measures what has not been measured yet; on a CPU little of it, to try the command."""
     cfg = _config()
     on_gpu = device_of(cfg).type == "cuda"
-    batches, precisions = (BATCHES, PRECISIONS) if on_gpu else ((8,), ("fp32",))
+    batches = batches or (BATCHES if on_gpu else (8,))
+    precisions = precisions or (PRECISIONS if on_gpu else ("fp32",))
     found = {name: value for name, value in versions(cfg).items() if name not in ("commit", "compile")}
-    path = RESULTS / f"networks_{'cuda' if on_gpu else 'cpu'}.json"
+    path = results / f"networks_{'cuda' if on_gpu else 'cpu'}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("versions") != found:
         kept = {"versions": found, "peaks": {}, "others": {}, "steps": []}
-    peaks = kept["peaks"] = {precision: matrix_peak(precision) for precision in precisions}
-    for form in itertools.product(networks, batches, precisions, (False, True)):
-        measured = asdict(measure(*form, peaks[form[2]], SEEN if on_gpu else 16))
-        print(_line(measured), flush=True)
-        others = [one for one in kept["steps"] if [*one.values()][:4] != [*form]]
-        kept["steps"] = [*others, measured]
+    for precision in precisions:
+        if precision not in kept["peaks"]:
+            kept["peaks"][precision] = matrix_peak(precision)
+    if "iresnet34" in networks and not kept["others"]:
+        kept["others"]["adaptor"] = measure_adaptor(5000 if on_gpu else 4)
+        kept["others"]["extraction"] = measure_extraction("iresnet34", 10_240 if on_gpu else 32)
         _write(path, kept)
-    if "iresnet34" in networks:
-        kept["others"] = {"adaptor": measure_adaptor(500 if on_gpu else 4)}
-        kept["others"] |= {"extraction": measure_extraction("iresnet34", 10_240 if on_gpu else 32)}
+    done = {tuple(one[name] for name in FORM) for one in kept["steps"]}
+    for form in itertools.product(networks, precisions, batches, (False, True)):
+        network, precision, batch, compiled = form
+        if form in done:
+            continue
+        try:
+            kept["steps"].append(asdict(measure(network, batch, precision, compiled, SEEN if on_gpu else 16)))
+        except RuntimeError as error:
+            print(f"{form}: {error}", flush=True)
+            continue
+        print(_line(kept["steps"][-1], kept["peaks"]), flush=True)
         _write(path, kept)
 
 
@@ -182,6 +209,7 @@ def _write(path: Path, kept: dict) -> None:
 
 def report(kept: dict) -> str:
     """The Markdown page of what was measured."""
+    steps = sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))
     peaks = ", ".join(f"{name} {peak / 1e12:,.1f} TFLOP/s" for name, peak in kept["peaks"].items())
     lines = [
         "# Training steps of the networks",
@@ -190,7 +218,7 @@ def report(kept: dict) -> str:
         f"Measured matrix peaks: {peaks}. Head of {CLASSES:,} classes, images on the device.",
         "",
         *HEADER,
-        *(_line(one) for one in sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))),
+        *(_line(one, kept["peaks"]) for one in steps),
     ]
     if others := kept["others"]:
         minutes = EPOCHS_AFTER * IMAGES / others["adaptor"] / 60
@@ -205,8 +233,8 @@ def report(kept: dict) -> str:
             "| batch | precision | compiled | hours |",
             "|--:|---|---|--:|",
         ]
-        for one in kept["steps"]:
-            if one["network"] == "iresnet34":
+        for one in steps:
+            if one["network"] == "iresnet34" and one["rate"]:
                 projected = hours(one["rate"], others["extraction"], others["adaptor"])
                 lines += [f"| {one['batch']} | {one['precision']} | {_yes(one['compiled'])} | {projected:.1f} |"]
     return "\n".join(lines) + "\n"
@@ -218,8 +246,9 @@ HEADER = (
 )
 
 
-def _line(one: dict) -> str:
-    numbers = f"{one['rate']:,.1f} | {one['share']:.1%} | {one['gigabytes']:.1f}"
+def _line(one: dict, peaks: dict[str, float]) -> str:
+    share = one["operations"] / peaks[one["precision"]]
+    numbers = f"{one['rate']:,.1f} | {share:.1%} | {one['gigabytes']:.1f}" if one["rate"] else "does not fit | |"
     return f"| {one['network']} | {one['batch']} | {one['precision']} | {_yes(one['compiled'])} | {numbers} |"
 
 

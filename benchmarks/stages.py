@@ -35,12 +35,13 @@ from torchvision import transforms
 
 from backbones import build_adaptor, build_backbone
 from benchmarks.networks import PUBLISHED, measure_all
-from benchmarks.timing import EPOCHS, Timed, rates
+from benchmarks.timing import EPOCHS, Timed, graphs, rates
 from config.config import Config
 from eval.verification import THRESHOLDS, load_bin, pair_distances, ten_fold, views
 from utils.checkpoint import device_of, versions
 from utils.dataset import Column, stream
-from utils.engine import fit, infer
+from utils.engine import fit
+from utils.extract import Output, embed_all
 from utils.files import write_json, write_text
 from utils.losses import ElasticArcFace
 from utils.process import setup
@@ -129,7 +130,7 @@ def measure_reader(faces: Path, cfg: Config) -> Row:
 
     def gathered() -> None:
         for rows, _ in batches:
-            np.take(store.images, rows, axis=0)
+            np.asarray(store.images).take(rows, axis=0)
 
     return Row("image reader", "images", *rates(size * len(batches), files, mapped, gathered), "gathering the bytes")
 
@@ -233,10 +234,10 @@ def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
     return tuple(plain_steps(losses, [adaptor, header], batch, size) for batch in (lambda: there, files))
 
 
-def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES) -> float:
+def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES, times: int = AGAIN) -> float:
     cfg = replace(cfg, num_epoch_fc=EPOCHS)
     adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, classes, std=cfg.std_fc)
-    faces = Timed(cfg, adaptor_columns(classes), flip=False, times=AGAIN)
+    faces = Timed(cfg, adaptor_columns(classes), flip=False, times=times)
     options = {"schedule": cfg.schedule_fc, "validate": faces.validate}
     fit(adaptor_losses(adaptor, header), faces, work / "adaptors" / "SL", cfg, adaptor, header, **options)
     return faces.rate()
@@ -305,9 +306,11 @@ class Step:
     def ours(self, images: np.ndarray, cfg: Config, work: Path) -> float:
         cfg = replace(cfg, batch_size=self.batch, num_epoch=EPOCHS, compile=self.compile)
         modules = self.modules(ElasticArcFace)
-        faces = Timed(cfg, self.columns(images[: self.batch * self.steps]), flip=True)
+        faces, before = Timed(cfg, self.columns(images[: self.batch * self.steps]), flip=True, times=AGAIN), graphs()
         options = {"schedule": cfg.schedule, "validate": faces.validate}
         fit(self.losses(*modules), faces, work / "students" / self.stage, cfg, *modules, **options)
+        if self.compile and graphs() == before:
+            raise RuntimeError(f"{self.stage} was not compiled.")
         return faces.rate()
 
     def bare(self, layout: torch.memory_format = torch.channels_last) -> float:
@@ -315,7 +318,12 @@ class Step:
         backbone = build_backbone(self.network).to(DEVICE, memory_format=layout)
         image = torch.randn(self.batch, 3, 112, 112).to(DEVICE, memory_format=layout)
         grad = torch.randn(self.batch, 512, device=DEVICE)
-        return rates(self.batch, lambda: backbone(image).backward(grad))[0]
+
+        def step() -> None:
+            backbone.zero_grad()
+            backbone(image).backward(grad)
+
+        return rates(self.batch, step)[0]
 
 
 STEPS = (
@@ -333,7 +341,7 @@ STEPS = (
 def measure_verification(faces: Path, cfg: Config) -> Row:
     network = build_backbone("iresnet_tiny").eval().to(DEVICE)
     path = faces / "pairs" / "Asian_test.bin"
-    pairs, encoded = load_bin(path), None
+    pairs = load_bin(path)
     encoded = [cv2.imencode(".png", image)[1] for image in pairs.images]
     plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -377,9 +385,13 @@ def measure_extraction(cfg: Config, work: Path) -> Row:
     def embedding(image):
         return F.normalize(network(image))
 
+    def embedded() -> None:
+        output = Output(work / "embeddings.npy", {}, embedding)
+        output.path.unlink(missing_ok=True)
+        embed_all([output], network, {"image": Column((images,))}, cfg)
+
     inputs = torch.randn(len(images), 3, 112, 112).to(DEVICE, memory_format=torch.channels_last)
-    columns = {"image": Column((images,))}
-    found = rates(len(images), file_by_file, lambda: infer(embedding, network, columns, cfg, "embed"), bare)
+    found = rates(len(images), file_by_file, embedded, bare)
     return Row("extraction, iresnet_tiny", "images", *found, "the network alone")
 
 
@@ -423,11 +435,15 @@ def growth(cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
         yield f"index of {count:,} files, read back", f"{_seconds(files):.2f} s"
         yield f"memory of the index of {count:,} files", f"{_apart(_index_here, files) / 1e6:.0f} MB"
         shutil.rmtree(files.data)
+        yield (
+            f"memory of reading {count:,} images, embeddings, labels",
+            f"{_apart(_reading_here, count, work) / 1e6:.0f} MB",
+        )
     for pairs in (1500, 3000, 6000):
         yield f"ten folds of {pairs:,} pairs", f"{1e3 / measure_ten_fold(pairs).ours:.2f} ms"
-    for head in (PlainElasticArcFace, ElasticArcFace):
-        peak = _apart(_head_here, head)
-        yield f"memory of {head.__name__}, batch 128, {CLASSES:,} classes", f"{peak / 1e6:.0f} MB"
+    for head, classes in itertools.product((PlainElasticArcFace, ElasticArcFace), (7_000, 14_000, CLASSES)):
+        peak = _apart(_head_here, head, classes)
+        yield f"memory of {head.__name__}, batch 128, {classes:,} classes", f"{peak / 1e6:.0f} MB"
     peak = _apart(_adaptor_here, replace(cfg, device="cpu"), work / "whole")
     yield (
         f"resident memory of a process that trains SL, {CLASSES:,} classes, libraries included",
@@ -470,14 +486,30 @@ def _index_here(cfg: Config) -> int:
 def _adaptor_here(cfg: Config, work: Path) -> int:
     """Bytes of the whole process."""
     setup(cfg)
-    our_adaptor(cfg, work)
+    our_adaptor(cfg, work, times=1)
     return _memory("VmHWM")
 
 
-def _head_here(head: type[nn.Module]) -> int:
+def _reading_here(count: int, work: Path) -> int:
+    """Bytes that are the process's own, not mapped, at most, while it reads batches of a training set of this size."""
+    setup(Config(device="cpu"))
+    shapes = {"image": [(count, 112, 112, 3)], "embedding": [(count, 512)] * 4, "label": [(count,)]}
+    kinds = {"image": np.uint8, "embedding": np.float32, "label": np.int64}
+    columns = {}
+    for name, several in shapes.items():
+        paths = [work / f"{count}-{name}-{k}.npy" for k in range(len(several))]
+        for path, shape in zip(paths, several, strict=True):
+            np.lib.format.open_memmap(path, "w+", kinds[name], shape).flush()  # takes no room before it is written
+        columns[name] = tuple(np.load(path, mmap_mode="r") for path in paths)
+    faces = Timed(Config(), columns, flip=True)
+    read, batches = faces.columns, itertools.islice(faces.batches(0, 0), 64)
+    return max(_memory("RssAnon") for _ in stream(read, batches, torch.device("cpu"), 2))
+
+
+def _head_here(head: type[nn.Module], classes: int) -> int:
     """Bytes that one forward and backward pass of a head, and its gradient, add."""
     torch.set_num_threads(1)
-    small, large = head(512, 128), head(512, CLASSES)
+    small, large = head(512, 128), head(512, classes)
     embeddings, label = F.normalize(torch.randn(128, 512)), torch.zeros(128, dtype=torch.long)
     F.cross_entropy(small(embeddings, label), label).backward()  # what the libraries take at first use
     _forget_peak()
@@ -529,7 +561,8 @@ def main() -> None:
 
 
 def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
-    # What `setup` does cannot be undone: PyTorch's defaults are measured first.
+    # What `setup` does cannot be undone: PyTorch's defaults are measured first, but in the same arithmetic.
+    torch.backends.cudnn.allow_tf32 = False
     plain = {step: step.plain(images) for step in STEPS if not step.compile}
     (work / "files").mkdir()
     plain_step, plain_epoch = plain_adaptor(cfg, work / "files")

@@ -14,12 +14,13 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from config.config import Config
 from utils.arrays import Filling, provide
 from utils.dataset import Column, cut
 from utils.engine import Validate, infer
-from utils.errors import InputError
+from utils.errors import InputError, NotWritten
 from utils.store import BLOCK, SIZE, decode
 from utils.threads import map_ahead
 
@@ -51,8 +52,9 @@ class TenFold:
 def load_bin(path: Path, cache: Path | None = None) -> Pairs:
     """Reads a verification set in the format of RFW and insightface: a pickle of (encoded images, same or not).
 
-    With a folder `cache` the images are decoded into it once and mapped, without one they are held in memory: 0.45 GB
-    for RFW's 12,000. Raises InputError for whatever else the file may be. Nothing in the file is executed.
+    With a folder `cache` the images are decoded into it once and mapped; without one, or where it cannot be written,
+    they are held in memory: 0.45 GB for RFW's 12,000. Raises InputError for whatever else the file may be. Nothing in
+    the file is executed.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,15 +86,21 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
             raise InputError(f"{path}: image {k} {error}.") from error
 
     digest, shape = hashlib.sha256(raw).hexdigest(), (len(encoded), SIZE, SIZE, 3)
-    if cache is None:
+    images = None
+    if cache is not None:
+        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        form = (cache / f"{path.stem}-{place}.npy", shape, np.uint8, {"pairs": digest})
+        try:
+            images = provide(
+                *form, lambda: _decode_pairs(Filling(*form, BLOCK, {"opencv": cv2.__version__}), decode_item)
+            )
+        except NotWritten as error:
+            print(f"{error} The images of {path} are decoded into memory instead, each time.")
+    if images is None:
         images = np.empty(shape, np.uint8)
         with ThreadPoolExecutor() as pool:
             for k, image in enumerate(map_ahead(pool, decode_item, range(len(encoded)), BLOCK)):
                 images[k] = image
-    else:
-        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
-        form = (cache / f"{path.stem}-{place}.npy", shape, np.uint8, {"pairs": digest})
-        images = provide(*form, lambda: _decode_pairs(Filling(*form, BLOCK, {"opencv": cv2.__version__}), decode_item))
     return Pairs(images, np.array([bool(value) for value in same]), digest)
 
 
@@ -104,9 +112,14 @@ def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) ->
             filling.array[k] = decode_item(k)
         return filling.digest(block)
 
-    with filling, ThreadPoolExecutor() as pool:
-        for block, digest in zip(filling.missing, pool.map(decode_block, filling.missing), strict=True):
-            filling.finish(block, digest)
+    try:
+        with filling, ThreadPoolExecutor() as pool:
+            blocks = tqdm(filling.missing, f"decode {filling.path.stem}", unit=" blocks", leave=False, disable=None)
+            for block, digest in zip(blocks, map_ahead(pool, decode_block, filling.missing, BLOCK), strict=True):
+                filling.finish(block, digest)
+    except InputError:  # a bad image, or a full disk
+        filling.discard()
+        raise
 
 
 class _Unpickler(pickle.Unpickler):

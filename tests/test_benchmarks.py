@@ -8,10 +8,13 @@ from benchmarks import networks
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
+    plain = networks._config
+    monkeypatch.setattr(networks, "_config", lambda **settings: plain(**settings, device="cpu"))
     monkeypatch.setattr(networks, "CLASSES", 20)
-    monkeypatch.setattr(networks, "RESULTS", tmp_path)
     monkeypatch.setattr(networks, "matrix_peak", lambda _: 1e12)
-    return tmp_path
+    networks._operations.cache_clear()
+    yield tmp_path
+    networks._operations.cache_clear()
 
 
 def test_operations_are_those_of_the_products(small, monkeypatch):
@@ -29,30 +32,37 @@ def test_hours_are_those_of_the_papers_epochs():
     assert networks.hours(1e12, 1e12, 1.0) == pytest.approx(78 * million)
 
 
+def test_networks_and_adaptor_are_measured(small):
+    plain = networks.measure("iresnet_tiny", 4, "fp32", False, 16)
+    assert plain.rate > 0
+    assert plain.operations == plain.rate * networks._operations("iresnet_tiny")
+    assert networks.measure_adaptor(4) > 0
+    assert networks.measure_extraction("iresnet_tiny", 8) > 0
+
+
 def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
     measured = []
 
-    def measure(network, batch, precision, compiled, peak, seen):
-        measured.append(network)
-        return networks.Measured(network, batch, precision, compiled, 10_000.0, 0.5, 3.0)
+    def measure(network, batch, precision, compiled, seen):
+        measured.append((network, compiled))
+        if network == "mobilefacenet" and compiled:
+            raise RuntimeError("mobilefacenet was not compiled.")
+        fits = network != "iresnet100"
+        return networks.Measured(network, batch, precision, compiled, 10_000.0 * fits, 5e11 * fits, 3.0 * fits)
 
-    plain = networks.measure("iresnet_tiny", 4, "fp32", False, 1e9, 16)
-    assert plain.rate > 0
-    assert plain.share == pytest.approx(plain.rate * networks._operations("iresnet_tiny") / 1e9)
-    assert networks.measure_adaptor(4) > 0
-    assert networks.measure_extraction("iresnet_tiny", 8) > 0
     monkeypatch.setattr(networks, "measure", measure)
     monkeypatch.setattr(networks, "measure_adaptor", lambda _: 1e6)
     monkeypatch.setattr(networks, "measure_extraction", lambda *_: 20_000.0)
-    for names in (["iresnet34", "mobilefacenet"], ["iresnet34"]):
-        networks.measure_all(names)
+    networks.measure_all(["iresnet34", "mobilefacenet"], results=small)
+    assert "was not compiled" in capsys.readouterr().out
+    networks.measure_all(["iresnet34", "iresnet100"], results=small)
+    tried = ("iresnet34", "mobilefacenet", "iresnet100")
+    assert measured == [(name, compiled) for name in tried for compiled in (False, True)]  # none of them twice
     page = next(small.glob("*.md")).read_text()
-    lines = len(page.splitlines())
-    assert "| iresnet34 | 8 | fp32 | no | 10,000.0 | 50.0% | 3.0 |" in page
-    assert f"| 8 | fp32 | yes | {networks.hours(10_000.0, 20_000.0, 1e6):.1f} |" in page
-    assert page.count("| mobilefacenet |") == 2
-    networks.measure_all(["mobilefacenet"])  # those of iresnet34 are kept
-    assert len(next(small.glob("*.md")).read_text().splitlines()) == lines
+    assert page.count("| iresnet34 | 8 | fp32 | no | 10,000.0 | 50.0% | 3.0 |") == 1
+    assert page.count(f"| 8 | fp32 | yes | {networks.hours(10_000.0, 20_000.0, 1e6):.1f} |") == 1
+    assert page.count("| iresnet100 | 8 | fp32 | yes | does not fit | | |") == 1
+    assert page.count("| mobilefacenet |") == 1
     monkeypatch.setattr("sys.argv", ["networks", "resnet34"])
     with pytest.raises(SystemExit):
         networks.main()

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 
+from benchmarks.timing import Timed
 from config.config import Config
 from tests.runs import Linear, checkpoint, difference, train
-from utils.checkpoint import Run, save, versions
+from utils.arrays import Filling
+from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
 from utils.engine import _Progress, _seed, _Watch, arithmetic, fit, infer
 from utils.errors import InputError
@@ -465,10 +468,23 @@ def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
 
 
 def graph_in_python(function):
-    """Called twice before, as by `graph_of`; its replay is another call."""
+    """Called twice before, as by `graph_of`; its replay is another call, with the learning rate of now."""
     function()
     function()
-    return function
+    rates = [group["lr"] for group in _RUNNING[-1].optimizer.param_groups]
+
+    def replay():
+        now = [group["lr"] for group in _RUNNING[-1].optimizer.param_groups]
+        for group, rate in zip(_RUNNING[-1].optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        function()
+        for group, rate in zip(_RUNNING[-1].optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+
+    return replay
+
+
+_RUNNING = []  # the progress of the run whose step is captured
 
 
 def failing_graph(function):
@@ -493,12 +509,19 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
     """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
     train(cfg)
     plain = _Progress.stepper
-    monkeypatch.setattr(_Progress, "stepper", lambda self, losses, norm, _: plain(self, losses, norm, True))
+
+    def stepper(self, losses, max_grad_norm, _):
+        _RUNNING.append(self)
+        return plain(self, losses, max_grad_norm, True)
+
+    monkeypatch.setattr(_Progress, "stepper", stepper)
     monkeypatch.setattr("utils.capture.graph_of", graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
     assert_equal_runs(cfg, captured)
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert printed.count("could not be captured") == bool(said)
     with pytest.raises(Interrupted):
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
     train(stopped)
@@ -506,31 +529,83 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_captured_on_a_gpu_is_the_plain_step(tmp_path):
-    cfg = Config(batch_size=8, device="cuda", output=str(tmp_path))
-    setup(cfg)
-    inputs, targets = torch.randn(6, 8, 32, device="cuda"), torch.randint(0, 50, (6, 8), device="cuda")
+def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    columns = {"embedding": random.normal(size=(80, 32)).astype(np.float32), "label": random.integers(0, 50, 80)}
 
-    def taken(replayed: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)
+    def fitted(name: str, stop_at: int = -1) -> Path:
+        cfg = Config(batch_size=8, device="cuda", output=str(tmp_path / name), num_epoch_fc=3)
+        setup(cfg)
         network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
-        network, header = network.cuda(), ElasticArcFace(16, 50, std=0.0125).cuda()
-        parameters = [*network.parameters(), *header.parameters()]
-        optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+        header, faces = ElasticArcFace(16, 50, std=0.0125), Timed(cfg, columns, flip=False)
+        plain, seen = _Progress.due, []
+
+        def due(self, minutes):
+            seen.append(self._replayed)
+            if len(seen) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(self, minutes)
 
         def losses(embedding, label):
             return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
 
-        progress = _Progress(Run(cfg.adaptor_dir("SL"), cfg, {}, ()), network, header, optimizer, cfg.schedule_fc)
-        progress.start_epoch()
-        step = progress.stepper(losses, 5.0, replayed)
-        for k in range(6):
-            step({"embedding": inputs[k], "label": targets[k]}, k)
-        assert not replayed or step._replay
-        return progress._tensors()
+        with monkeypatch.context() as patch:
+            patch.setattr(_Progress, "due", due)
+            try:
+                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, schedule=cfg.schedule_fc)
+            except Interrupted:
+                fitted(name)
+        assert name == "plain" or seen[-1]._replay
+        return cfg.adaptor_dir("SL")
 
-    for one, other in zip(taken(True), taken(False), strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    whole, stopped = fitted("whole"), fitted("stopped", stop_at=14)
+    assert difference(whole, stopped) == ""
+    plainly = _Progress.stepper
+    monkeypatch.setattr(_Progress, "stepper", lambda self, losses, norm, _: plainly(self, losses, norm, False))
+    one, other = (torch.load(folder / "last_header.pth") for folder in (whole, fitted("plain")))
+    assert torch.allclose(one["kernel"], other["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):
+    def main(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    sentence = "train.py: CUDA out of memory: lower batch_size, infer_batch_size or device_cache_gb.\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_convolutions_repeat_unless_they_may_be_timed(cfg):
+    for timed in (True, False):
+        setup(replace(cfg, cudnn_benchmark=timed))
+        assert torch.backends.cudnn.benchmark is timed
+        assert torch.backends.cudnn.deterministic is not timed
+
+
+def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg):
+    rows, network, calls = np.arange(20, dtype=np.float32).reshape(10, 2), torch.nn.Identity(), []
+    forms = [(tmp_path / f"{k}.npy", (10, 2), np.float32, {"k": k}, 3) for k in range(2)]
+    for form, done in zip(forms, ([0, 3], [0, 1]), strict=True):
+        with pytest.raises(KeyboardInterrupt), Filling(*form) as filling:
+            for block in done:
+                part = filling.rows(block)
+                filling.array[part.start : part.stop] = rows[part.start : part.stop] * (form[3]["k"] + 1)
+                filling.finish(block, filling.digest(block))
+            raise KeyboardInterrupt
+
+    def both(embedding):
+        calls.append(embedding[:, 0].tolist())
+        return torch.stack([network(embedding), 2 * network(embedding)], 1)
+
+    with Filling(*forms[0]) as one, Filling(*forms[1]) as other:
+        given = replace(cfg, infer_batch_size=3)
+        infer(both, network, {"embedding": Column((rows,))}, given, "test", [one, other])
+    assert calls == [rows[3:6, 0].tolist(), rows[6:9, 0].tolist(), rows[9:, 0].tolist()]
+    assert np.array_equal(np.load(forms[0][0]), rows)
+    assert np.array_equal(np.load(forms[1][0]), 2 * rows)
 
 
 def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):

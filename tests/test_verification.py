@@ -1,5 +1,7 @@
 """Ten-fold verification against the plain published loop, and .bin files of every kind."""
 
+import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -271,3 +273,28 @@ def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
     path.write_bytes(pickle.dumps((IMAGES, SAME)))
     assert np.array_equal(load_bin(path, cache).images, load_bin(path).images)
     assert [*cache.glob("*.npy")] == [stored]
+
+
+def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    cache.write_text("a file where the folder should be")
+    assert load_bin(path, cache).images.shape == (4, 112, 112, 3)
+    said = f"could not be written (File exists). The images of {path} are decoded into memory instead, each time."
+    assert said in capsys.readouterr().out
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.arrays._take_room", full)
+    pairs = load_bin(path, tmp_path / "full")
+    assert "(No space left on device). The images" in capsys.readouterr().out
+    assert np.array_equal(pairs.images, load_bin(path).images)
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_bad_image_leaves_nothing_in_the_cache(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(([*IMAGES[:3], b"x"], SAME)))
+    with pytest.raises(InputError, match="image 3 is no readable image"):
+        load_bin(tmp_path / "x.bin", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -107,6 +107,11 @@ class Filling:
         self._note(sidecar(self.path))
         self._notes.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Deletes what has been filled so far, after the context has ended by an exception."""
+        self._partial.unlink(missing_ok=True)
+        self._notes.unlink(missing_ok=True)
+
     def _earlier(self) -> dict:
         """The notes of an earlier attempt at this array, or its sidecar; empty where there are none."""
         for path in (self._notes, sidecar(self.path)):

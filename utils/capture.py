@@ -11,23 +11,23 @@ class Replayed:
     """A step of training that is captured when it is first taken, and replayed from then on.
 
     `step(batch)` works on `tensors()` in place, all that it changes, and depends on nothing else that changes but the
-    generators' seed: a learning rate, for one, is captured with it. All batches have the same shapes.
+    generators' seed: a learning rate, for one, is captured with it, until `forget` is called. All batches have the same
+    shapes.
 
     The first step is taken twice, plainly and replayed. Where the two differ by more than rounding, or where capturing
     fails, that is said and every step is taken plainly. A step that makes new tensors, as an optimizer's first one
     does, is taken plainly and not captured.
     """
 
-    def __init__(
-        self,
-        step: Callable[[Batch], None],
-        tensors: Callable[[], list[torch.Tensor]],
-        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
-    ):
-        self._step, self._tensors, self._capture = step, tensors, capture or graph_of
+    def __init__(self, step: Callable[[Batch], None], tensors: Callable[[], list[torch.Tensor]]):
+        self._step, self._tensors = step, tensors
         self._inputs: Batch = {}
         self._replay: Callable[[], None] | None = None
         self._plainly = False
+
+    def forget(self) -> None:
+        """The next step is captured anew."""
+        self._replay = None
 
     def __call__(self, batch: Batch, seed: int) -> None:
         if self._replay:
@@ -35,25 +35,33 @@ class Replayed:
                 self._inputs[name].copy_(value)
             torch.manual_seed(seed)
             self._replay()
-            return
-        before = [value.clone() for value in self._tensors()]
+        elif self._plainly:
+            self._take(batch, seed)
+        else:
+            self._capture(batch, seed)
+
+    def _take(self, batch: Batch, seed: int) -> None:
         torch.manual_seed(seed)
         self._step(batch)
-        if self._plainly or len(self._tensors()) != len(before):
+
+    def _capture(self, batch: Batch, seed: int) -> None:
+        before = [value.clone() for value in self._tensors()]
+        self._take(batch, seed)
+        if len(self._tensors()) != len(before):
             return
         plainly = [value.clone() for value in self._tensors()]
         try:
             self._inputs = {name: value.clone() for name, value in batch.items()}
-            replay = self._capture(lambda: self._step(self._inputs))
+            replay = graph_of(lambda: self._step(self._inputs))
             self._set(before)
             torch.manual_seed(seed)
             replay()
-            if all(map(_equal, self._tensors(), plainly)):
+            if all(map(_close, self._tensors(), plainly, before)):
                 self._replay = replay
                 return
             reason = "it gave other numbers"
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"The step could not be captured ({reason}): its kernels are launched one by one, which is slower.")
         self._plainly = True
         self._set(plainly)
@@ -63,22 +71,29 @@ class Replayed:
             tensor.copy_(value)
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to the rounding of sums in another order."""
-    tolerance = 1e-3 * float(other.abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=1e-3, atol=tolerance, equal_nan=True)
+def _close(one: torch.Tensor, other: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether two results of a step are one but for rounding, which is little against what the step has changed."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    changed = float((other - before).abs().nan_to_num(0, 0).max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-5, atol=0.01 * changed, equal_nan=True)
 
 
 def graph_of(function: Callable[[], None]) -> Callable[[], None]:
     """The kernels that `function` launches, as one CUDA graph. It is called twice before, as capturing requires."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, those of the reader, may take pinned memory meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            function()
+            function()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, those of the reader, may take pinned memory meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function()
+    except RuntimeError:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own
+        torch.cuda.synchronize()
+        raise
     return graph.replay

@@ -239,7 +239,7 @@ def versions(cfg: Config) -> dict[str, str]:
 def numerics(cfg: Config) -> dict[str, str]:
     """Of `versions`, what decides the last bits of a network's output."""
     found = versions(cfg)
-    return {name: found[name] for name in ("torch", "device", "threads")}
+    return {name: found[name] for name in ("torch", "device", "threads", "cudnn_benchmark")}
 
 
 def device_of(cfg: Config) -> torch.device:

@@ -10,7 +10,8 @@ Loss functions name the columns that they read by their parameters:
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,7 +231,7 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
     memory by themselves. What more is asked for than is free is not taken, and said.
     """
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+    free = _free_on_gpu(device) if on_gpu else _free_memory()
     budget = gigabytes * 1e9 if gigabytes != -1 else free / 2 if on_gpu else 0
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
@@ -242,6 +243,12 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
             kept[name] = Cached(column, rows, device)
             budget -= size
     return kept
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes that are free, those included that PyTorch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _free_memory() -> int:
@@ -273,11 +280,37 @@ def stream(
             batch["image"] = to_network(batch["image"])
         return batch
 
+    deliver = _delivered if device.type == "cuda" else map
     if not workers:
-        yield from map(finish, map(gather, batches))
+        yield from deliver(finish, map(gather, batches))
         return
     with ThreadPoolExecutor(workers) as pool:
-        yield from map(finish, map_ahead(pool, gather, batches, AHEAD * workers))
+        yield from deliver(finish, map_ahead(pool, gather, batches, AHEAD * workers))
+
+
+def _delivered(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torch.Tensor]]:
+    """`map` on a GPU: a batch is copied to it while it works on the one before."""
+    copier, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    copier.wait_stream(current)  # columns may still be on their way
+
+    def start(item) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(copier):
+            return finish(item), copier.record_event()
+
+    started: deque = deque()
+    for item in gathered:
+        started.append(start(item))
+        if len(started) > 1:
+            yield _arrived(*started.popleft(), current)
+    while started:
+        yield _arrived(*started.popleft(), current)
+
+
+def _arrived(batch: dict[str, torch.Tensor], copied: torch.cuda.Event, stream: torch.cuda.Stream) -> dict:
+    stream.wait_event(copied)
+    for tensor in batch.values():
+        tensor.record_stream(stream)  # its memory is not given away before the stream is done with it
+    return batch
 
 
 def to_network(images: torch.Tensor) -> torch.Tensor:

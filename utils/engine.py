@@ -51,7 +51,7 @@ def arithmetic(network: nn.Module, precision: str, device: torch.device, compile
 
                 if not isinstance(error, TorchDynamoException):
                     raise
-                print(f"compile: {str(error).splitlines()[0]} Going on without.")
+                print(f"compile: {(str(error) or 'it failed.').splitlines()[0]} Going on without.")
                 forward = plain
                 return forward(*inputs).float()
 
@@ -59,6 +59,7 @@ def arithmetic(network: nn.Module, precision: str, device: torch.device, compile
         torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions only: products of headers stay fp32
         if compiled:
             try:
+                torch.compiler.reset()  # networks share their code: it is given up after some have been compiled
                 forward = torch.compile(plain)
             except RuntimeError as error:  # a Python or a system for which there is no compiler
                 print(f"compile: {error} Going on without.")
@@ -123,13 +124,13 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: "_Progress", val
     read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     columns = cache(read, faces.rows, device, cfg.device_cache_gb)
     replayed = device.type == "cuda" and "image" not in read  # such a step is shorter than launching its kernels
+    take_step = progress.stepper(losses, cfg.max_grad_norm, replayed)
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
     with StopSignals() as stop:
         while progress.epoch < schedule.epochs:
             epoch, first, started = progress.epoch, progress.step, time.monotonic()
             progress.start_epoch()
-            take_step = progress.stepper(losses, cfg.max_grad_norm, replayed)
             batches = stream(columns, faces.batches(epoch, first), device, cfg.num_workers)
             with _Bar(f"epoch {epoch + 1}/{schedule.epochs}", steps * cfg.batch_size, first * cfg.batch_size) as bar:
                 for batch in batches:
@@ -192,6 +193,7 @@ class _Progress:
         self.log: list[dict] = []
         self.weights: dict[str, str] = {}  # digests of the best and last weights by name
         self.saved_at = time.monotonic()
+        self._replayed: Replayed | None = None
         self._watch = _Watch(next(backbone.parameters()).device)
         self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
@@ -241,9 +243,11 @@ class _Progress:
         if self.header is not None:
             self.header.train()
         self._watch.start(self.step)
+        if self._replayed:
+            self._replayed.forget()  # the learning rate may be another
 
     def stepper(self, losses: Losses, max_grad_norm: float, replayed: bool) -> Callable[[dict, int], None]:
-        """The function that takes one step of this epoch with a batch and a seed."""
+        """The function that takes one step with a batch and a seed."""
 
         def take_step(batch: dict[str, torch.Tensor]) -> None:
             self._take_step(losses(**batch), max_grad_norm)
@@ -252,7 +256,9 @@ class _Progress:
             torch.manual_seed(seed)
             take_step(batch)
 
-        return Replayed(take_step, self._tensors) if replayed else seeded
+        if replayed:
+            self._replayed = Replayed(take_step, self._tensors)
+        return self._replayed or seeded
 
     def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
         """One step of the optimizer, which changes nothing if a loss or a gradient is not finite.
@@ -267,6 +273,8 @@ class _Progress:
                 [parameter.grad for parameter in self.header.parameters() if parameter.grad is not None]
             )
         self.names = list(values)
+        if len(values) > NUMBERS:
+            raise InputError(f"{', '.join(values)} are {len(values)} numbers: utils.engine.NUMBERS must be as large.")
         seen = torch.zeros_like(self.sums)
         seen[: len(values)] = torch.stack([value.detach().double() for value in values.values()])
         self._watch.look(seen)
@@ -378,7 +386,7 @@ def infer(
     block_of = {part.stop: block for part, block in zip(parts, blocks, strict=False)}
     out = None
     was_training = network.training
-    network.to(device).eval()
+    network.to(device, memory_format=torch.channels_last).eval()
     try:
         # Always in fp32: embeddings and scores do not depend on how the network was trained.
         with arithmetic(network, "fp32", device), _Bar(title, count, count - sum(map(len, parts))) as bar:

@@ -42,14 +42,16 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
     with contextlib.ExitStack() as stack:
         stale = []
         for output in outputs:
-            stack.enter_context(locked(output.path))
-            reason = outdated(output.path, shape, np.float32, output.made_from)
-            if reason is None:
-                print(f"{output.path} is up to date.")
-                continue
-            if reason:
-                print(reason)
-            stale.append(output)
+            with contextlib.ExitStack() as lock:
+                lock.enter_context(locked(output.path))
+                reason = outdated(output.path, shape, np.float32, output.made_from)
+                if reason is None:
+                    print(f"{output.path} is up to date.")
+                    continue
+                if reason:
+                    print(reason)
+                stale.append(output)
+                stack.enter_context(lock.pop_all())
         if not stale:
             return
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from utils.errors import Damaged, InputError
+from utils.errors import Damaged, InputError, NotWritten
 
 try:
     import fcntl
@@ -54,8 +54,8 @@ def replaced(path: Path, previous: Path | None = None) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def not_written(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} could not be written ({error.strerror or error}).")
+def not_written(path: Path, error: OSError) -> NotWritten:
+    return NotWritten(f"{path} could not be written ({error.strerror or error}).")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -111,8 +111,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
         return
     lock = _lock_of(path)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with _held(lock, path, wait):
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = _held(lock, path, wait)
+    except OSError as error:
+        raise not_written(path, error) from error
+    with held:
         try:
             yield
         finally:

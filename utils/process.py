@@ -23,6 +23,10 @@ def run(main: Callable[[Config], None]) -> None:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         main(Config.from_args())
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.", file=sys.stderr)
+        sys.exit(2)
     except (InputError, OSError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
