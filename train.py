@@ -32,7 +32,7 @@ def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pair
     setup(cfg)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
     header = build_header(cfg.loss, cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
-    validate = validator(backbone, pairs, cfg, best_on="" if cfg.is_teacher_baseline else teacher)
+    validate = validator(backbone, pairs, cfg, best_on="" if cfg.is_teacher_baseline or cfg.pairs_sets else teacher)
 
     def losses(image, label):
         embedding = F.normalize(backbone(image))

@@ -81,9 +81,28 @@ def load_weights(module: nn.Module, path: Path) -> str:
             f"{n} is {tuple(state[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong["of another shape"][:1]
         ]
         text = "; ".join([f"parameters {', '.join(found)}", *shapes])
-        raise InputError(f"{path} does not fit this {type(module).__name__}: {text}.")
+        raise InputError(f"{path} does not fit this {type(module).__name__}: {text}. {_looks_like(state)}")
     module.load_state_dict(state)
     return digest
+
+
+def _looks_like(state: dict[str, torch.Tensor]) -> str:
+    """A sentence on which network a state dict is of, going by the names and shapes of its parameters."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    size = next((shape[0] for shape in reversed(shapes.values()) if shape), 0)  # every network ends with its embedding
+    known = [(name, {}) for name in (*IRESNETS, "mobilefacenet")] + [(name, {"use_se": True}) for name in IRESNETS]
+    for name, options in known:
+        with torch.device("meta"):
+            expected = build_backbone(name, size, **options).state_dict()
+        if shapes == {key: tuple(value.shape) for key, value in expected.items()}:
+            return f"It looks like {name}{' with SE blocks' if options else ''}, embeddings of {size} numbers."
+    if shapes.keys() == {"fc.weight", "fc.bias"}:
+        return f"It looks like a single-layer adaptor from {shapes['fc.weight'][1]} to {size} numbers."
+    if {"fc1.weight", "fc2.weight"} <= shapes.keys():
+        return f"It looks like a dual-layer adaptor from {shapes['fc1.weight'][1]} to {size} numbers."
+    if len(shapes.get("kernel", ())) == 2:
+        return f"It looks like the header of {shapes['kernel'][1]} identities."
+    return "It looks like none of the networks here."
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:

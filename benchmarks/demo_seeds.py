@@ -27,7 +27,7 @@ def main() -> None:
         subprocess.run([sys.executable, "demo.py", "--seed", str(seed)], check=True)
         path = Path("demo" if seed == 0 else f"demo-{seed}") / "output" / "evaluation" / "accuracy.csv"
         rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-        tables.append({(row["kind"], row["model"]): [float(row[group]) for group in GROUPS] for row in rows})
+        tables.append({(row["Kind"], row["Model"]): [float(row[group]) for group in GROUPS] for row in rows})
     text = report(tables)
     write_text(Path("benchmarks/results/demo_seeds.md"), text)
     print(text)

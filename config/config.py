@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ class Config:
     infer_batch_size: int = 256  # images a step where nothing is trained
     weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
     checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
+    tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
+
+    # Evaluation
+    pairs_sets: tuple[str, ...] = ()  # evaluate on <pairs>/<name>.bin, as lfw,cfp_fp,agedb_30, instead of the groups
+    checkpoint: str = ""  # evaluate this file of weights only: of a `network`, or of an adaptor on top of `teacher`
+    teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
+    report: bool = False  # write report.html too, with all tables and pictures
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +116,8 @@ class Config:
         for name in ("data", "pairs", "output", "cache"):
             self._check(name, getattr(self, name) != "", "a path")
 
+        plain = all(re.fullmatch(r"[\w-]+", name) for name in self.pairs_sets)
+        self._check("pairs_sets", plain, "names of <name>.bin files in pairs, separated by commas")
         names = self.ethnicities
         plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
         self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")
@@ -236,6 +247,13 @@ class Config:
         """`method` is a-KD or EAF-KD."""
         return self.network_dir / "students" / self.student_network / f"{self.adaptor}-{method}"
 
+    @property
+    def pairs_files(self) -> dict[str, Path]:
+        """The verification sets by name: those of the groups, or `pairs_sets` where these are given."""
+        if self.pairs_sets:
+            return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets}
+        return {name: self.pairs_file(name) for name in self.ethnicities}
+
     def pairs_file(self, ethnicity: str) -> Path:
         return Path(self.pairs) / f"{ethnicity}_test.bin"
 
@@ -364,7 +382,7 @@ def _reader(field: dataclasses.Field):
             return text.lower() == "true"
         if kind is tuple:
             items = [item.strip() for item in text.split(",") if item.strip()]
-            return tuple(items) if field.name == "ethnicities" else tuple(int(item) for item in items)
+            return tuple(map(typing.get_args(field.type)[0], items))
         return kind(text)
 
     read.__name__ = "list" if kind is tuple else kind.__name__

@@ -1,41 +1,149 @@
 """Pictures of results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eval.rates import roc
+from eval.scores import Scored
+from eval.uncertainty import by_chance
 from utils.files import replaced
 
-# Okabe and Ito's colours, told apart with every form of colour vision; markers tell them apart in grey.
+# Okabe and Ito's colours, told apart with every form of colour vision; markers and lines tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 
 
-def draw_accuracies(rows: list, ethnicities: tuple[str, ...], path: Path, note: str) -> None:
-    """One line per model (`eval.evaluation.Row`), one marker per group, a bar for their average.
+def draw_accuracies(
+    models: list[Scored], sets: Sequence[str], intervals: np.ndarray, path: Path, note: str = ""
+) -> None:
+    """One line per model, one marker per set with its interval, a bar for their average.
 
-    The markers of one line stand at slightly different heights, so that equal accuracies do not hide each other.
+    `intervals` (models, sets, 2) in percent. The markers of one line stand at slightly different heights, so that equal
+    accuracies do not hide each other.
     """
-    labels = [f"{row.setting} {row.kind}: {row.name}" for row in rows]
-    values = np.array([row.accuracies for row in rows])
-    figure = Figure(figsize=(9, 1.9 + 0.34 * len(rows)), layout="constrained")
+    values = np.array([model.accuracies for model in models])
+    figure = Figure(figsize=(9, 1.9 + 0.42 * len(models)), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(rows))
-    axes.hlines(places, values.min(1), values.max(1), color="0.75", linewidth=3, zorder=1)
-    axes.plot(values.mean(1), places, "|", color="black", markersize=15, markeredgewidth=2, label="average", zorder=2)
-    heights = np.linspace(-0.18, 0.18, len(ethnicities))
-    for i, name in enumerate(ethnicities):
-        style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8]}
-        axes.plot(values[:, i], places + heights[i], linestyle="none", markersize=7, label=name, zorder=3, **style)
-    axes.set_yticks(places, labels)
+    places = np.arange(len(models))
+    axes.plot(values.mean(1), places, "|", color="black", markersize=17, markeredgewidth=2, label="average", zorder=4)
+    heights = np.linspace(-0.27, 0.27, len(sets)) if len(sets) > 1 else [0.0]
+    for i, name in enumerate(sets):
+        colour = COLOURS[i % 8]
+        axes.hlines(places + heights[i], *intervals[:, i].T, color=colour, linewidth=1.5, alpha=0.6, zorder=2)
+        style = {"color": colour, "marker": MARKERS[i % 8]}
+        axes.plot(values[:, i], places + heights[i], linestyle="none", markersize=6, label=name, zorder=3, **style)
+    axes.set_yticks(places, [model.title for model in models])
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    axes.set_xlabel("verification accuracy (%), ten folds")
+    axes.set_xlabel("verification accuracy (%), ten folds, with 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    _save(figure, axes, path, note)
+
+
+def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:
+    """One dot per model, average against STD; shaded is what perfectly fair models show by chance, 95 of 100."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    averages = np.array([np.mean(model.accuracies) for model in models])
+    stds = [np.std(model.accuracies) for model in models]
+    margin = max(0.5, 0.08 * np.ptp(averages))
+    along = np.linspace(max(50, averages.min() - margin), min(100, averages.max() + margin), 12)
+    chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
+    axes.fill_between(along, 0, chance, color="0.9", label="perfectly fair, by chance (95 %)")
+    looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
+    for (setting, kind), k in looks.items():
+        of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
+        style = {"color": COLOURS[k % 8], "marker": MARKERS[k % 8], "linestyle": "none", "markersize": 9}
+        axes.plot(averages[of_look], [stds[i] for i in of_look], label=f"{setting} {kind}".strip(), **style)
+    for average, std, model in zip(averages, stds, models, strict=True):
+        axes.annotate(model.name, (average, std), (5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("average accuracy (%): further right is better")
+    axes.set_ylabel("STD of the groups (points): lower is fairer")
+    axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, axes, path, note)
+
+
+def draw_curves(
+    model: Scored, same: dict[str, np.ndarray], shared: dict[str, float], path: Path, note: str = ""
+) -> None:
+    """ROC, DET and histograms of a model per group, with the thresholds `shared` by all groups marked."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for i, (name, labels) in enumerate(same.items()):
+        distance = model.distances[name]
+        thresholds, fmr, fnmr = roc(distance, labels)
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 8], "linewidth": 1.5}
+        left.plot(fmr, 1 - fnmr, label=name, **style)
+        middle.plot(fmr, fnmr, label=name, **style)
+        for k, threshold in enumerate(shared.values()):
+            at = min(np.searchsorted(thresholds, threshold), len(thresholds) - 1)
+            dot = {"color": COLOURS[i % 8], "marker": MARKERS[k % 8], "markersize": 7}
+            left.plot(fmr[at], 1 - fnmr[at], **dot)
+            middle.plot(fmr[at], fnmr[at], **dot)
+        bins = np.linspace(0, distance.max(), int(np.clip(2 * np.sqrt(labels.sum()), 10, 60)))
+        right.hist(distance[labels], bins, histtype="step", density=True, **style)
+        right.hist(distance[~labels], bins, histtype="stepfilled", density=True, color=COLOURS[i % 8], alpha=0.12)
+        right.hist(distance[~labels], bins, histtype="step", density=True, alpha=0.7, **style)
+    for k, (name, threshold) in enumerate(shared.items()):
+        right.axvline(threshold, color="0.3", linewidth=1, linestyle=LINES[k % 8])
+        middle.plot([], [], color="0.3", marker=MARKERS[k % 8], linestyle="none", label=f"shared: {name}")
+    least = 1 / max(int((~labels).sum()) for labels in same.values())
+    left.set(xscale="log", xlim=(least, 1), xlabel="false match rate", ylabel="true match rate", title="ROC")
+    middle.set(xscale="log", yscale="log", xlabel="false match rate", ylabel="false non-match rate", title="DET")
+    middle.set_xlim(least, 1)
+    right.set(xlabel="squared distance", ylabel="density", title="genuine (line) and impostor (shaded) pairs")
+    middle.legend(frameon=False, fontsize=8)
+    for axes in (left, middle, right):
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, None, path, f"{model.title}{'. ' + note if note else ''}")
+
+
+def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> None:
+    """Losses and scores per epoch of every run, from the entries of their log.jsonl."""
+    columns = 3
+    rows = -(-len(logs) // columns)
+    figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flat
+    handles: dict = {}
+    for (title, log), axes in zip(logs.items(), every, strict=False):
+        epochs = [entry["epoch"] for entry in log]
+        for k, name in enumerate(log[0]["loss"]):
+            values = [entry["loss"][name] for entry in log]
+            axes.plot(epochs, values, color="0.25", linestyle=LINES[k % 8], label=f"loss {name}")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss")
+        handles |= {line.get_label(): line for line in axes.get_lines()}
+        scores = [name for name in log[0]["scores"] if name != "average"]
+        if scores:
+            other = axes.twinx()
+            for k, name in enumerate(scores):
+                values = [entry["scores"][name] for entry in log]
+                other.plot(epochs, values, color=COLOURS[k % 8], marker=MARKERS[k % 8], markersize=3, label=name)
+            other.set_ylabel("accuracy (%)")
+            handles |= {line.get_label(): line for line in other.get_lines()}
+        best = [entry["epoch"] for entry in log if entry["best"]]
+        handles["best epoch"] = axes.axvline(best[-1], color="0.7", linewidth=1, zorder=0)
+    for axes in list(every):
+        axes.set_visible(False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(8, len(handles)), frameon=False)
+    _save(figure, None, path, note)
+
+
+def _save(figure: Figure, axes: Axes | None, path: Path, note: str) -> None:
     if note:
-        axes.set_title(note, fontsize=10)
+        axes.set_title(note, fontsize=10) if axes else figure.suptitle(note, fontsize=10)
     with replaced(path) as partial:
         figure.savefig(partial, dpi=130, format="png")

@@ -208,8 +208,7 @@ def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> T
     """Verification accuracy of pairs with these squared distances, `distance` and `same` (P,).
 
     Folds are consecutive, not shuffled. A pair is accepted where its squared distance is below the threshold; of
-    equally good thresholds the lowest is taken. Counts of pairs per threshold stand in for a pass over all pairs for
-    each threshold: the result is that of the published loop.
+    equally good thresholds the lowest is taken. The result is that of the published loop.
 
     Raises InputError where the two do not agree, or where there are fewer pairs than folds.
     """
@@ -219,27 +218,64 @@ def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> T
     if len(same) < folds:
         raise InputError(f"{len(same)} pairs cannot be cut into {folds} folds.")
 
-    # accepted[f, t]: pairs of fold f, genuine or impostor, with a distance below threshold t.
-    fold = np.repeat(np.arange(folds), [len(part) for part in np.array_split(distance, folds)])
-    first = np.searchsorted(THRESHOLDS, distance, side="right")  # the first threshold above the distance
-    shape = (folds, len(THRESHOLDS) + 1)
-
-    def accepted(which: np.ndarray) -> np.ndarray:
-        cells = fold[which] * shape[1] + first[which]
-        return np.bincount(cells, minlength=folds * shape[1]).reshape(shape).cumsum(1)[:, :-1]
-
-    genuine, impostors = (np.bincount(fold[which], minlength=folds)[:, None] for which in (same, ~same))
-    genuine_accepted, impostors_accepted = accepted(same), accepted(~same)
-    right = genuine_accepted + impostors - impostors_accepted
-
-    best = (right.sum(0) - right).argmax(1)  # on the other folds
-    accuracy = right[np.arange(folds), best] / np.bincount(fold)
+    fold = fold_of(len(same), folds)
+    counted = Counts.of(first_above(distance)[None], fold, same, folds)
     return TenFold(
-        accuracy,
-        THRESHOLDS[best],
-        _mean_share(genuine_accepted, genuine),
-        _mean_share(impostors_accepted, impostors),
+        counted.accuracies()[0],
+        THRESHOLDS[counted.best()[0]],
+        _mean_share(counted.genuine_accepted[0], counted.genuine),
+        _mean_share(counted.impostors_accepted[0], counted.impostors),
     )
+
+
+def fold_of(pairs: int, folds: int = FOLDS) -> np.ndarray:
+    """(P,) the fold of each pair: consecutive, the first ones longer where it does not divide, as scikit-learn's."""
+    return np.repeat(np.arange(folds), [len(part) for part in np.array_split(np.arange(pairs), folds)])
+
+
+def first_above(distance: np.ndarray) -> np.ndarray:
+    """(P,) the first of THRESHOLDS above each distance, 400 where there is none."""
+    return np.searchsorted(THRESHOLDS, distance, side="right")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pairs of each fold that are accepted at each threshold, of R sets that have as many pairs in each fold.
+
+    They stand in for a pass over all pairs for each threshold.
+    """
+
+    genuine_accepted: np.ndarray  # (R, folds, 400)
+    impostors_accepted: np.ndarray  # (R, folds, 400)
+    genuine: np.ndarray  # (folds, 1) all of them
+    impostors: np.ndarray  # (folds, 1)
+
+    @classmethod
+    def of(cls, first: np.ndarray, fold: np.ndarray, same: np.ndarray, folds: int) -> "Counts":
+        """Of pairs with these first thresholds (R, P), folds (P,) and labels (P,)."""
+        shape = (len(first), folds, len(THRESHOLDS) + 1)
+        cells = (np.arange(len(first))[:, None] * folds + fold) * shape[2] + first
+
+        def accepted(which: np.ndarray) -> np.ndarray:
+            counts = np.bincount(cells[:, which].ravel(), minlength=np.prod(shape)).reshape(shape)
+            return counts.cumsum(2)[..., :-1]
+
+        totals = (np.bincount(fold[which], minlength=folds)[:, None] for which in (same, ~same))
+        return cls(accepted(same), accepted(~same), *totals)
+
+    def right(self) -> np.ndarray:
+        """(R, folds, 400) pairs that are decided rightly."""
+        return self.genuine_accepted + self.impostors - self.impostors_accepted
+
+    def best(self) -> np.ndarray:
+        """(R, folds) the threshold that is best on the other folds, the lowest of equally good ones."""
+        right = self.right()
+        return (right.sum(1, keepdims=True) - right).argmax(2)
+
+    def accuracies(self) -> np.ndarray:
+        """(R, folds) share of right decisions in each fold at the threshold that is best on the others."""
+        right = np.take_along_axis(self.right(), self.best()[..., None], 2)
+        return (right / (self.genuine + self.impostors))[..., 0]
 
 
 def _mean_share(accepted: np.ndarray, of: np.ndarray) -> np.ndarray:
@@ -278,11 +314,11 @@ def accuracy(distance: np.ndarray, same: np.ndarray) -> float:
 
 
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
-    """The verification sets of all groups; raises InputError that names all that are missing."""
-    paths = {name: cfg.pairs_file(name) for name in cfg.ethnicities}
+    """The verification sets of all groups, or those that `pairs_sets` names; raises InputError for what is missing."""
+    paths = cfg.pairs_files
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
-        raise InputError(f"Missing: {', '.join(missing)}. Set pairs to the folder of the <ethnicity>_test.bin files.")
+        raise InputError(f"Missing: {', '.join(missing)}. Set pairs to the folder of these files.")
     sets = {name: load_bin(path, Path(cfg.cache) / "pairs") for name, path in paths.items()}
     for name, pairs in sets.items():
         if len(pairs.same) < FOLDS:

@@ -240,3 +240,23 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeyp
 def test_an_unknown_network_is_refused():
     with pytest.raises(InputError, match="There is no network 'resnet50': choose iresnet18"):
         build_backbone("resnet50")
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (lambda: build_backbone("iresnet50"), "It looks like iresnet50, embeddings of 512 numbers."),
+        (lambda: build_backbone("iresnet18", use_se=True), "It looks like iresnet18 with SE blocks, embeddings of 512"),
+        (lambda: build_backbone("iresnet34", 256), "It looks like iresnet34, embeddings of 256 numbers."),
+        (lambda: build_backbone("mobilefacenet"), "It looks like mobilefacenet, embeddings of 512 numbers."),
+        (lambda: SingleLayerAdaptor(2048, 512), "It looks like a single-layer adaptor from 2048 to 512 numbers."),
+        (lambda: DualLayerAdaptor(2048, 300, 512, 0.0), "It looks like a dual-layer adaptor from 2048 to 512 numbers."),
+        (lambda: ArcFace(16, 70), "It looks like the header of 70 identities."),
+        (lambda: torch.nn.Conv2d(3, 4, 3), "It looks like none of the networks here."),
+    ],
+)
+def test_weights_of_another_network_are_told_what_they_look_like(made, sentence, tmp_path):
+    torch.save(made().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(InputError) as error:
+        load_weights(build_backbone("iresnet34"), tmp_path / "weights.pth")
+    assert sentence in str(error.value)

@@ -6,8 +6,10 @@ import re
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -564,6 +566,42 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
     monkeypatch.setattr(_Progress, "stepper", lambda self, losses, norm, _: plainly(self, losses, norm, False))
     one, other = (torch.load(folder / "last_header.pth") for folder in (whole, fitted("plain")))
     assert torch.allclose(one["kernel"], other["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_events_for_tensorboard_are_those_of_the_log(cfg, monkeypatch):
+    """The package is optional: a stand-in notes what it is given."""
+    written, opened = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            written.append("closed")
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    cfg = replace(cfg, tensorboard=True)
+    train(cfg, epochs=2, validate=lambda: ({"A": 50.0}, 50.0))
+    log = [json.loads(line) for line in (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()]
+    wanted = []
+    for line in log:
+        wanted += [("loss/margin", line["loss"]["margin"], line["epoch"]), ("accuracy/A", 50.0, line["epoch"])]
+        wanted += [("lr", line["lr"], line["epoch"])]
+    assert written == [*wanted, "closed"]
+    assert opened == [(str(cfg.teacher_dir("T") / "tensorboard"), 1)]
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_once(cfg, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match="tensorboard = True, but the package is not there: pip install tensorboard"):
+        setup(replace(cfg, tensorboard=True))
 
 
 def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):

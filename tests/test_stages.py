@@ -3,6 +3,7 @@
 import csv
 import inspect
 import json
+import re
 import runpy
 import shlex
 import shutil
@@ -17,11 +18,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import eval.verification
+import eval.scores
 from backbones import DualLayerAdaptor, MultiTeacher, build_adaptor, build_backbone, load_weights
 from config.config import Config
-from eval.evaluation import fuse
+from eval.scores import fuse
 from eval.verification import load_bin, ten_fold, views
+from tests.test_verification import plain_loop_of
 from utils.checkpoint import save
 from utils.dataset import Faces, to_network
 from utils.engine import infer
@@ -175,7 +177,7 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
     cfg, _ = trained
     text = (Path(cfg.output) / "evaluation" / "accuracy.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert [(row["setting"], row["kind"], row["model"]) for row in rows] == [
+    assert [(row["Setting"], row["Kind"], row["Model"]) for row in rows] == [
         *(("specialized", "teacher", name) for name in GROUPS),
         *(("specialized", "adaptor", name) for name in ("SL", "DuL", "DLDPO")),
         ("specialized", "a-KD", "SL iresnet_tiny"),
@@ -211,10 +213,10 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
                 embedding = F.normalize(model.eval()(image) + model(image.flip(-1))).numpy()
             accuracies.append(100 * ten_fold(embedding, pairs.same).accuracy.mean())
         assert [float(row[name]) for name in GROUPS] == pytest.approx(accuracies)
-        assert float(row["average"]) == pytest.approx(np.mean(accuracies))
-        assert float(row["std"]) == pytest.approx(np.std(accuracies))
+        assert float(row["Average"]) == pytest.approx(np.mean(accuracies))
+        assert float(row["STD"]) == pytest.approx(np.std(accuracies))
         ratio = (100 - min(accuracies)) / (100 - max(accuracies))
-        assert float(row["ser"]) == pytest.approx(ratio)
+        assert float(row["SER"]) == pytest.approx(ratio)
 
 
 def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
@@ -230,8 +232,8 @@ def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypa
         seen.append(arguments[-1])
         return plain(*arguments, **options)
 
-    plain = eval.verification.views
-    monkeypatch.setattr(eval.verification, "views", watched)  # evaluation, run anew, imports it from there
+    plain = eval.scores.views
+    monkeypatch.setattr(eval.scores, "views", watched)
     table.unlink()
     run("eval.evaluation", given)
     assert seen == []
@@ -252,8 +254,104 @@ def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypa
 def test_tables_and_pictures_of_generated_faces_say_so(trained):
     cfg, _ = trained
     folder = Path(cfg.output) / "evaluation"
-    assert (folder / "accuracy.md").read_text().startswith("Generated faces, not photographs")
-    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy.md", "accuracy.tex", "intervals.md", "differences.md", "results.json"):
+        assert "Generated faces, not photographs" in (folder / name).read_text()
+    pictures = [
+        "accuracy.png",
+        "trade_off.png",
+        "training.png",
+        *(f"curves/{path.name}" for path in folder.glob("curves/*")),
+    ]
+    assert len(pictures) == 3 + 10
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_table_equals_a_recomputation_from_the_written_scores(trained):
+    """From the lines of each pair, by the published loop as tests/test_verification.py writes it out."""
+    cfg, _ = trained
+    folder = Path(cfg.output) / "evaluation"
+    found = list(csv.DictReader((folder / "accuracy.csv").read_text().splitlines()))
+    for row in found:
+        name = f"{row['Setting']}-{row['Teachers']}-{row['Kind']}-{row['Model']}.csv".replace(" ", "-")
+        lines = list(csv.DictReader((folder / "scores" / name).read_text().splitlines()))
+        for group in GROUPS:
+            of_group = [line for line in lines if line["set"] == group]
+            assert [int(line["pair"]) for line in of_group] == list(range(len(of_group)))
+            distance = np.array([float(line["squared distance"]) for line in of_group])
+            accuracy, *_ = plain_loop_of(distance, np.array([line["same"] == "1" for line in of_group]))
+            assert float(row[group]) == pytest.approx(100 * np.mean(accuracy), abs=1e-9)
+
+
+def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, capsys):
+    """A student by its file, and an adaptor by its file and its teachers', released ones for all that is known."""
+    cfg, given = trained
+    output = ["--output", str(tmp_path / "output")]
+    table = csv.DictReader((Path(cfg.output) / "evaluation" / "accuracy.csv").read_text().splitlines())
+    known = {(row["Setting"], row["Kind"], row["Model"]): [row[group] for group in GROUPS] for row in table}
+    student = cfg.network_dir / "students" / "iresnet_tiny" / "SL-a-KD" / "best_backbone.pth"
+    adaptor = cfg.adaptor_dir("DuL") / "best_backbone.pth"
+    teachers = ["--teacher", ",".join(str(cfg.teacher_dir(name) / "best_backbone.pth") for name in cfg.teachers)]
+    for options, model in (
+        (["--checkpoint", str(student)], ("a-KD", "SL iresnet_tiny")),
+        (["--checkpoint", str(adaptor), "--is_dual_layer", *teachers], ("adaptor", "DuL")),
+    ):
+        capsys.readouterr()
+        run("eval.evaluation", [*given, *output, *options])
+        folder = Path(capsys.readouterr().out.split("Written to ")[1].split(": accuracy.md")[0])
+        (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
+        assert [row[group] for group in GROUPS] == known["specialized", *model]
+        assert row["Kind"] == "checkpoint"
+    published = [*given, *output, "--checkpoint", str(adaptor), "--is_dual_layer", *teachers]
+    run("eval.evaluation", [*published, "--published_adaptor_input"])
+    (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
+    assert [row[group] for group in GROUPS] != known["specialized", "adaptor", "DuL"]
+    for options, sentence in (
+        (
+            ["--checkpoint", "nowhere.pth"],
+            "There is no file nowhere.pth: set checkpoint and teacher to files of weights",
+        ),
+        (
+            ["--checkpoint", str(student), "--network", "iresnet34"],
+            "It looks like iresnet_tiny, embeddings of 32 numbers.",
+        ),
+        (["--checkpoint", str(adaptor), *teachers], "It looks like a dual-layer adaptor from 128 to 32 numbers."),
+        (
+            ["--checkpoint", str(adaptor), *teachers[:1], str(student)],
+            "teacher names 1 files: an adaptor takes those of",
+        ),
+    ):
+        run("eval.evaluation", [*given, *output, *options], expect=2)
+        assert sentence in capsys.readouterr().err
+
+
+def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path, capsys):
+    cfg, given = trained
+    for name, source in (("lfw", "Asian"), ("cfp_fp", "Indian")):
+        shutil.copy(cfg.pairs_file(source), tmp_path / f"{name}.bin")
+    student = str(cfg.network_dir / "students" / "iresnet_tiny" / "SL-a-KD" / "best_backbone.pth")
+    options = ["--pairs", str(tmp_path), "--pairs_sets", "lfw,cfp_fp", "--output", str(tmp_path / "output")]
+    run("eval.evaluation", [*given, *options, "--checkpoint", student])
+    page = capsys.readouterr().out
+    header = next(line for line in page.splitlines() if line.startswith("| Setting"))
+    assert [cell.strip() for cell in header.split("|")[5:-1]] == ["lfw", "cfp_fp", "Average"]
+    run("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
+    assert f"Missing: {tmp_path}/agedb_30.bin. Set pairs to the folder of these files." in capsys.readouterr().err
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(trained, tmp_path):
+    cfg, given = trained
+    output = tmp_path / "output"
+    shutil.copytree(cfg.output, output)
+    run("eval.evaluation", [*given, "--output", str(output), "--report"])
+    page = (output / "evaluation" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 + 10
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for title in ("Accuracy", "95 % intervals", "Differences", "Impostors across groups", "Training"):
+        assert f"<h2>{title}</h2>" in page
+        anchor = "".join(c if c.isalnum() else "-" for c in title.lower())
+        assert f'href="#{anchor}"' in page
+        assert f'id="{anchor}"' in page
+    assert "Generated faces, not photographs" in page
 
 
 def test_fused_features_equal_the_whole_model(trained):

@@ -114,7 +114,7 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         run.begin(progress.epoch, progress.step)
-        with arithmetic(backbone, cfg.precision, device, cfg.compile):
+        with arithmetic(backbone, cfg.precision, device, cfg.compile), _events(cfg, progress):
             _train(losses, faces, cfg, progress, validate)
 
 
@@ -194,6 +194,7 @@ class _Progress:
         self.weights: dict[str, str] = {}  # digests of the best and last weights by name
         self.saved_at = time.monotonic()
         self._replayed: Replayed | None = None
+        self.note: Callable[[dict], None] | None = None  # is told the entry of every epoch
         self._watch = _Watch(next(backbone.parameters()).device)
         self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
@@ -327,11 +328,33 @@ class _Progress:
             self.weights |= self.run.save_weights(which, self.backbone, self.header)
         # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
         write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
+        if self.note:
+            self.note(self.log[-1])
         self.epoch, self.step, self.names = self.epoch + 1, 0, []
         self.sums.zero_()
         self.save()
         line = f"epoch {self.epoch}/{self.schedule.epochs}  {_listed(means)}  {_listed(scores)}"
         return f"{line} (best so far)" if is_best else line
+
+
+@contextlib.contextmanager
+def _events(cfg: Config, progress: _Progress) -> Iterator[None]:
+    """With `cfg.tensorboard` the log is written as TensorBoard events too; a repeated epoch replaces its own."""
+    if not cfg.tensorboard:
+        yield
+        return
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    with SummaryWriter(str(progress.run.folder / "tensorboard"), purge_step=progress.epoch + 1) as writer:
+
+        def note(entry: dict) -> None:
+            named = {f"loss/{name}": value for name, value in entry["loss"].items()}
+            named |= {f"accuracy/{name}": value for name, value in entry["scores"].items()}
+            for name, value in {**named, "lr": entry["lr"]}.items():
+                writer.add_scalar(name, value, entry["epoch"])
+
+        progress.note = note
+        yield
 
 
 class _Watch:

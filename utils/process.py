@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import shlex
 import signal
 import sys
@@ -17,12 +18,12 @@ from utils.checkpoint import device_of
 from utils.errors import InputError
 
 
-def run(main: Callable[[Config], None]) -> None:
-    """Calls a script's `main` with the settings of the command line; bad input is one sentence and exit status 2."""
+def run(main: Callable[[Config], None], argv: list[str] | None = None) -> None:
+    """Calls a script's `main` with the settings of the command line or `argv`; bad input is one sentence, status 2."""
     script = Path(sys.argv[0]).name
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main(Config.from_args())
+        main(Config.from_args(argv))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         print(f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.", file=sys.stderr)
@@ -42,6 +43,8 @@ def setup(cfg: Config) -> None:
     """Seeds the generators and sets up the CPU and the device; raises InputError for a device that is not there."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or auto.")
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
     torch.manual_seed(cfg.seed)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)

@@ -1,0 +1,129 @@
+"""The trained models that lie in the output folder, or that are named by their files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from backbones import build_adaptor, load_backbone, load_weights
+from config.config import ADAPTORS, NETWORKS, Config
+from utils.checkpoint import decided_by, find_weights, weights_with_digest
+from utils.errors import InputError
+
+METHODS = ("a-KD", "EAF-KD")
+KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: a teacher, a student, or an adaptor with the teachers that it was trained on."""
+
+    kind: str  # one of KINDS
+    name: str
+    weights: tuple[str, ...]  # digests of the files that it was loaded from
+    networks: tuple[nn.Module, ...]
+    adaptor: nn.Module | None = None
+
+
+def families(cfg: Config) -> list[Config]:
+    """The settings of every teacher network, specialized and baseline, that has a trained model."""
+    both = (replace(cfg, is_teacher_baseline=baseline, network=name) for baseline in (False, True) for name in NETWORKS)
+    return [family for family in both if family.network_dir.is_dir() and (_teachers(family) or _students(family))]
+
+
+def models_of(family: Config) -> Iterator[list[Model]]:
+    """All models of a family, those together that share networks."""
+    if teachers := _teacher_models(family):
+        yield teachers
+    for settings, method, path in _students(family):
+        network, digest = load_backbone(settings.student_network, path, family)
+        yield [Model(method, f"{settings.adaptor} {settings.student_network}", (digest,), (network,))]
+
+
+def model_of_files(cfg: Config) -> Model:
+    """The network in `cfg.checkpoint`, or with `cfg.teacher` the adaptor in it on top of these teachers, in order."""
+    paths = [Path(path) for path in (cfg.checkpoint, *cfg.teacher)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"There is no file {', '.join(missing)}: set checkpoint and teacher to files of weights.")
+    path, *teachers = paths
+    if not teachers:
+        network, digest = load_backbone(cfg.network, path, cfg)
+        return Model("checkpoint", f"{path.name} {cfg.network}", (digest,), (network,))
+    if len(teachers) != len(cfg.teachers):
+        raise InputError(
+            f"teacher names {len(teachers)} files: an adaptor takes those of {', '.join(cfg.teachers)}, in this order."
+        )
+    loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
+    adaptor = build_adaptor("DuL" if cfg.is_dual_layer else "SL", cfg)
+    digest = load_weights(adaptor, path)
+    networks, digests = zip(*loaded, strict=True)
+    return Model("checkpoint", f"{path.name} on {cfg.network}", (digest, *digests), networks, adaptor.eval())
+
+
+def _teachers(cfg: Config) -> dict[str, Path]:
+    """The weights of every teacher of this family, by name."""
+    names = cfg.quarters if cfg.is_teacher_baseline else cfg.ethnicities  # in the order of the columns
+    return {name: path for name in names if (path := find_weights(cfg.teacher_dir(name), cfg.weights))}
+
+
+def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
+    """Settings, method and weights of every student of this family."""
+    found = []
+    for network in NETWORKS:
+        for is_dual_layer, has_dropout in ((False, False), (True, False), (True, True)):
+            student = replace(cfg, student_network=network, is_dual_layer=is_dual_layer, has_dropout=has_dropout)
+            for method in METHODS:
+                if path := find_weights(student.student_dir(method), cfg.weights):
+                    found.append((student, method, path))
+    return found
+
+
+def _teacher_models(cfg: Config) -> list[Model]:
+    """All teachers, and the adaptors on top of those that they were trained on."""
+    teachers, models = _teachers(cfg), []
+    loaded = {path: load_backbone(cfg.network, path, cfg) for path in teachers.values()}
+    for name, path in teachers.items():
+        network, digest = loaded[path]
+        models.append(Model("teacher", name, (digest,), (network,)))
+    for name in ADAPTORS:
+        if found := _adaptor(cfg, name):
+            weights, inputs = found
+            adaptor = build_adaptor(name, cfg)
+            digest = load_weights(adaptor, weights)
+            loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
+            networks, digests = zip(*(loaded[path] for path in inputs), strict=True)
+            models.append(Model("adaptor", name, (digest, *digests), networks, adaptor))
+    return models
+
+
+def _adaptor(cfg: Config, name: str) -> tuple[Path, list[Path]] | None:
+    """The weights of an adaptor and of its teachers in its order, or None with a line that says why it is left out.
+
+    One of ours goes with the teachers whose embeddings it was trained on, be they the best or the last; one of which
+    that is not known, a released one, with those that `cfg.weights` selects.
+    """
+    folder = cfg.adaptor_dir(name)
+    weights = find_weights(folder, cfg.weights)
+    if weights is None:
+        return None
+    digests = {}
+    if decided := decided_by(folder):
+        trained_on = tuple(decided["settings"]["teachers"])
+        if trained_on != cfg.teachers:
+            print(
+                f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
+            )
+            return None
+        digests = {name: decided["sources"][f"embedding {name}"]["weights"] for name in cfg.teachers}
+    inputs = []
+    for teacher in cfg.teachers:
+        run_folder = cfg.teacher_dir(teacher)
+        digest = digests.get(teacher)
+        inputs.append(weights_with_digest(run_folder, digest) if digest else find_weights(run_folder, cfg.weights))
+    missing = [teacher for teacher, path in zip(cfg.teachers, inputs, strict=True) if path is None]
+    if missing:
+        print(f"{folder} is left out: the teachers it was trained on are not there any more: {', '.join(missing)}.")
+        return None
+    return weights, inputs

@@ -1,0 +1,96 @@
+"""Squared distances of all pairs by each model, kept on the disk: what is there is not computed again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from config.config import Config
+from eval.models import Model
+from eval.verification import Pairs, accuracy, embed, normalize, squared_distances, views
+from utils.arrays import outdated, read, write
+from utils.checkpoint import numerics
+from utils.dataset import Column
+from utils.engine import infer
+
+SAMPLE = 1000  # images of a set whose embeddings are kept, to pair those of different groups
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model and what it gives to each verification set."""
+
+    setting: str  # specialized | baseline; empty for a checkpoint that was named
+    network: str  # of the teachers
+    kind: str  # one of `eval.models.KINDS`
+    name: str  # teacher's group, adaptor, or adaptor and student network
+    distances: dict[str, np.ndarray]  # per set (P,) float64
+    samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
+    accuracies: tuple[float, ...]  # in percent, in order of the sets
+
+    @property
+    def title(self) -> str:
+        return " ".join(part for part in (self.setting, f"{self.kind}:", self.name) if part)
+
+
+class Scores:
+    """Scores models of one family on verification sets, below the folder `kept`."""
+
+    def __init__(self, cfg: Config, sets: dict[str, Pairs], kept: Path):
+        self._cfg, self._sets, self._kept = cfg, sets, kept
+        self._conditions = numerics(cfg) | ({"adaptor input": "as published"} if cfg.published_adaptor_input else {})
+
+    def of(self, models: list[Model]) -> list[Scored]:
+        """Where the models share networks, each sees each image once."""
+        found = {model: {} for model in models}
+        for name, pairs in self._sets.items():
+            features: dict[nn.Module, np.ndarray] = {}
+            for model in models:
+                found[model][name] = self._of_set(model, name, pairs, features)
+        return [self._scored(model, of_sets) for model, of_sets in found.items()]
+
+    def _scored(self, model: Model, of_sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
+        return Scored(
+            "" if model.kind == "checkpoint" else self._cfg.setting,
+            self._cfg.network,
+            model.kind,
+            model.name,
+            {name: distances for name, (distances, _) in of_sets.items()},
+            {name: sample for name, (_, sample) in of_sets.items()},
+            tuple(accuracy(distances, self._sets[name].same) for name, (distances, _) in of_sets.items()),
+        )
+
+    def _of_set(
+        self, model: Model, name: str, pairs: Pairs, features: dict[nn.Module, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and sample; features of networks that were needed are left in `features`."""
+        folder = self._kept / f"{model.kind} {model.name}"
+        made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
+        which = np.unique(np.linspace(0, len(pairs.images) - 1, SAMPLE).astype(np.int64))
+        forms = [
+            (folder / f"{name}.npy", (len(pairs.same),), np.float64),
+            (folder / f"{name}-sample.npy", (len(which), self._cfg.embedding_size), np.float32),
+        ]
+        if any(outdated(*form, made_from) is not None for form in forms):
+            for network in set(model.networks) - features.keys():
+                title = f"{name} pairs, {model.kind} {model.name}"
+                features[network] = views(network, pairs.images, self._cfg, title)
+            seen = [features[network] for network in model.networks]
+            both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
+            embeddings = embed(both)
+            write(forms[0][0], squared_distances(embeddings), made_from)
+            write(forms[1][0], embeddings[which].astype(np.float32), made_from)
+        return read(*forms[0]), read(*forms[1])
+
+
+def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:
+    """The adaptor's features (N, 2, D) from those of each teacher (N, 2, D).
+
+    The adaptor sees them at unit length, as in training, or raw with `cfg.published_adaptor_input`.
+    """
+    count = len(features[0])
+    flat = [feature.reshape(2 * count, -1) for feature in features]
+    inputs = flat if cfg.published_adaptor_input else [normalize(feature) for feature in flat]
+    columns = {"embedding": Column(tuple(inputs))}
+    return infer(lambda embedding: adaptor(embedding), adaptor, columns, cfg, "adaptor").reshape(count, 2, -1)

@@ -1,0 +1,83 @@
+"""Intervals against plain resampling, and the figures of chance against those that were simulated elsewhere."""
+
+import numpy as np
+import pytest
+
+from eval.uncertainty import by_chance, difference, interval, is_within_chance, resampled
+from eval.verification import fold_of, ten_fold_of
+
+SAME = np.arange(600) // 30 % 2 == 0  # ten folds of 30 genuine and 30 impostor pairs
+
+
+def distances(seed, apart):
+    random = np.random.default_rng(seed)
+    return np.clip(random.normal(1.2, 0.3, 600) - apart * SAME, 0, 4)
+
+
+def test_resampling_is_ten_fold_verification_of_pairs_drawn_within_fold_and_label():
+    models, labels = [{"A": distances(1, 0.5)}, {"A": distances(2, 0.8)}], {"A": SAME}
+    samples = resampled(models, labels, seed=3, resamples=5)
+    assert samples.shape == (5, 2, 1)
+    random = np.random.default_rng((3, 0))
+    fold = fold_of(600)
+    strata = [np.flatnonzero((fold == f) & (label == SAME)) for f in range(10) for label in (False, True)]
+    uniform = random.random((5, 600))
+    for r in range(5):
+        part = iter(uniform[r])
+        drawn = [members[int(next(part) * len(members))] for members in strata for _ in members]
+        for m, model in enumerate(models):
+            # In the order of the folds, as `ten_fold_of` cuts them.
+            wanted = 100 * ten_fold_of(model["A"][drawn], SAME[drawn]).accuracy.mean()
+            assert samples[r, m, 0] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_sets_whose_size_the_folds_do_not_divide_are_resampled_within_their_folds():
+    same = np.random.default_rng(0).random(107) < 0.4
+    sure = np.where(same, 0.5, 2.0)
+    assert (resampled([{"A": sure}], {"A": same}, resamples=20) == 100).all()
+
+
+def test_an_interval_is_as_wide_as_that_of_a_binomial_share():
+    """Accuracy about 0.8 on 600 pairs: a standard error of 1.6 points."""
+    one = {"A": distances(1, 0.5)}
+    samples = resampled([one], {"A": SAME}, resamples=400)[:, 0, 0]
+    low, high = interval(samples)
+    share = ten_fold_of(one["A"], SAME).accuracy.mean()
+    wanted = 2 * 1.96 * 100 * np.sqrt(share * (1 - share) / 600)
+    assert high - low == pytest.approx(wanted, rel=0.25)
+    assert low < 100 * share < high
+
+
+def test_differences_are_paired():
+    """Of a model with itself nothing is left; of two that err on the same pairs, less than of two that do not."""
+    labels = {"A": SAME, "B": SAME}
+    first = {"A": distances(1, 0.6), "B": distances(2, 0.6)}
+    alike = {name: values + np.where(np.arange(600) % 50 == 0, 0.2, 0.0) for name, values in first.items()}
+    apart = {"A": distances(3, 0.6), "B": distances(4, 0.6)}
+    models = [first, first, alike, apart]
+    accuracies = np.array([[100 * ten_fold_of(one[k], SAME).accuracy.mean() for k in labels] for one in models])
+    samples = resampled(models, labels, resamples=200)
+    itself = difference(0, 1, accuracies, samples)
+    assert (itself.average, itself.average_interval, itself.std, itself.std_interval) == (0, (0, 0), 0, (0, 0))
+    paired, unpaired = (difference(0, k, accuracies, samples) for k in (2, 3))
+    width = np.diff
+    assert width(paired.average_interval) < 0.6 * width(unpaired.average_interval)
+    assert unpaired.average == pytest.approx(accuracies[0].mean() - accuracies[3].mean())
+    assert unpaired.std == pytest.approx(accuracies[0].std() - accuracies[3].std())
+
+
+def test_a_fair_model_looks_as_unfair_as_was_simulated_elsewhere():
+    """FACTS.md 7: 200,000 simulations of four groups of 6,000 pairs, whose STD has ddof 1; ours has ddof 0."""
+    ddof_1 = np.sqrt(4 / 3)
+    at_95, at_90 = by_chance(95.0, (6000,) * 4), by_chance(90.0, (6000,) * 4)
+    assert (at_95.std_mean * ddof_1, at_95.std_95 * ddof_1) == pytest.approx((0.26, 0.45), abs=0.01)
+    assert (at_95.ser_mean, at_95.ser_95) == pytest.approx((1.12, 1.23), abs=0.006)
+    assert (at_90.std_mean * ddof_1, at_90.std_95 * ddof_1) == pytest.approx((0.36, 0.63), abs=0.01)
+    assert (at_90.ser_mean, at_90.ser_95) == pytest.approx((1.08, 1.15), abs=0.006)
+
+
+def test_what_lies_within_chance_is_told_from_what_does_not():
+    assert is_within_chance((95.2, 94.8, 95.1, 95.0), (6000,) * 4)
+    assert not is_within_chance((96.2, 93.8, 95.1, 95.0), (6000,) * 4)
+    assert is_within_chance((96.2, 93.8, 95.1, 95.0), (300,) * 4)
+    assert is_within_chance((100.0, 100.0), (50, 50))
