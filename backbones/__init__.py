@@ -99,7 +99,8 @@ def _looks_like(state: dict[str, torch.Tensor]) -> str:
     if shapes.keys() == {"fc.weight", "fc.bias"}:
         return f"It looks like a single-layer adaptor from {shapes['fc.weight'][1]} to {size} numbers."
     if {"fc1.weight", "fc2.weight"} <= shapes.keys():
-        return f"It looks like a dual-layer adaptor from {shapes['fc1.weight'][1]} to {size} numbers."
+        out, into = shapes["fc2.weight"][0], shapes["fc1.weight"][1]  # a published one has more parameters after these
+        return f"It looks like a dual-layer adaptor from {into} to {out} numbers."
     if len(shapes.get("kernel", ())) == 2:
         return f"It looks like the header of {shapes['kernel'][1]} identities."
     return "It looks like none of the networks here."

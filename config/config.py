@@ -75,7 +75,7 @@ class Config:
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
 
     # Evaluation
-    pairs_sets: tuple[str, ...] = ()  # evaluate on <pairs>/<name>.bin, as lfw,cfp_fp,agedb_30, instead of the groups
+    pairs_sets: tuple[str, ...] = ()  # verify on <pairs>/<name>.bin instead of the groups, in training too: lfw,cfp_fp
     checkpoint: str = ""  # evaluate this file of weights only: of a `network`, or of an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
@@ -118,6 +118,7 @@ class Config:
 
         plain = all(re.fullmatch(r"[\w-]+", name) for name in self.pairs_sets)
         self._check("pairs_sets", plain, "names of <name>.bin files in pairs, separated by commas")
+        self._check("teacher", self.checkpoint or not self.teacher, "empty where no checkpoint is given")
         names = self.ethnicities
         plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
         self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")

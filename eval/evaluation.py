@@ -2,12 +2,16 @@
 
 Reads   <pairs>, and <output>: teachers, adaptors (through their teachers) and students, specialized and baseline; or
         the files that --checkpoint and --teacher name
-Writes  <output>/evaluation/: accuracy, intervals, differences and rates as .md, .csv and .tex, results.json, scores/
-        (a line per pair), pictures, and with --report report.html; distances/, from which it goes on
+Writes  <output>/evaluation/ (other sets and named files: a folder in it): accuracy, intervals, differences and rates as
+        .md, .csv and .tex, results.json, scores/ with a line per pair, pictures, with --report report.html; distances/,
+        from which it goes on
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
 """
 
+import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from config.config import NETWORKS, Config
@@ -15,6 +19,7 @@ from eval import figures, report
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.results import Results
 from eval.scores import Scored, Scores
+from eval.tables import Table
 from eval.verification import Pairs, load_pairs
 from utils.checkpoint import versions
 from utils.errors import InputError
@@ -25,53 +30,96 @@ from utils.synthetic import is_generated
 
 def main(cfg: Config) -> None:
     setup(cfg)
-    folder = Path(cfg.output) / "evaluation"
+    folder = _folder(cfg)
     if cfg.checkpoint:
         model = model_of_files(cfg)
-        folder /= f"{Path(cfg.checkpoint).stem}-{model.weights[0][:8]}"
         sets = load_pairs(cfg)
         scored = Scores(cfg, sets, folder / "distances").of([model])
     else:
         found = families(cfg)
         if not found:
-            command = cfg.command("train.py")
+            command = replace(cfg, report=False).command("train.py")
             raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {command}")
         sets = load_pairs(cfg)
         scored = [one for family in found for one in _scored(family, sets, folder)]
     scored.sort(key=lambda one: (one.setting != "specialized", NETWORKS.index(one.network), KINDS.index(one.kind)))
 
-    note = "Generated faces, not photographs: the group names mean nothing." if is_generated(Path(cfg.pairs)) else ""
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, not cfg.pairs_sets, note)
+    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, not cfg.pairs_sets, _notes(cfg))
     tables = results.tables()
-    for name, table in tables.items():
-        write_text(folder / f"{name}.md", table.markdown())
-        write_text(folder / f"{name}.csv", table.csv())
-        write_text(folder / f"{name}.tex", table.latex())
-    write_json(folder / "results.json", {"versions": versions(cfg), "sets": _sets(sets), **results.as_dict()})
-    for one in scored:
-        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores(one, sets))
-    pictures = _draw(results, _logs(cfg), folder)
     for table in tables.values():
         if table.is_printed:
             print(table.markdown())
-    written = [*(f"{name}.md, .csv, .tex" for name in tables), "results.json", "scores/", *pictures.values()]
+    if results.of_groups and results.of_one_kind:
+        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
+    written = {}  # names of files by what is said of them
+    for name, table in tables.items():
+        for kind, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
+            write_text(folder / f"{name}.{kind}", text)
+        written[f"{name}.md, .csv, .tex"] = [f"{name}.{kind}" for kind in ("md", "csv", "tex")]
+    write_json(folder / "results.json", _all_of(cfg, sets, scored, tables))
+    for one in scored:
+        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores(one, sets))
+    pictures = _draw(results, _logs(cfg), folder)
+    written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
+    written |= {name: [name] for name in pictures.values() if "/" not in name}
+    written["curves/"] = [name for name in pictures.values() if "/" in name]
     if cfg.report:
         shown = {title: folder / name for title, name in pictures.items()}
         write_text(folder / "report.html", report.page(tables, shown, cfg))
-        written.append("report.html")
-    print(f"Written to {folder}: {', '.join(written)}.")
+        written["report.html"] = ["report.html"]
+    _remove_others(folder, {folder / name for names in written.values() for name in names})
+    print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
+
+
+def _folder(cfg: Config) -> Path:
+    """Where results lie: those of the best weights on the groups in <output>/evaluation, others in folders in it."""
+    parts = ["last"] if cfg.weights == "last" and not cfg.checkpoint else []
+    parts += ["published adaptor input"] if cfg.published_adaptor_input else []
+    parts += ["+".join(cfg.pairs_sets)] if cfg.pairs_sets else []
+    if cfg.checkpoint:
+        paths = "\n".join(str(Path(path).resolve()) for path in (cfg.checkpoint, *cfg.teacher))
+        parts += [f"{Path(cfg.checkpoint).stem}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"]
+    return Path(cfg.output, "evaluation", *parts)
+
+
+def _notes(cfg: Config) -> tuple[str, ...]:
+    """What every table must say of itself."""
+    notes = []
+    if is_generated(Path(cfg.pairs)):
+        notes.append("Generated faces, not photographs: the group names mean nothing.")
+    if cfg.weights == "last" and not cfg.checkpoint:
+        notes.append("Weights of the last epoch.")
+    if cfg.published_adaptor_input:
+        notes.append("Adaptors are fed raw teacher features, as by the published evaluator.")
+    return tuple(notes)
+
+
+def _all_of(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: dict[str, Table]) -> dict:
+    return {
+        "versions": versions(cfg),
+        "settings": cfg.changed,
+        "sets": {
+            name: {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "sha256": pairs.digest}
+            for name, pairs in sets.items()
+        },
+        "weights": {one.title: [*one.weights] for one in scored},
+        "tables": {name: table.as_dict() for name, table in tables.items()},
+    }
+
+
+def _remove_others(folder: Path, written: set[Path]) -> None:
+    """Deletes what an earlier evaluation wrote of models or tables that are not there any more."""
+    ours = [folder / name for name in ("report.html", "trade_off.png", "training.png")]
+    ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
+    ours += [*folder.glob("scores/*.csv"), *folder.glob("curves/*.png")]
+    for path in ours:
+        if path not in written:
+            path.unlink(missing_ok=True)
 
 
 def _scored(family: Config, sets: dict[str, Pairs], folder: Path) -> list[Scored]:
     scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
     return [one for models in models_of(family) for one in scores.of(models)]
-
-
-def _sets(sets: dict[str, Pairs]) -> dict[str, dict]:
-    return {
-        name: {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "sha256": pairs.digest}
-        for name, pairs in sets.items()
-    }
 
 
 def _file_name(one: Scored) -> str:
@@ -89,7 +137,7 @@ def _scores(one: Scored, sets: dict[str, Pairs]) -> str:
 
 def _draw(results: Results, logs: dict[str, list[dict]], folder: Path) -> dict[str, str]:
     """Draws all pictures; their files below the folder by title."""
-    models, note = results.models, results.note
+    models, note = results.models, " ".join(results.notes)
     drawn = {"Accuracy of each group": "accuracy.png"}
     figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
     if results.of_groups:
@@ -113,9 +161,15 @@ def _logs(cfg: Config) -> dict[str, list[dict]]:
         return {}
     logs = {}
     for path in sorted(Path(cfg.output).glob("*/*/*/**/log.jsonl")):
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if entries:
+        try:
+            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            is_log = bool(entries) and all({"epoch", "loss", "scores", "best"} <= entry.keys() for entry in entries)
+        except (ValueError, AttributeError):
+            is_log = False
+        if is_log and any(entry["best"] for entry in entries):
             logs[path.parent.relative_to(cfg.output).as_posix()] = entries
+        else:
+            print(f"{path} is damaged: its curves are left out.")
     return logs
 
 

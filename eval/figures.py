@@ -54,7 +54,7 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     averages = np.array([np.mean(model.accuracies) for model in models])
     stds = [np.std(model.accuracies) for model in models]
     margin = max(0.5, 0.08 * np.ptp(averages))
-    along = np.linspace(max(50, averages.min() - margin), min(100, averages.max() + margin), 12)
+    along = np.linspace(averages.min() - margin, min(100, averages.max() + margin), 12)
     chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
     axes.fill_between(along, 0, chance, color="0.9", label="perfectly fair, by chance (95 %)")
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
@@ -63,7 +63,8 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
         style = {"color": COLOURS[k % 8], "marker": MARKERS[k % 8], "linestyle": "none", "markersize": 9}
         axes.plot(averages[of_look], [stds[i] for i in of_look], label=f"{setting} {kind}".strip(), **style)
     for average, std, model in zip(averages, stds, models, strict=True):
-        axes.annotate(model.name, (average, std), (5, 5), textcoords="offset points", fontsize=8)
+        name = model.name if len({one.network for one in models}) == 1 else f"{model.network} {model.name}"
+        axes.annotate(name, (average, std), (5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("average accuracy (%): further right is better")
     axes.set_ylabel("STD of the groups (points): lower is fairer")
     axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names
@@ -90,7 +91,7 @@ def draw_curves(
             dot = {"color": COLOURS[i % 8], "marker": MARKERS[k % 8], "markersize": 7}
             left.plot(fmr[at], 1 - fnmr[at], **dot)
             middle.plot(fmr[at], fnmr[at], **dot)
-        bins = np.linspace(0, distance.max(), int(np.clip(2 * np.sqrt(labels.sum()), 10, 60)))
+        bins = np.linspace(0, max(distance.max(), 0.01), int(np.clip(2 * np.sqrt(labels.sum()), 10, 60)))
         right.hist(distance[labels], bins, histtype="step", density=True, **style)
         right.hist(distance[~labels], bins, histtype="stepfilled", density=True, color=COLOURS[i % 8], alpha=0.12)
         right.hist(distance[~labels], bins, histtype="step", density=True, alpha=0.7, **style)

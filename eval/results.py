@@ -1,16 +1,14 @@
 """What follows from the scores of all models: the paper's table, intervals, differences, rates at one threshold."""
 
-from dataclasses import asdict
 from functools import cached_property
 
 import numpy as np
 
 from eval import rates
 from eval.fairness import summary
-from eval.rates import ErrorRates
 from eval.scores import Scored
 from eval.tables import Cell, Estimate, Table
-from eval.uncertainty import METHOD, by_chance, difference, interval, is_within_chance, resampled
+from eval.uncertainty import METHOD, by_chance, difference, interval, is_within_chance, resampled, stds
 
 FMR = (1e-2, 1e-3)
 BEST = "best accuracy"
@@ -26,13 +24,18 @@ MEASURES = {
 class Results:
     """Figures of all models on the same verification sets, which with `of_groups` are groups to be fair to."""
 
-    def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, note: str):
-        self.models, self.same, self.note = models, same, note
+    def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
+        self.models, self.same, self.notes = models, same, notes
         self.of_groups = of_groups and len(same) > 1
         self.pairs = tuple(len(labels) for labels in same.values())
         self.accuracies = np.array([one.accuracies for one in models])
         self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
         self.intervals = np.percentile(self._samples, (2.5, 97.5), axis=0).transpose(1, 2, 0)  # (models, sets, 2)
+
+    @property
+    def of_one_kind(self) -> list[str]:
+        """The sets that lack genuine or impostor pairs, and so have no error rates."""
+        return [name for name, labels in self.same.items() if labels.all() or not labels.any()]
 
     @cached_property
     def shared(self) -> list[dict[str, float | None]]:
@@ -40,7 +43,7 @@ class Results:
         return [self._shared(one) for one in self.models]
 
     def _shared(self, one: Scored) -> dict[str, float | None]:
-        if not all(labels.any() and not labels.all() for labels in self.same.values()):
+        if self.of_one_kind:
             return {}
         groups = self._groups(one)
         found = {f"FMR {fmr:g}": rates.threshold_at_fmr(groups, fmr) for fmr in FMR}
@@ -52,6 +55,8 @@ class Results:
     def tables(self) -> dict[str, Table]:
         """By the name of the file."""
         tables = {"accuracy": self._accuracy(), "intervals": self._intervals()}
+        if self.of_groups:
+            tables["chance"] = self._chance()
         if len(self.models) > 1:
             tables["differences"] = self._differences()
         if self.of_groups and any(self.shared):
@@ -61,25 +66,32 @@ class Results:
         return tables
 
     def _accuracy(self) -> Table:
-        """The paper's columns; whether the spread could be chance."""
+        """The paper's columns, and whether the spread could be chance."""
         rows, header = [], (*NAMES, *self.same, "Average")
         if self.of_groups:
-            header += ("STD", "SER", "STD by chance", "SER by chance", "Within chance", "AVG - STD")
+            header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(one.accuracies)
-            row = (*_names(one), *one.accuracies, average)
-            if self.of_groups:
-                chance = by_chance(round(average, 2), self.pairs)
-                within = is_within_chance(one.accuracies, self.pairs)
-                row += (std, ser, chance.std_95, chance.ser_95, within, rates.average_minus_std(one.accuracies))
-            rows.append(row)
+            spread = (std, ser, is_within_chance(one.accuracies, self.pairs)) if self.of_groups else ()
+            rows.append((*_names(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
-            notes.append(
-                "By chance: what 95 of 100 perfectly fair models of the same average show at most on as many pairs. "
-                "Where STD and SER are within chance, these pairs show no unfairness."
-            )
+            notes.append("Within chance: these pairs show no unfairness (see the table of chance).")
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
+
+    def _chance(self) -> Table:
+        rows = []
+        for one in self.models:
+            average, std, ser = summary(one.accuracies)
+            chance = by_chance(round(average, 2), self.pairs)
+            figures = (std, chance.std_mean, chance.std_95, ser, chance.ser_95, rates.average_minus_std(one.accuracies))
+            rows.append((*_names(one), average, *figures))
+        note = (
+            "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
+            "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
+        )
+        header = (*NAMES, "Average", "STD", "STD by chance", "STD 95 of 100", "SER", "SER 95 of 100", "AVG - STD")
+        return Table("Chance", header, rows, len(NAMES), self._notes(note), is_printed=False)
 
     def _intervals(self) -> Table:
         rows = []
@@ -89,14 +101,12 @@ class Results:
             average, std, _ = summary(one.accuracies)
             cells.append(Estimate(average, *interval(samples.mean(1))))
             if self.of_groups:
-                cells.append(Estimate(std, *interval(samples.std(1))))
+                cells.append(Estimate(std, *interval(stds(samples))))
             rows.append((*_names(one), *cells))
         header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
         notes = [METHOD]
         if self.of_groups:
-            notes.append(
-                "Drawing pairs anew adds chance to STD: its interval lies high, and may begin above the figure."
-            )
+            notes.append("STD: without the variance that drawing pairs anew adds on average.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
     def _differences(self) -> Table:
@@ -117,7 +127,10 @@ class Results:
                 rows.append(row)
         header = ("Model", "minus", "Average", "Sure")
         header += ("STD", "STD sure") if self.of_groups else ()
-        note = "Sure: zero is outside the 95 % interval of the difference, over pairs that both models see alike."
+        note = (
+            "Sure: zero is outside the 95 % interval of the difference, over pairs that both models see alike. For STD "
+            "it is cautious: between fair models it is said in 1 of 100 cases or less."
+        )
         return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
 
     def _rates(self, name: str) -> Table:
@@ -135,7 +148,7 @@ class Results:
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
-            "than 3 / pairs; a measure that needs such a rate cannot be said."
+            "than 3 / pairs; IR, GARBE and max/geomean need rates of three errors at least, FDR takes them as they are."
         )
         title = f"Error rates at the shared threshold of {name}"
         return Table(title, header, rows, len(NAMES), self._notes(note), digits=3, is_printed=False)
@@ -148,40 +161,16 @@ class Results:
             own = {group: one.distances[group][~labels] for group, labels in self.same.items()}
             matrix = rates.impostor_matrix(one.samples, own, shared[name])
             rows += [(one.title, name, group, *row) for group, row in zip(self.same, matrix, strict=True)]
+        counts = ", ".join(f"{len(sample)} of {group}" for group, sample in self.models[0].samples.items())
         note = (
-            "False match rates of pairs of images of two groups, 1,000 images of each; on the diagonal those of the "
-            "group's own impostor pairs, which are chosen to be hard."
+            f"False match rates of pairs of images of two groups, {counts}; on the diagonal those of the group's own "
+            "impostor pairs, which RFW chose to be hard. An identity that is in two groups counts as an impostor."
         )
         header = ("Model", "Threshold", "Group", *self.same)
         return Table("Impostors across groups", header, rows, 3, self._notes(note), is_printed=False)
 
     def _notes(self, *notes: str) -> tuple[str, ...]:
-        return (self.note, *notes) if self.note else notes
-
-    def as_dict(self) -> dict:
-        """Everything with all digits, for JSON."""
-        return {"note": self.note, "intervals by": METHOD, "models": [self._model(m) for m in range(len(self.models))]}
-
-    def _model(self, m: int) -> dict:
-        one = self.models[m]
-        average, std, ser = summary(one.accuracies)
-        found = dict(zip(("setting", "teachers", "kind", "model"), _names(one), strict=True))
-        found["accuracy"] = dict(zip(self.same, one.accuracies, strict=True))
-        found["accuracy interval"] = dict(zip(self.same, self.intervals[m].tolist(), strict=True))
-        found |= {"average": average, "average interval": interval(self._samples[:, m].mean(1))}
-        if not self.of_groups:
-            return found
-        found |= {"std": std, "std interval": interval(self._samples[:, m].std(1)), "ser": ser}
-        found["by chance"] = asdict(by_chance(round(average, 2), self.pairs))
-        found["shared thresholds"] = {
-            name: None if threshold is None else self._at(one, threshold) for name, threshold in self.shared[m].items()
-        }
-        return found
-
-    def _at(self, one: Scored, threshold: float) -> dict:
-        found = rates.error_rates(self._groups(one), threshold)
-        measures = {name: measure(found) for name, measure in MEASURES.items()}
-        return {"threshold": threshold, **{name: _as_dict(rate) for name, rate in found.items()}, **measures}
+        return (*self.notes, *notes)
 
 
 def _names(one: Scored) -> tuple[Cell, ...]:
@@ -190,7 +179,3 @@ def _names(one: Scored) -> tuple[Cell, ...]:
 
 def _is_sure(bounds: tuple[float, float]) -> bool:
     return bounds[0] > 0 or bounds[1] < 0
-
-
-def _as_dict(found: ErrorRates) -> dict:
-    return {"FMR": asdict(found.fmr), "FNMR": asdict(found.fnmr)}

@@ -13,6 +13,7 @@ from utils.arrays import outdated, read, write
 from utils.checkpoint import numerics
 from utils.dataset import Column
 from utils.engine import infer
+from utils.errors import InputError
 
 SAMPLE = 1000  # images of a set whose embeddings are kept, to pair those of different groups
 
@@ -28,10 +29,11 @@ class Scored:
     distances: dict[str, np.ndarray]  # per set (P,) float64
     samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
     accuracies: tuple[float, ...]  # in percent, in order of the sets
+    weights: tuple[str, ...]  # SHA-256 of its files
 
     @property
     def title(self) -> str:
-        return " ".join(part for part in (self.setting, f"{self.kind}:", self.name) if part)
+        return " ".join(part for part in (self.setting, self.network, f"{self.kind}:", self.name) if part)
 
 
 class Scores:
@@ -59,6 +61,7 @@ class Scores:
             {name: distances for name, (distances, _) in of_sets.items()},
             {name: sample for name, (_, sample) in of_sets.items()},
             tuple(accuracy(distances, self._sets[name].same) for name, (distances, _) in of_sets.items()),
+            model.weights,
         )
 
     def _of_set(
@@ -70,7 +73,7 @@ class Scores:
         which = np.unique(np.linspace(0, len(pairs.images) - 1, SAMPLE).astype(np.int64))
         forms = [
             (folder / f"{name}.npy", (len(pairs.same),), np.float64),
-            (folder / f"{name}-sample.npy", (len(which), self._cfg.embedding_size), np.float32),
+            (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32),
         ]
         if any(outdated(*form, made_from) is not None for form in forms):
             for network in set(model.networks) - features.keys():
@@ -79,9 +82,12 @@ class Scores:
             seen = [features[network] for network in model.networks]
             both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
             embeddings = embed(both)
-            write(forms[0][0], squared_distances(embeddings), made_from)
+            try:
+                write(forms[0][0], squared_distances(embeddings), made_from)
+            except InputError as error:
+                raise InputError(f"{model.kind} {model.name} on the pairs of {name}: {error}") from error
             write(forms[1][0], embeddings[which].astype(np.float32), made_from)
-        return read(*forms[0]), read(*forms[1])
+        return read(*forms[0], checked=False), read(*forms[1], checked=False)
 
 
 def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:

@@ -3,11 +3,16 @@
 import csv
 import html
 import io
+import math
 from dataclasses import dataclass
 
 from eval.rates import Rate
 
-LATEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {c: f"${c}$" for c in "<>|"}
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ class Table:
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         return text.getvalue()
 
+    def as_dict(self) -> dict:
+        """For JSON: all digits, parts of estimates and rates by name; what cannot be said or is infinite is null."""
+        rows = [dict(zip(self.header, map(_plain, row), strict=True)) for row in self.rows]
+        return {"notes": [*self.notes], "rows": rows}
+
     def latex(self) -> str:
         """A `table` for the package booktabs; a rule stands where the names before the last change."""
         lines = [
@@ -108,3 +118,9 @@ class Table:
             case Rate():
                 return cell.text()
         return cell
+
+
+def _plain(cell: Cell) -> str | float | bool | dict | None:
+    if isinstance(cell, Estimate | Rate):
+        return vars(cell)
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell

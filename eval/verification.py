@@ -299,7 +299,8 @@ def pair_distances(features: np.ndarray) -> np.ndarray:
 
 def embed(features: np.ndarray) -> np.ndarray:
     """The embeddings (N, D) that are verified: the sum of both views' features (N, 2, D), scaled to unit length."""
-    return normalize(features.sum(1, dtype=np.float64))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by `squared_distances`
+        return normalize(features.sum(1, dtype=np.float64))
 
 
 def normalize(features: np.ndarray) -> np.ndarray:

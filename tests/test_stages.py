@@ -303,8 +303,9 @@ def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, 
         assert row["Kind"] == "checkpoint"
     published = [*given, *output, "--checkpoint", str(adaptor), "--is_dual_layer", *teachers]
     run("eval.evaluation", [*published, "--published_adaptor_input"])
-    (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
-    assert [row[group] for group in GROUPS] != known["specialized", "adaptor", "DuL"]
+    other = tmp_path / "output" / "evaluation" / "published adaptor input" / folder.name
+    lines = [(one / "scores" / next((one / "scores").iterdir()).name).read_text() for one in (folder, other)]
+    assert lines[0] != lines[1]
     for options, sentence in (
         (
             ["--checkpoint", "nowhere.pth"],
@@ -324,6 +325,24 @@ def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, 
         assert sentence in capsys.readouterr().err
 
 
+def test_models_that_say_nothing_end_in_a_figure_or_a_sentence(trained, tmp_path, capsys):
+    """One that maps all faces to one point decides half of the pairs rightly; one that gives NaN is refused by name."""
+    _, given = trained
+    network = build_backbone("iresnet_tiny", 32)
+    state = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+    for name, value in (("point", 1.0), ("nan", float("nan"))):
+        torch.save({**state, "features.bias": torch.full((32,), value)}, tmp_path / f"{name}.pth")
+    output = ["--output", str(tmp_path / "output")]
+    run("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "point.pth"), "--report"])
+    folder = next((tmp_path / "output" / "evaluation").glob("point-*"))
+    (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
+    assert [float(row[group]) for group in GROUPS] == [50.0] * 4
+    assert capsys.readouterr().err == ""
+    run("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "nan.pth")], expect=2)
+    sentence = "checkpoint nan.pth iresnet_tiny on the pairs of African: Some embeddings are not finite"
+    assert sentence in capsys.readouterr().err
+
+
 def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path, capsys):
     cfg, given = trained
     for name, source in (("lfw", "Asian"), ("cfp_fp", "Indian")):
@@ -332,6 +351,7 @@ def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path
     options = ["--pairs", str(tmp_path), "--pairs_sets", "lfw,cfp_fp", "--output", str(tmp_path / "output")]
     run("eval.evaluation", [*given, *options, "--checkpoint", student])
     page = capsys.readouterr().out
+    assert f"Written to {tmp_path}/output/evaluation/lfw+cfp_fp/best_backbone-" in page
     header = next(line for line in page.splitlines() if line.startswith("| Setting"))
     assert [cell.strip() for cell in header.split("|")[5:-1]] == ["lfw", "cfp_fp", "Average"]
     run("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
@@ -428,19 +448,22 @@ def test_an_adaptor_is_scored_through_the_teachers_it_was_trained_on(trained, ca
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
     given = [*given, "--output", str(output)]
-    table = output / "evaluation" / "accuracy.csv"
 
-    def adaptor_rows():
+    def adaptor_rows(*folder):
+        table = output.joinpath("evaluation", *folder, "accuracy.csv")
         return [line for line in table.read_text().splitlines() if ",adaptor," in line]
 
     run("eval.evaluation", [*given, "--weights", "last"])
-    assert len(adaptor_rows()) == 3
+    assert len(adaptor_rows("last")) == 3
+    assert "Weights of the last epoch." in (output / "evaluation" / "last" / "accuracy.md").read_text()
     assert "left out" not in capsys.readouterr().out
     teachers = output / "specialized/iresnet_tiny/teachers"
     for which in ("best", "last"):  # trained anew
         shutil.copy(teachers / "Asian" / "best_backbone.pth", teachers / "African" / f"{which}_backbone.pth")
     run("eval.evaluation", given)
     assert adaptor_rows() == []
+    for kind in ("scores/*.csv", "curves/*.png"):  # those of models that are left out are not left behind
+        assert not [path for path in output.glob(f"evaluation/{kind}") if "adaptor" in path.name]
     assert "SL is left out: the teachers it was trained on are not there any more: African" in capsys.readouterr().out
     run("KD_alone.py", given, expect=2)
     assert "was made by other weights than" in capsys.readouterr().err

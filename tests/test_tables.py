@@ -62,7 +62,15 @@ def test_latex_is_for_booktabs_and_escaped():
         r"\end{tabular}",
         r"\end{table}",
     ]
+    assert lines[7].endswith(r"& - & $<$ 0.001 & no & - \\")
     assert r"third 50\%" in lines[9]
+
+
+def test_json_has_what_can_be_said():
+    first, second, third = TABLE.as_dict()["rows"]
+    assert first["Interval"] == {"value": 1.0, "low": -0.5, "high": 2.25}
+    assert (first["FMR"], first["A_1"]) == ({"errors": 30, "of": 3000}, 93.456)
+    assert (second["SER"], third["SER"], third["FMR"]) == (None, None, None)
 
 
 def test_html_is_escaped():
