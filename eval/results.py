@@ -8,9 +8,10 @@ from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
 from eval.tables import Cell, Estimate, Table
-from eval.uncertainty import METHOD, by_chance, difference, interval, is_within_chance, resampled, stds
+from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
 
 FMR = (1e-2, 1e-3)
+FEW = 10  # pairs of a kind in a fold, which make an interval a twentieth too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
 MEASURES = {
@@ -105,6 +106,8 @@ class Results:
             rows.append((*_names(one), *cells))
         header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
         notes = [METHOD]
+        if (count := fewest(self.same)) < FEW:
+            notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
             notes.append("STD: without the variance that drawing pairs anew adds on average.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))

@@ -14,9 +14,9 @@ AT_ONCE = 32  # resamples
 DRAWS = 100_000
 ROUNDING = 1e-9  # few pairs give few different figures, which are computed in two ways
 METHOD = (
-    f"95 % intervals: the middle of {RESAMPLES:,} accuracies on pairs drawn anew with replacement, genuine and "
-    "impostor pairs apart, with thresholds chosen anew. Pairs count as independent of each other: the sets do not say "
-    "whose faces they show."
+    f"95 % intervals: the middle of {RESAMPLES:,} accuracies on pairs drawn anew with replacement, within each fold, "
+    "genuine and impostor pairs apart, with thresholds chosen anew. Pairs count as independent of each other: the sets "
+    "do not say whose faces they show."
 )
 
 
@@ -27,16 +27,15 @@ def resampled(
 
     `distances` holds per model the squared distances (P,) of each set, `same` (P,) whether a pair is genuine. All see
     the same pairs, so that their differences can be compared pair by pair (paired bootstrap: Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993). Folds keep their numbers of genuine and impostor pairs, which come from all.
+    Introduction to the Bootstrap, 1993). They are drawn within each fold and label: a pair that were in two folds would
+    be decided at a threshold that it helped to choose.
     """
     result = np.empty((resamples, len(distances), len(same)))
     for k, (name, labels) in enumerate(same.items()):
         random = np.random.default_rng((seed, k))
         fold = fold_of(len(labels))
-        order = np.argsort(labels, kind="stable")  # impostor pairs before genuine ones
+        order, first, size = _strata(fold, labels)
         fold, labels = fold[order], labels[order]
-        size = np.where(labels, labels.sum(), (~labels).sum())
-        first = np.where(labels, (~labels).sum(), 0)
         thresholds = [first_above(one[name]) for one in distances]
         for part in cut(range(resamples), AT_ONCE):
             drawn = order[first + (random.random((len(part), len(order))) * size).astype(np.int64)]
@@ -44,6 +43,20 @@ def resampled(
                 counted = Counts.of(above[drawn], fold, labels, FOLDS)
                 result[part.start : part.stop, m, k] = 100 * counted.accuracies().mean(1)
     return result
+
+
+def fewest(same: dict[str, np.ndarray]) -> int:
+    """The number of pairs that the smallest stratum of any set has: with few, pairs drawn anew differ too little."""
+    return min(int(_strata(fold_of(len(labels)), labels)[2].min()) for labels in same.values())
+
+
+def _strata(fold: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs ordered by fold and label; per place in that order, where its stratum begins, and how many pairs it has."""
+    stratum = 2 * fold + same
+    order = np.argsort(stratum, kind="stable")
+    sizes = np.bincount(stratum)
+    starts = np.cumsum(sizes) - sizes
+    return order, starts[stratum[order]], sizes[stratum[order]]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

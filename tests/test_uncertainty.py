@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.uncertainty import by_chance, difference, interval, is_within_chance, resampled
-from eval.verification import ten_fold_of
+from eval.uncertainty import by_chance, difference, fewest, interval, is_within_chance, resampled
+from eval.verification import fold_of, ten_fold_of
 
 SAME = np.arange(600) // 30 % 2 == 0  # ten folds of 30 genuine and 30 impostor pairs
 
@@ -14,20 +14,22 @@ def distances(seed, apart):
     return np.clip(random.normal(1.2, 0.3, 600) - apart * SAME, 0, 4)
 
 
-def test_resampling_is_ten_fold_verification_of_pairs_drawn_anew():
-    """Written out: each place of a fold takes a pair of its own kind, drawn from all of that kind."""
+def test_resampling_is_ten_fold_verification_of_pairs_drawn_within_fold_and_label():
     models, labels = [{"A": distances(1, 0.5)}, {"A": distances(2, 0.8)}], {"A": SAME}
     samples = resampled(models, labels, seed=3, resamples=5)
     assert samples.shape == (5, 2, 1)
     uniform = np.random.default_rng((3, 0)).random((5, 600))
-    impostors, genuine = np.flatnonzero(~SAME), np.flatnonzero(SAME)
+    fold = fold_of(600)
+    strata = [np.flatnonzero((fold == f) & (label == SAME)) for f in range(10) for label in (False, True)]
     for r in range(5):
-        drawn = np.empty(600, int)
-        drawn[impostors] = [impostors[int(u * 300)] for u in uniform[r, :300]]
-        drawn[genuine] = [genuine[int(u * 300)] for u in uniform[r, 300:]]
+        part = iter(uniform[r])
+        drawn = [members[int(next(part) * len(members))] for members in strata for _ in members]
         for m, model in enumerate(models):
-            wanted = 100 * ten_fold_of(model["A"][drawn], SAME).accuracy.mean()
+            # In the order of the folds, as `ten_fold_of` cuts them.
+            wanted = 100 * ten_fold_of(model["A"][drawn], SAME[drawn]).accuracy.mean()
             assert samples[r, m, 0] == pytest.approx(wanted, abs=1e-9)
+    assert fewest(labels) == 30
+    assert fewest({**labels, "B": np.arange(40) % 4 == 0}) == 1
 
 
 def test_sets_whose_size_the_folds_do_not_divide_are_resampled_within_their_folds():
