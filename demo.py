@@ -1,6 +1,6 @@
 """Every stage of MST-KD on generated faces: the commands that a user types, one after another, then the result table.
 
-Writes  demo/ (demo-<seed>/): generated faces, run folders, and in output/evaluation the table and a picture
+Writes  demo/ (demo-<seed>/): generated faces, run folders, and in output/evaluation tables, pictures and report.html
 Run     python demo.py [--seed 1]   (or: make demo)
 """
 
@@ -32,7 +32,7 @@ STAGES = (
     ("dual_layer_EAF-Fusion.py", "--has_dropout"),
     ("KD_alone.py", "--num_epoch 14"),
     ("KD_CEL.py", "--num_epoch 14"),
-    ("-m eval.evaluation", ""),
+    ("-m eval.evaluation", "--report"),
 )
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     print("\nSeconds per stage")
     for name, seconds in [*times, ("together", sum(seconds for _, seconds in times))]:
         print(f"  {seconds:6.0f}  {name}")
-    print(f"\nPicture: {output}/evaluation/accuracy.png")
+    print(f"\nAll tables and pictures on one page: {output}/evaluation/report.html")
     print("For real data, edit config/config.py and run the same scripts in the same order, beginning with")
     print("  python train.py --data data/BUPT-BalancedFace --pairs data/RFW")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eval.rates import roc
 from eval.scores import Scored
@@ -118,11 +119,13 @@ def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> No
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False).flat
     handles: dict = {}
+    styles: dict[str, int] = {}  # of each loss
     for (title, log), axes in zip(logs.items(), every, strict=False):
         epochs = [entry["epoch"] for entry in log]
-        for k, name in enumerate(log[0]["loss"]):
-            values = [entry["loss"][name] for entry in log]
-            axes.plot(epochs, values, color="0.25", linestyle=LINES[k % 8], label=f"loss {name}")
+        for name in log[0]["loss"]:
+            values, style = [entry["loss"][name] for entry in log], LINES[styles.setdefault(name, len(styles)) % 8]
+            axes.plot(epochs, values, color="0.25", linestyle=style, label=f"loss {name}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss")
