@@ -97,7 +97,6 @@ def _notes(cfg: Config) -> tuple[str, ...]:
 def _all_of(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: dict[str, Table]) -> dict:
     return {
         "versions": versions(cfg),
-        "settings": cfg.changed,
         "sets": {
             name: {"pairs": len(pairs.same), "genuine": int(pairs.same.sum()), "sha256": pairs.digest}
             for name, pairs in sets.items()
