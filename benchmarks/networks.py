@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import build_adaptor, build_backbone
-from benchmarks.timing import EPOCHS, Timed, graphs, rates
+from benchmarks.timing import EPOCHS, Timed, adaptor_losses, graphs, rates
 from config.config import NETWORKS, Config
 from utils.checkpoint import device_of, versions
 from utils.dataset import Column
@@ -90,11 +90,7 @@ def measure_adaptor(steps: int = 5000) -> float:
     rows = {"embedding": random.normal(size=(4 * 128, 2048)).astype(np.float32)}
     faces = Timed(cfg, rows | {"label": random.integers(0, CLASSES, 4 * 128)}, flip=False, times=steps // 4)
     adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, CLASSES, std=cfg.std_fc)
-
-    def losses(embedding, label):
-        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
-
-    _fit(losses, faces, "adaptors", cfg, adaptor, header)
+    _fit(adaptor_losses(adaptor, header), faces, "adaptors", cfg, adaptor, header)
     return faces.rate()
 
 

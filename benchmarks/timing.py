@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
 
 from config.config import Config
 from utils.dataset import Batch, Column, Faces
@@ -46,6 +48,13 @@ def rates(units: int, *ways: Callable[[], object]) -> list[float]:
 def graphs() -> int:
     """How many graphs have been compiled so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def adaptor_losses(adaptor: nn.Module, header: nn.Module) -> Callable:
+    def losses(embedding, label):
+        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+
+    return losses
 
 
 class Timed(Faces):

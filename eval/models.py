@@ -57,9 +57,14 @@ def model_of_files(cfg: Config) -> Model:
         )
     loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
     adaptor = build_adaptor("DuL" if cfg.is_dual_layer else "SL", cfg)
+    return _on_teachers("checkpoint", f"{path.name} on {cfg.network}", adaptor, path, loaded)
+
+
+def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers: list[tuple[nn.Module, str]]) -> Model:
+    """The adaptor with the weights in `path` on top of teachers, each with the digest of its weights."""
     digest = load_weights(adaptor, path)
-    networks, digests = zip(*loaded, strict=True)
-    return Model("checkpoint", f"{path.name} on {cfg.network}", (digest, *digests), networks, adaptor.eval())
+    networks, digests = zip(*teachers, strict=True)
+    return Model(kind, name, (digest, *digests), networks, adaptor)
 
 
 def _teachers(cfg: Config) -> dict[str, Path]:
@@ -90,11 +95,9 @@ def _teacher_models(cfg: Config) -> list[Model]:
     for name in ADAPTORS:
         if found := _adaptor(cfg, name):
             weights, inputs = found
-            adaptor = build_adaptor(name, cfg)
-            digest = load_weights(adaptor, weights)
             loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
-            networks, digests = zip(*(loaded[path] for path in inputs), strict=True)
-            models.append(Model("adaptor", name, (digest, *digests), networks, adaptor))
+            teachers_below = [loaded[path] for path in inputs]
+            models.append(_on_teachers("adaptor", name, build_adaptor(name, cfg), weights, teachers_below))
     return models
 
 

@@ -10,7 +10,7 @@ from eval.scores import Scored
 from eval.tables import Cell, Estimate, Table
 from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
 
-FMR = (1e-2, 1e-3)
+FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # from the least strict on
 FEW = 10  # pairs of a kind in a fold, which make an interval a twentieth too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
@@ -31,7 +31,8 @@ class Results:
         self.pairs = tuple(len(labels) for labels in same.values())
         self.accuracies = np.array([one.accuracies for one in models])
         self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
-        self.intervals = np.percentile(self._samples, (2.5, 97.5), axis=0).transpose(1, 2, 0)  # (models, sets, 2)
+        by_model = self._samples.transpose(1, 2, 0)
+        self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
 
     @property
     def of_one_kind(self) -> list[str]:
@@ -47,7 +48,7 @@ class Results:
         if self.of_one_kind:
             return {}
         groups = self._groups(one)
-        found = {f"FMR {fmr:g}": rates.threshold_at_fmr(groups, fmr) for fmr in FMR}
+        found = {name: rates.threshold_at_fmr(groups, fmr) for name, fmr in FMR.items()}
         return {**found, BEST: rates.threshold_of_best_accuracy(groups)[0]}
 
     def _groups(self, one: Scored) -> rates.Groups:
@@ -119,15 +120,10 @@ class Results:
         for i, one in enumerate(order):
             for other in order[i + 1 :]:
                 found = difference(one, other, self.accuracies, self._samples)
-                row = (
-                    self.models[one].title,
-                    self.models[other].title,
-                    Estimate(found.average, *found.average_interval),
-                )
-                row += (_is_sure(found.average_interval),)
+                cells = [Estimate(found.average, *found.average_interval), _is_sure(found.average_interval)]
                 if self.of_groups:
-                    row += (Estimate(found.std, *found.std_interval), _is_sure(found.std_interval))
-                rows.append(row)
+                    cells += [Estimate(found.std, *found.std_interval), _is_sure(found.std_interval)]
+                rows.append((self.models[one].title, self.models[other].title, *cells))
         header = ("Model", "minus", "Average", "Sure")
         header += ("STD", "STD sure") if self.of_groups else ()
         note = (
@@ -160,7 +156,7 @@ class Results:
         """FMR between images of every two groups, of each model at the strictest threshold that the pairs resolve."""
         rows = []
         for one, shared in zip(self.models, self.shared, strict=True):
-            name = next(n for n in (*(f"FMR {fmr:g}" for fmr in reversed(FMR)), BEST) if shared[n] is not None)
+            name = next(name for name in (*reversed(FMR), BEST) if shared[name] is not None)
             own = {group: one.distances[group][~labels] for group, labels in self.same.items()}
             matrix = rates.impostor_matrix(one.samples, own, shared[name])
             rows += [(one.title, name, group, *row) for group, row in zip(self.same, matrix, strict=True)]

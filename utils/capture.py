@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-Batch = dict[str, torch.Tensor]
+Columns = dict[str, torch.Tensor]
 
 
 class Replayed:
@@ -19,9 +19,9 @@ class Replayed:
     does, is taken plainly and not captured.
     """
 
-    def __init__(self, step: Callable[[Batch], None], tensors: Callable[[], list[torch.Tensor]]):
+    def __init__(self, step: Callable[[Columns], None], tensors: Callable[[], list[torch.Tensor]]):
         self._step, self._tensors = step, tensors
-        self._inputs: Batch = {}
+        self._inputs: Columns = {}
         self._replay: Callable[[], None] | None = None
         self._plainly = False
 
@@ -29,7 +29,7 @@ class Replayed:
         """The next step is captured anew."""
         self._replay = None
 
-    def __call__(self, batch: Batch, seed: int) -> None:
+    def __call__(self, batch: Columns, seed: int) -> None:
         if self._replay:
             for name, value in batch.items():
                 self._inputs[name].copy_(value)
@@ -40,11 +40,11 @@ class Replayed:
         else:
             self._capture(batch, seed)
 
-    def _take(self, batch: Batch, seed: int) -> None:
+    def _take(self, batch: Columns, seed: int) -> None:
         torch.manual_seed(seed)
         self._step(batch)
 
-    def _capture(self, batch: Batch, seed: int) -> None:
+    def _capture(self, batch: Columns, seed: int) -> None:
         before = [value.clone() for value in self._tensors()]
         self._take(batch, seed)
         if len(self._tensors()) != len(before):

@@ -10,7 +10,6 @@ Loss functions name the columns that they read by their parameters:
 
 import contextlib
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -297,13 +296,14 @@ def _delivered(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torch
         with torch.cuda.stream(copier):
             return finish(item), copier.record_event()
 
-    started: deque = deque()
+    before = None
     for item in gathered:
-        started.append(start(item))
-        if len(started) > 1:
-            yield _arrived(*started.popleft(), current)
-    while started:
-        yield _arrived(*started.popleft(), current)
+        started = start(item)
+        if before:
+            yield _arrived(*before, current)
+        before = started
+    if before:
+        yield _arrived(*before, current)
 
 
 def _arrived(batch: dict[str, torch.Tensor], copied: torch.cuda.Event, stream: torch.cuda.Stream) -> dict:

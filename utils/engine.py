@@ -142,8 +142,8 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: "_Progress", val
                     if stop.received or progress.due(cfg.checkpoint_minutes):
                         progress.save()
                         stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}")
+            means = progress.means()  # waits for a GPU to have taken its steps
             trained = time.monotonic()
-            means = progress.means()
             try:
                 with stop.at_once():
                     scores, value = validate() if validate else ({}, -sum(means.values()))
