@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,11 @@ from tests.runs import Linear, checkpoint, difference, train
 from utils.arrays import Filling
 from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
-from utils.engine import _Progress, _seed, _Watch, arithmetic, fit, infer
+from utils.engine import _seed, arithmetic, fit, infer
 from utils.errors import InputError
 from utils.losses import CurricularFace, ElasticArcFace
 from utils.process import Interrupted, run, setup
+from utils.progress import Progress, Watch
 
 
 def assert_equal_runs(cfg, other, name="T"):
@@ -91,6 +93,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
     with pytest.raises(Interrupted, match="continue with: python") as error:
         train(stopped, before_step=stop)
     assert error.value.signal == number
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
     assert checkpoint(stopped)["step"] == (step % 5 or 5)
     train(stopped)
     assert_equal_runs(cfg, stopped)
@@ -223,8 +226,8 @@ def test_a_step_that_is_not_finite_is_not_taken(cfg, monkeypatch, what, noticed_
     setup(cfg)
     faces, network, header, before = Faces(cfg), Linear(), ElasticArcFace(16, 5, s=8.0), []
     if noticed_late:
-        plain = _Watch.found
-        monkeypatch.setattr(_Watch, "found", lambda self: plain(self) if len(before) % 5 == 0 else None)
+        plain = Watch.found
+        monkeypatch.setattr(Watch, "found", lambda self: plain(self) if len(before) % 5 == 0 else None)
 
     def losses(image, label):
         before.append([value.clone() for module in (network, header) for value in module.state_dict().values()])
@@ -510,13 +513,13 @@ def graph_that_forgets(function):
 def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
     """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
     train(cfg)
-    plain = _Progress.stepper
+    plain = Progress.stepper
 
     def stepper(self, losses, max_grad_norm, _):
         _RUNNING.append(self)
         return plain(self, losses, max_grad_norm, True)
 
-    monkeypatch.setattr(_Progress, "stepper", stepper)
+    monkeypatch.setattr(Progress, "stepper", stepper)
     monkeypatch.setattr("utils.capture.graph_of", graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
@@ -540,7 +543,7 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
         setup(cfg)
         network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
         header, faces = ElasticArcFace(16, 50, std=0.0125), Timed(cfg, columns, flip=False)
-        plain, seen = _Progress.due, []
+        plain, seen = Progress.due, []
 
         def due(self, minutes):
             seen.append(self._replayed)
@@ -552,7 +555,7 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
             return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Progress, "due", due)
+            patch.setattr(Progress, "due", due)
             try:
                 fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, schedule=cfg.schedule_fc)
             except Interrupted:
@@ -562,8 +565,8 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
 
     whole, stopped = fitted("whole"), fitted("stopped", stop_at=14)
     assert difference(whole, stopped) == ""
-    plainly = _Progress.stepper
-    monkeypatch.setattr(_Progress, "stepper", lambda self, losses, norm, _: plainly(self, losses, norm, False))
+    plainly = Progress.stepper
+    monkeypatch.setattr(Progress, "stepper", lambda self, losses, norm, _: plainly(self, losses, norm, False))
     one, other = (torch.load(folder / "last_header.pth") for folder in (whole, fitted("plain")))
     assert torch.allclose(one["kernel"], other["kernel"], rtol=1e-4, atol=1e-5)
 

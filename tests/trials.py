@@ -253,9 +253,9 @@ class Gauge:
     path: Path
 
     def __call__(self) -> None:
-        from utils.engine import _Progress
+        from utils.progress import Progress
 
-        plain = _Progress.finish_epoch
+        plain = Progress.finish_epoch
 
         def measured(*given):
             line = plain(*given)
@@ -265,7 +265,7 @@ class Gauge:
                 print(pages * resource.getpagesize(), threads, files, file=file)
             return line
 
-        _Progress.finish_epoch = measured
+        Progress.finish_epoch = measured
 
 
 def endurance(faces: Path, work: Path, epochs: int) -> np.ndarray:
