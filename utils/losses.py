@@ -160,6 +160,86 @@ class CurricularFace(MarginHeader):
         return torch.where(hard, logits * (self.t + logits / self.s), logits)
 
 
+class AdaDistill(nn.Module):
+    """A margin softmax whose class centres follow the teacher's embeddings (Boutros et al., ECCV 2024, Eq. 6-8).
+
+    Before the logits are computed, every sample of the batch moves the centre of its class: w = alpha * w +
+    (1 - alpha) * f_t, where alpha is the cosine of student and teacher, `weighted` by that of centre and teacher
+    (Eq. 8; without it Eq. 7), clipped to [0, 1]. Samples of one class move it one after another, in their order.
+
+    `kernel` (D, C) holds the centres, a column per class, of any length. It is a buffer: no gradient reaches it, and in
+    eval mode it stays as it is. `alpha` is the mean over the last batch.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        s: float = 64.0,
+        m: float = 0.45,
+        margin: str = "arc",
+        weighted: bool = True,
+    ):
+        super().__init__()
+        self.s, self.m, self.margin, self.weighted = s, m, margin, weighted
+        self.register_buffer("kernel", torch.empty(in_features, out_features).normal_(0, 0.01))
+        self.alpha = torch.tensor(math.nan)
+
+    def forward(
+        self, student_embeddings: torch.Tensor, teacher_embeddings: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        """Both embeddings (B, D), labels (B,) int64 -> logits (B, C) of the student; all are normalised here."""
+        student, column = F.normalize(student_embeddings), label.unsqueeze(1)
+        if self.training:
+            self.update(student.detach(), F.normalize(teacher_embeddings), label)
+        logits, _ = _MarginLogits.apply(student, self.kernel, column, self.s, self.target_logit)
+        return logits
+
+    def target_logit(self, target: torch.Tensor) -> torch.Tensor:
+        """The target's cosine (B, 1) with the margin in it: ArcFace's or CosFace's."""
+        return cos_of_sum(target, self.m) if self.margin == "arc" else target - self.m
+
+    @torch.no_grad()
+    def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
+        """Moves the centres by unit-length embeddings (B, D)."""
+        agreement = (student * teacher).sum(1)
+        turn = (label.unsqueeze(1) == label).tril(-1).sum(1)  # how many samples of its class come before
+        alpha = torch.zeros_like(agreement)
+        for k in range(int(turn.max()) + 1):  # mostly once or twice
+            centre = self.kernel[:, label].T
+            weight = agreement * F.cosine_similarity(centre, teacher) if self.weighted else agreement
+            alpha = torch.where(turn == k, weight.clamp(0, 1), alpha)
+            # All others add nothing, exactly: no entry is written by two, so that CUDA too gives the same each time.
+            step = torch.where(turn == k, 1 - alpha, 0).unsqueeze(1) * (teacher - centre)
+            self.kernel.index_add_(1, label, step.T)
+        self.alpha = alpha.mean()
+
+
+class ArcDistill(AdaDistill):
+    """ArcFace for the student against class centres that the teacher has learned, and that stay (Eq. 4)."""
+
+    def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.45):
+        super().__init__(in_features, out_features, s, m, "arc")
+
+    def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
+        self.alpha = torch.ones((), device=label.device)
+
+
+class CosDistill(ArcDistill):
+    """CosFace for the student against class centres that the teacher has learned, and that stay (Eq. 4)."""
+
+    def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.35):
+        super().__init__(in_features, out_features, s, m)
+        self.margin = "cos"
+
+
+def build_distiller(name: str, in_features: int, out_features: int, s: float, m: float, weighted: bool) -> AdaDistill:
+    """The header that the setting `ada_loss` names."""
+    if name in ("ArcDistill", "CosDistill"):
+        return (ArcDistill if name == "ArcDistill" else CosDistill)(in_features, out_features, s, m)
+    return AdaDistill(in_features, out_features, s, m, "arc" if name == "AdaArcDistill" else "cos", weighted)
+
+
 def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     """cos(theta + m) from cos(theta), without arccos: its slope is infinite at +-1, here it is zero there."""
     # In fp32 the smallest (1 - c)(1 + c) above zero is 1e-7: the floor is only reached where the sine is exactly zero.
