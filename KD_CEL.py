@@ -18,8 +18,9 @@ from utils.process import announce, run, setup
 
 def main(cfg: Config) -> None:
     setup(cfg)
+    folder = cfg.student_dir("EAF-KD")
     pairs = load_pairs(cfg)
-    faces = Faces(cfg, target=cfg.adaptor, flip=True, pairs=pairs)
+    faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
     header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
 
@@ -30,7 +31,6 @@ def main(cfg: Config) -> None:
             "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
         }
 
-    folder = cfg.student_dir("EAF-KD")
     fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "-m eval.evaluation")
 

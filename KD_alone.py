@@ -1,8 +1,10 @@
 """Stage 6: a-KD, a student that learns nothing but the multi-teacher embeddings; it needs no identity labels.
 
-Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/
-Writes  <output>/<setting>/<network>/students/<student network>/<adaptor>-a-KD/
-Run     python KD_alone.py [--is_dual_layer] [--has_dropout]
+With ada_source teacher it learns those of one teacher: vanilla KD.
+
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings)
+Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-a-KD/
+Run     python KD_alone.py [--is_dual_layer] [--has_dropout] [--ada_source teacher --ethnicity African]
 """
 
 import torch.nn.functional as F
@@ -17,14 +19,14 @@ from utils.process import announce, run, setup
 
 def main(cfg: Config) -> None:
     setup(cfg)
+    folder = cfg.student_dir("a-KD")
     pairs = load_pairs(cfg)
-    faces = Faces(cfg, target=cfg.adaptor, flip=True, pairs=pairs)
+    faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
 
     def losses(image, target):
         return {"kd": cfg.loss_lambda * F.mse_loss(F.normalize(student(image)), target)}
 
-    folder = cfg.student_dir("a-KD")
     fit(losses, faces, folder, cfg, student, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "KD_CEL.py")
 

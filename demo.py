@@ -20,18 +20,19 @@ GROUPS = ("African", "Asian", "Caucasian", "Indian")
 
 # A narrow network on a few faces learns with a softer margin and a larger learning rate than a wide one on a million.
 SMALL = (
-    "--network iresnet_tiny --student_network iresnet_tiny --batch_size 32 --lr 0.3 --s 16 --m 0.2 --std 0.02 "
-    "--num_epoch 12 --num_epoch_fc 20"
+    "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny --batch_size 32 --lr 0.3 "
+    "--s 16 --m 0.2 --std 0.02 --num_epoch 12 --num_epoch_fc 20"
 )
 STAGES = (
     ("baseline_data_split.py", ""),
     ("train.py", ""),
-    ("extract_all.py", ""),
-    ("fc_EArc.py", ""),
+    ("extract_all.py", "--flip_targets"),
+    ("fc_EArc.py", "--flip_targets"),
     ("dual_layer_EAF-Fusion.py", ""),
     ("dual_layer_EAF-Fusion.py", "--has_dropout"),
     ("KD_alone.py", "--num_epoch 14"),
     ("KD_CEL.py", "--num_epoch 14"),
+    ("KD_AdaDistill.py", "--num_epoch 14"),
     ("-m eval.evaluation", "--report"),
 )
 

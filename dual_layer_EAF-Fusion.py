@@ -4,7 +4,7 @@ It trains DuL, or with has_dropout DLDPO, which has dropout 0.2 before its activ
 
 Reads   <output>/<setting>/<network>/embeddings/
 Writes  <output>/<setting>/<network>/adaptors/<DuL|DLDPO>/, and in it the multi-teacher embeddings of all images
-Run     python dual_layer_EAF-Fusion.py [--has_dropout]
+Run     python dual_layer_EAF-Fusion.py [--has_dropout] [--flip_targets]
 """
 
 from dataclasses import replace

@@ -1,9 +1,11 @@
 """Stage 3: the unit-length embeddings of all images, of every ethnicity, by each teacher.
 
 Reads   <data>, <output>/<setting>/<network>/teachers/<teacher>/
-Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets those of the flipped images too
-Run     python extract_all.py [--ethnicity African]
+Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets (for AdaDistill) also <teacher>_flipped
+Run     python extract_all.py [--ethnicity African] [--flip_targets]
 """
+
+from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +27,9 @@ def main(cfg: Config) -> None:
     faces = Faces(cfg)
     for name, (teacher, digest) in zip(names, teachers, strict=True):
         extract(cfg, faces, name, teacher, digest)
-    announce(cfg, cfg.network_dir / "embeddings", "fc_EArc.py")
+    alone = cfg.setting == "standalone"  # one teacher needs no adaptor
+    following = replace(cfg, ada_source="teacher") if alone else cfg
+    announce(following, cfg.network_dir / "embeddings", "KD_AdaDistill.py" if alone else "fc_EArc.py")
 
 
 def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str) -> None:

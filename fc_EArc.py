@@ -2,7 +2,7 @@
 
 Reads   <output>/<setting>/<network>/embeddings/
 Writes  <output>/<setting>/<network>/adaptors/SL/, and in it the multi-teacher embeddings of all images
-Run     python fc_EArc.py
+Run     python fc_EArc.py [--flip_targets]
 """
 
 import torch.nn.functional as F

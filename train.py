@@ -1,8 +1,10 @@
 """Stage 2: trains the teachers, each on one ethnicity (or, for the baseline, on one quarter of every ethnicity).
 
+Standalone it trains one network, All, on everybody: also on data without ethnicities (--ethnicities "").
+
 Reads   <data>, <pairs>; for the baseline the split of stage 1
 Writes  <output>/<setting>/<network>/teachers/<teacher>/
-Run     python train.py [--ethnicity African] [--is_teacher_baseline]
+Run     python train.py [--ethnicity African] [--is_teacher_baseline] [--is_standalone]
 """
 
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pair
     setup(cfg)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
     header = build_header(cfg.loss, cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
-    validate = validator(backbone, pairs, cfg, best_on="" if cfg.is_teacher_baseline or cfg.pairs_sets else teacher)
+    validate = validator(backbone, pairs, cfg, best_on=teacher if teacher in pairs else "")
 
     def losses(image, label):
         embedding = F.normalize(backbone(image))

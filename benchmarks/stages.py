@@ -43,10 +43,11 @@ from utils.dataset import Column, stream
 from utils.engine import fit
 from utils.extract import Output, embed_all
 from utils.files import write_json, write_text
+from utils.index import SETTLED, find_images, scan
 from utils.losses import ElasticArcFace
 from utils.process import setup
 from utils.split import deal
-from utils.store import SETTLED, ImageStore, find_images, scan
+from utils.store import ImageStore
 from utils.synthetic import generate
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")

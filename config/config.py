@@ -1,35 +1,33 @@
 """The one file to edit: each setting, its published default, and the paths and schedules that follow from them."""
 
-import argparse
 import dataclasses
-import difflib
 import hashlib
-import inspect
 import math
 import os
 import re
 import shlex
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config import arguments
 from utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class Config:
     # Data
-    data: str = "data/BUPT-BalancedFace"  # training images: <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112
+    data: str = "data/BUPT-BalancedFace"  # <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112; or <data>/train.rec
     pairs: str = "data/RFW"  # verification pairs: <pairs>/<ethnicity>_test.bin
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
-    ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups, any names, any number
+    ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
     # What a script works on
     ethnicity: str = "All"  # one group (one quarter of a baseline: quarter1, quarter2, ...), or All in turn
     is_teacher_baseline: bool = False  # teachers of one quarter of each group, instead of one group each
+    is_standalone: bool = False  # one teacher of all groups together, as for data without groups
     is_dual_layer: bool = False  # students learn from the dual-layer adaptor, instead of the single-layer one
     has_dropout: bool = False  # the dual-layer adaptor has dropout before its activation (DLDPO)
 
@@ -47,6 +45,13 @@ class Config:
     std_fc: float = 0.0125  # spread of the elastic margin of the adaptors
     loss_lambda: float = 10000.0  # weight of the distillation loss of the students
     flip_targets: bool = False  # a student that sees a flipped image learns the target of the flipped image
+
+    # AdaDistill
+    ada_source: str = "adaptor"  # students learn from the adaptor; or from one teacher, the one that `ethnicity` names
+    ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: as student_network
+    ada_loss: str = "AdaArcDistill"  # or AdaCosDistill; ArcDistill, CosDistill: the centres of the source's header stay
+    ada_weighted: bool = True  # alpha is weighted by how close the centre is to the teacher (Eq. 8; False: Eq. 7)
+    ada_m: float = -1.0  # margin of AdaDistill; -1: as published, 0.45, or 0.35 for the losses with Cos
 
     # Optimisation
     num_epoch: int = 52  # epochs of teachers and students
@@ -106,6 +111,7 @@ class Config:
         self._check(
             "device_cache_gb", self.device_cache_gb == -1 or 0 <= self.device_cache_gb < math.inf, "-1, or 0 or more"
         )
+        self._check("ada_m", self.ada_m == -1 or 0 <= self.ada_m < math.inf, "-1, or 0 or more")
         self._check("seed", 0 <= self.seed < 2**63, "0 or more, and below 2**63")
         for name in ("num_threads", "num_workers"):
             self._check(name, 0 <= getattr(self, name) <= 1024, "between 0 and 1024")
@@ -121,9 +127,12 @@ class Config:
         self._check("teacher", self.checkpoint or not self.teacher, "empty where no checkpoint is given")
         names = self.ethnicities
         plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
-        self._check("ethnicities", len(names) > 0 and plain, "names of folders, separated by commas")
+        self._check("ethnicities", plain, "names of folders, separated by commas")
         self._check("ethnicities", len(set(names)) == len(names), "different names")
-        meant = {"All", "average", "teachers", "adaptors", "students", *self.quarters}
+        if self.is_teacher_baseline:
+            self._check("is_standalone", not self.is_standalone, "False, or is_teacher_baseline")
+            self._check("ethnicities", names, "names of groups, which the baseline's teachers divide")
+        meant = {"All", "average", "teachers", "adaptors", "students", *ADAPTORS, *self.quarters}
         reserved = sorted(name for name in names if name in meant or name.endswith("_flipped"))
         self._check("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
@@ -139,32 +148,14 @@ class Config:
 
         Prints one sentence and leaves with status 2 where a name is unknown or a value impossible.
         """
-        parser = _Parser(allow_abbrev=False)
-        group, comments = parser, _comments()
-        for field in dataclasses.fields(cls):
-            section, text = comments.get(field.name, ("", ""))
-            if section:
-                group = parser.add_argument_group(section)
-            is_list = isinstance(field.default, tuple)
-            shown = ",".join(map(str, field.default)) if is_list else field.default
-            switch = {"nargs": "?", "const": True} if isinstance(field.default, bool) else {}
-            group.add_argument(
-                f"--{field.name}",
-                type=_reader(field),
-                default=field.default,
-                metavar="a,b,..." if is_list else type(field.default).__name__,
-                help=f"{text} [{shown}]".replace("%", "%%"),
-                **switch,
-            )
-        try:
-            return cls(**vars(parser.parse_args(argv)))
-        except InputError as error:
-            parser.error(str(error))
+        return arguments.parse(cls, argv)
 
     # Names ------------------------------------------------------------------------------------------------------------
 
     @property
     def setting(self) -> str:
+        if self.is_standalone or not self.ethnicities:
+            return "standalone"
         return "baseline" if self.is_teacher_baseline else "specialized"
 
     @property
@@ -178,6 +169,8 @@ class Config:
 
         The published code concatenates Asian, African, Caucasian, Indian; other names follow in the order given.
         """
+        if self.setting == "standalone":
+            return ("All",)
         if self.is_teacher_baseline:
             return self.quarters
         published = [name for name in PUBLISHED_ORDER if name in self.ethnicities]
@@ -186,6 +179,7 @@ class Config:
     @property
     def selected_ethnicities(self) -> tuple[str, ...]:
         """The groups that `ethnicity` selects."""
+        self._check("ethnicities", self.ethnicities, "names of groups")
         return self._selected(self.ethnicities, "a group")
 
     @property
@@ -196,7 +190,7 @@ class Config:
     def _selected(self, names: tuple[str, ...], what: str) -> tuple[str, ...]:
         if self.ethnicity == "All":
             return names
-        self._check("ethnicity", self.ethnicity in names, f"{what}: All, {', '.join(names)}")
+        self._check("ethnicity", self.ethnicity in names, f"{what}: {', '.join(dict.fromkeys(('All', *names)))}")
         return (self.ethnicity,)
 
     @property
@@ -206,6 +200,29 @@ class Config:
             self._check("has_dropout", not self.has_dropout, "False for the single-layer adaptor, or set is_dual_layer")
             return "SL"
         return "DLDPO" if self.has_dropout else "DuL"
+
+    @property
+    def source(self) -> str:
+        """What the students learn from: the name of an adaptor, or with `ada_source` teacher that of a teacher."""
+        if self.ada_source == "adaptor":
+            return self.adaptor
+        names = self.selected_teachers
+        self._check("ethnicity", len(names) == 1, f"{', '.join(names)}: ada_source = 'teacher' means one")
+        return names[0]
+
+    @property
+    def ada_margin(self) -> float:
+        return (0.45 if "Arc" in self.ada_loss else 0.35) if self.ada_m == -1 else self.ada_m
+
+    @property
+    def ada_method(self) -> str:
+        """The one of METHODS that `ada_loss` and `ada_weighted` name."""
+        return self.ada_loss if self.ada_weighted or not self.ada_loss.startswith("Ada") else f"{self.ada_loss}-alpha"
+
+    @property
+    def for_adadistill(self) -> "Config":
+        """These settings with AdaDistill's own student, whose teacher sees each image as the student does."""
+        return dataclasses.replace(self, student_network=self.ada_student_network, flip_targets=True)
 
     @property
     def target_views(self) -> tuple[bool, ...]:
@@ -244,16 +261,31 @@ class Config:
         """Array (N, D): the unit-length multi-teacher embeddings of all images, the students' targets."""
         return self.adaptor_dir(adaptor) / _view("embeddings", flipped)
 
+    @property
+    def source_dir(self) -> Path:
+        """The run folder of what the students learn from."""
+        return self.adaptor_dir(self.source) if self.ada_source == "adaptor" else self.teacher_dir(self.source)
+
+    def source_embeddings(self, flipped: bool = False) -> Path:
+        """Array (N, D): the students' targets."""
+        path = self.adaptor_embeddings if self.ada_source == "adaptor" else self.teacher_embeddings
+        return path(self.source, flipped)
+
     def student_dir(self, method: str) -> Path:
-        """`method` is a-KD or EAF-KD."""
-        return self.network_dir / "students" / self.student_network / f"{self.adaptor}-{method}"
+        """`method` is one of METHODS."""
+        return self.network_dir / "students" / self.student_network / f"{self.source}-{method}"
+
+    @property
+    def of_groups(self) -> bool:
+        """Whether the verification sets are those of the groups, so that fairness can be spoken of."""
+        return bool(self.ethnicities) and not self.pairs_sets
 
     @property
     def pairs_files(self) -> dict[str, Path]:
-        """The verification sets by name: those of the groups, or `pairs_sets` where these are given."""
-        if self.pairs_sets:
-            return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets}
-        return {name: self.pairs_file(name) for name in self.ethnicities}
+        """The verification sets by name: `pairs_sets`, or those of the groups, or for data without groups the usual."""
+        if self.of_groups:
+            return {name: self.pairs_file(name) for name in self.ethnicities}
+        return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets or PAIRS_SETS}
 
     def pairs_file(self, ethnicity: str) -> Path:
         return Path(self.pairs) / f"{ethnicity}_test.bin"
@@ -284,11 +316,12 @@ class Config:
         return arguments
 
     def command(self, script: str) -> str:
-        """The command that runs another stage with these settings, on all ethnicities."""
-        return f"python {script} {shlex.join(dataclasses.replace(self, ethnicity='All').changed)}".rstrip()
+        """The command that runs another stage with these settings, on all ethnicities unless one is the source."""
+        ethnicity = "All" if self.ada_source == "adaptor" else self.ethnicity
+        return f"python {script} {shlex.join(dataclasses.replace(self, ethnicity=ethnicity).changed)}".rstrip()
 
     def decisive(self, kind: str) -> dict[str, Any]:
-        """The settings that decide what a run computes; `kind` is teachers, adaptors or students."""
+        """The settings that decide what a run computes; `kind` is a key of DECISIVE."""
         names = (*DECISIVE["every run"], *DECISIVE[kind])
         return {name: getattr(self, name) for name in names}
 
@@ -316,17 +349,24 @@ HEADERS = (
     "CurricularFace",
 )
 NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet", "iresnet_tiny")
+SETTINGS = ("specialized", "baseline", "standalone", "")  # that of a checkpoint that is named is not known
 ADAPTORS = ("SL", "DuL", "DLDPO")
+ADA_LOSSES = ("AdaArcDistill", "AdaCosDistill", "ArcDistill", "CosDistill")
+METHODS = ("a-KD", "EAF-KD", *ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
+PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 CHOICES = {
     "network": NETWORKS,
     "student_network": NETWORKS,
+    "ada_source": ("adaptor", "teacher"),
+    "ada_student_network": NETWORKS,
+    "ada_loss": ADA_LOSSES,
     "loss": HEADERS,
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
 }
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
-PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25)}
+PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25), 60: (40, 48, 52)}
 DECISIVE = {
     "every run": (
         "seed",
@@ -336,17 +376,17 @@ DECISIVE = {
         "max_grad_norm",
         "embedding_size",
         "s",
-        "m",
         "precision",
     ),
-    "teachers": ("network", "loss", "std", "num_epoch", "milestones", "lr"),
-    "adaptors": ("teachers", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
-    "students": ("student_network", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
+    "teachers": ("network", "loss", "m", "std", "num_epoch", "milestones", "lr"),
+    "adaptors": ("teachers", "m", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
+    "students": ("student_network", "m", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
+    "AdaDistill": ("student_network", "ada_loss", "ada_weighted", "ada_margin", "num_epoch", "milestones", "lr"),
 }
 
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:
-    """Published milestones for 52 and 26 epochs; for other lengths those of 26, scaled and rounded.
+    """Published milestones for 52, 26 and (CASIA-WebFace) 60 epochs; for other lengths those of 26, scaled and rounded.
 
     Milestones that fall on one epoch are kept once, those at epoch 1 left out: no run starts below its learning rate.
     """
@@ -358,49 +398,3 @@ def scaled_milestones(epochs: int) -> tuple[int, ...]:
 
 def _view(name: str, flipped: bool) -> str:
     return f"{name}_flipped.npy" if flipped else f"{name}.npy"
-
-
-def _comments() -> dict[str, tuple[str, str]]:
-    """Per field the title of the section that it opens, if it opens one, and its comment: the text of `--help`."""
-    section, found = "", {}
-    for line in inspect.getsource(Config).splitlines():
-        if title := re.fullmatch(r"    # ([\w ]+)", line):
-            section = title[1]
-        elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            found[field[1]] = (section, field[2])
-            section = ""
-    return found
-
-
-def _reader(field: dataclasses.Field):
-    """The function that turns the text after `--name` into the value of a field."""
-    kind = type(field.default)
-
-    def read(text: str):
-        if kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise ValueError
-            return text.lower() == "true"
-        if kind is tuple:
-            items = [item.strip() for item in text.split(",") if item.strip()]
-            return tuple(map(typing.get_args(field.type)[0], items))
-        return kind(text)
-
-    read.__name__ = "list" if kind is tuple else kind.__name__
-    return read
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_args(self, argv=None):
-        settings, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            if not name.startswith("--"):
-                self.error(f"{name!r} is not understood: settings are given as --name value.")
-            close = difflib.get_close_matches(name, self._option_string_actions, 1)
-            advice = f"did you mean {close[0]}?" if close else "--help lists all settings."
-            self.error(f"unknown setting {name}: {advice}")
-        return settings
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")

@@ -1,7 +1,7 @@
 """Evaluation: the paper's tables of all trained models, how sure they are, and error rates at shared thresholds.
 
-Reads   <pairs>, and <output>: teachers, adaptors (through their teachers) and students, specialized and baseline; or
-        the files that --checkpoint and --teacher name
+Reads   <pairs>, and <output>: teachers, adaptors (through their teachers) and students, of every setting; or the
+        files that --checkpoint and --teacher name
 Writes  <output>/evaluation/ (other sets and named files: a folder in it): accuracy, intervals, differences and rates as
         .md, .csv and .tex, results.json, scores/ with a line per pair, pictures, with --report report.html; distances/,
         from which it goes on
@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from config.config import NETWORKS, Config
+from config.config import NETWORKS, SETTINGS, Config
 from eval import figures, report
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.results import Results
@@ -42,9 +42,9 @@ def main(cfg: Config) -> None:
             raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {command}")
         sets = load_pairs(cfg)
         scored = [one for family in found for one in _scored(family, sets, folder)]
-    scored.sort(key=lambda one: (one.setting != "specialized", NETWORKS.index(one.network), KINDS.index(one.kind)))
+    scored.sort(key=lambda one: (SETTINGS.index(one.setting), NETWORKS.index(one.network), KINDS.index(one.kind)))
 
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, not cfg.pairs_sets, _notes(cfg))
+    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
     tables = results.tables()
     for table in tables.values():
         if table.is_printed:

@@ -7,11 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from backbones import build_adaptor, load_backbone, load_weights
-from config.config import ADAPTORS, NETWORKS, Config
+from config.config import ADAPTORS, METHODS, NETWORKS, Config
 from utils.checkpoint import decided_by, find_weights, weights_with_digest
 from utils.errors import InputError
 
-METHODS = ("a-KD", "EAF-KD")
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
 
@@ -27,9 +26,15 @@ class Model:
 
 
 def families(cfg: Config) -> list[Config]:
-    """The settings of every teacher network, specialized and baseline, that has a trained model."""
-    both = (replace(cfg, is_teacher_baseline=baseline, network=name) for baseline in (False, True) for name in NETWORKS)
-    return [family for family in both if family.network_dir.is_dir() and (_teachers(family) or _students(family))]
+    """The settings of every teacher network, specialized, baseline and standalone, that has a trained model."""
+    # Data without groups are standalone whatever the second says, and divided by no baseline.
+    kinds = [(False, False), (True, False), (False, True)] if cfg.ethnicities else [(False, True)]
+    every = (
+        replace(cfg, is_teacher_baseline=baseline, is_standalone=standalone, network=name)
+        for baseline, standalone in kinds
+        for name in NETWORKS
+    )
+    return [family for family in every if family.network_dir.is_dir() and (_teachers(family) or _students(family))]
 
 
 def models_of(family: Config) -> Iterator[list[Model]]:
@@ -38,7 +43,7 @@ def models_of(family: Config) -> Iterator[list[Model]]:
         yield teachers
     for settings, method, path in _students(family):
         network, digest = load_backbone(settings.student_network, path, family)
-        yield [Model(method, f"{settings.adaptor} {settings.student_network}", (digest,), (network,))]
+        yield [Model(method, f"{settings.source} {settings.student_network}", (digest,), (network,))]
 
 
 def model_of_files(cfg: Config) -> Model:
@@ -69,20 +74,23 @@ def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers:
 
 def _teachers(cfg: Config) -> dict[str, Path]:
     """The weights of every teacher of this family, by name."""
-    names = cfg.quarters if cfg.is_teacher_baseline else cfg.ethnicities  # in the order of the columns
+    names = cfg.ethnicities if cfg.setting == "specialized" else cfg.teachers  # in the order of the columns
     return {name: path for name in names if (path := find_weights(cfg.teacher_dir(name), cfg.weights))}
 
 
 def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     """Settings, method and weights of every student of this family."""
-    found = []
-    for network in NETWORKS:
-        for is_dual_layer, has_dropout in ((False, False), (True, False), (True, True)):
-            student = replace(cfg, student_network=network, is_dual_layer=is_dual_layer, has_dropout=has_dropout)
-            for method in METHODS:
-                if path := find_weights(student.student_dir(method), cfg.weights):
-                    found.append((student, method, path))
-    return found
+    shapes = ((False, False), (True, False), (True, True))
+    adaptors = [{"ada_source": "adaptor", "is_dual_layer": dual, "has_dropout": dropout} for dual, dropout in shapes]
+    teachers = [{"ada_source": "teacher", "ethnicity": name} for name in cfg.teachers]
+    students = [
+        (replace(cfg, student_network=network, **source), method)
+        for network in NETWORKS
+        for source in (*adaptors, *teachers)
+        for method in METHODS
+    ]
+    found = [(student, method, find_weights(student.student_dir(method), cfg.weights)) for student, method in students]
+    return [(student, method, path) for student, method, path in found if path]
 
 
 def _teacher_models(cfg: Config) -> list[Model]:

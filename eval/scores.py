@@ -22,10 +22,10 @@ SAMPLE = 1000  # images of a set whose embeddings are kept, to pair those of dif
 class Scored:
     """A model and what it gives to each verification set."""
 
-    setting: str  # specialized | baseline; empty for a checkpoint that was named
+    setting: str  # one of config.config.SETTINGS; empty for a checkpoint that was named
     network: str  # of the teachers
     kind: str  # one of `eval.models.KINDS`
-    name: str  # teacher's group, adaptor, or adaptor and student network
+    name: str  # teacher, adaptor, or a student's source and network
     distances: dict[str, np.ndarray]  # per set (P,) float64
     samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
     accuracies: tuple[float, ...]  # in percent, in order of the sets

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from config.config import Config
+from tests.runs import GROUPS, arguments, run_script
+from utils.synthetic import generate
 
 torch.set_num_threads(2)
 
@@ -64,3 +66,40 @@ def small_config(tmp_path: Path) -> Config:
 @pytest.fixture
 def cfg(tmp_path) -> Config:
     return small_config(tmp_path)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch) -> None:
+    """Pictures without a drawing, for tests that look at tables: drawing takes most of an evaluation's time."""
+
+    def save(figure, axes, path: Path, note: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.zeros((1, 1, 3), np.uint8), ".png"))
+
+    monkeypatch.setattr("eval.figures._save", save)
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generated") / "faces"
+    generate(folder, GROUPS, identities=4, images=4, pairs=20, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(faces, tmp_path_factory) -> tuple[Config, list[str]]:
+    """All stages of the specialised setting, then one of the baseline's teachers, then the evaluation."""
+    given = arguments(faces, tmp_path_factory.mktemp("output"))
+    run_script("baseline_data_split.py", given)
+    run_script("train.py", given)
+    run_script("extract_all.py", [*given, "--flip_targets"])
+    # No flag makes it write a dual-layer adaptor.
+    run_script("fc_EArc.py", [*given, "--flip_targets", "--is_dual_layer"])
+    run_script("dual_layer_EAF-Fusion.py", given)
+    run_script("dual_layer_EAF-Fusion.py", [*given, "--has_dropout"])
+    run_script("KD_alone.py", given)
+    run_script("KD_CEL.py", [*given, "--is_dual_layer", "--has_dropout"])
+    run_script("KD_AdaDistill.py", given)
+    run_script("train.py", [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"])
+    run_script("eval.evaluation", given)
+    return Config.from_args(given), given

@@ -1,7 +1,8 @@
-"""Makes tests/golden_heads.json: logits, loss and gradients of the margin heads, from the formulae in float64.
+"""Makes tests/golden_heads.json and tests/golden_adadistill.json, from the formulae in float64.
 
-The formulae are those of FACTS 2.1 and 3 in their plain form (arc cosine, one sample and one class at a time), the
-gradients are central differences: nothing here shares a line with utils.losses. Run: python -m tests.make_golden
+Logits, loss and gradients of the margin heads, and three successive steps of AdaDistill with its centres. The formulae
+are those of the papers in their plain form (arc cosine, one sample and one class at a time), the gradients are central
+differences: nothing here shares a line with utils.losses. Run: python -m tests.make_golden
 """
 
 import json
@@ -85,6 +86,80 @@ def gradient(function, embeddings, kernel, which, step=1e-6):
     return result
 
 
+STEP_LABELS = ([2, 0, 2, 5], [1, 1, 1, 1], [5, 2, 0, 3])
+"""Three batches: a class twice, one class four times, and classes whose centres have moved before."""
+
+
+def steps_inputs() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Three batches (4, 5) each of student and teacher embeddings; in the third sample of each the two point apart."""
+    student = [
+        np.array([[math.sin(1.3 * i + 0.7 * j + 2 * k + 1) for j in range(DIMENSIONS)] for i in range(BATCH)])
+        for k in range(3)
+    ]
+    teacher = [
+        np.array(
+            [
+                [math.sin(1.3 * i + 0.7 * j + 2 * k + 1.4) + 0.2 * math.cos(3 * j + i) for j in range(DIMENSIONS)]
+                for i in range(BATCH)
+            ]
+        )
+        for k in range(3)
+    ]
+    for batch in teacher:
+        batch[2] *= -1
+    return student, teacher
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(sum(one * other) / math.sqrt(sum(one * one)) / math.sqrt(sum(other * other)))
+
+
+def ada_logits(student: np.ndarray, centres: np.ndarray, label: list[int], margin: str) -> list[list[float]]:
+    rows = []
+    for i in range(BATCH):
+        cosines = [cosine(student[i], centres[:, j]) for j in range(CLASSES)]
+        target = cosines[label[i]]
+        cosines[label[i]] = math.cos(math.acos(target) + 0.45) if margin == "arc" else target - 0.35
+        rows.append([S * value for value in cosines])
+    return rows
+
+
+def ada_loss(student: np.ndarray, centres: np.ndarray, label: list[int], margin: str) -> float:
+    rows = ada_logits(student, centres, label, margin)
+    return sum(math.log(sum(math.exp(v) for v in rows[i])) - rows[i][label[i]] for i in range(BATCH)) / BATCH
+
+
+def ada_steps(margin: str, weighted: bool) -> list[dict]:
+    """Eq. 6 with alpha of Eq. 8 (`weighted`) or 7, sample after sample, then the margin softmax of Eq. 4."""
+    centres, steps = inputs()[1], []
+    for student, teacher, label in zip(*steps_inputs(), STEP_LABELS, strict=True):
+        alphas = []
+        for i in range(BATCH):
+            unit = teacher[i] / np.linalg.norm(teacher[i])
+            alpha = cosine(student[i], teacher[i])
+            if weighted:
+                alpha *= cosine(centres[:, label[i]], teacher[i])
+            alphas.append(min(1.0, max(0.0, alpha)))
+            centres[:, label[i]] = alphas[i] * centres[:, label[i]] + (1 - alphas[i]) * unit
+        gradient = np.zeros_like(student)
+        for place in np.ndindex(gradient.shape):
+            moved = [student.copy(), student.copy()]
+            moved[0][place] += 1e-6
+            moved[1][place] -= 1e-6
+            losses = [ada_loss(one, centres, label, margin) for one in moved]  # the centres are no function of them
+            gradient[place] = (losses[0] - losses[1]) / 2e-6
+        steps.append(
+            {
+                "alpha": round(sum(alphas) / BATCH, 9),
+                "logits": np.round(ada_logits(student, centres, label, margin), 9).tolist(),
+                "loss": round(ada_loss(student, centres, label, margin), 9),
+                "gradient": np.round(gradient, 7).tolist(),
+                "centres": np.round(centres, 9).tolist(),
+            }
+        )
+    return steps
+
+
 def main() -> None:
     embeddings, kernel = inputs()
     golden = {}
@@ -104,8 +179,13 @@ def main() -> None:
             "embeddings_gradient": np.round(gradient(function, embeddings, kernel, 0), 7).tolist(),
             "kernel_gradient": np.round(gradient(function, embeddings, kernel, 1), 7).tolist(),
         }
-    path = Path(__file__).with_name("golden_heads.json")
-    path.write_text(json.dumps(golden, separators=(",", ":")) + "\n")
+    steps = {
+        f"{margin}{' weighted' if weighted else ''}": ada_steps(margin, weighted)
+        for margin in ("arc", "cos")
+        for weighted in (True, False)
+    }
+    for name, values in (("golden_heads.json", golden), ("golden_adadistill.json", steps)):
+        Path(__file__).with_name(name).write_text(json.dumps(values, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

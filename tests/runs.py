@@ -1,5 +1,7 @@
-"""What tests of several modules start from: a small run, random embeddings, and whether two runs are equal."""
+"""What tests of several modules start from: scripts, a small run, random embeddings, whether two runs are equal."""
 
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,36 @@ from utils.losses import ElasticArcFace
 from utils.process import setup
 from utils.store import ImageStore
 
+ROOT = Path(__file__).parents[1]
+GROUPS = ("African", "Asian", "Caucasian", "Indian")
 FEATURES = 3 * 112 * 112
+
+
+def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
+    """Runs a script or module in this process with a command line, and checks its exit status."""
+    before, sys.argv = sys.argv, [script, *arguments]
+    try:
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            sys.modules.pop(script, None)
+            runpy.run_module(script, run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+    assert status == expect, f"{script} ended with {status}"
+
+
+def arguments(faces: Path, output: Path) -> list[str]:
+    """The command line of every stage, for a tiny network on `faces`, with its cache beside them."""
+    paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
+    paths += ["--cache", str(faces.parent / "cache")]
+    networks = "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny"
+    small = "--embedding_size 32 --middle_layer_size 32"
+    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2"
+    return [*paths, *f"{networks} {small} {short}".split()]
 
 
 class Linear(torch.nn.Module):

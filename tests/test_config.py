@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from config.arguments import _comments
 from config.config import Config, scaled_milestones
 from utils.errors import InputError
 
@@ -27,7 +28,8 @@ def test_learning_rate_follows_the_batch_size():
 
 def test_other_lengths_are_scaled():
     assert scaled_milestones(13) == (4, 7, 10, 13)
-    assert scaled_milestones(60) == (18, 32, 46, 58)
+    assert scaled_milestones(60) == (40, 48, 52)  # published, of CASIA-WebFace
+    assert scaled_milestones(65) == (20, 35, 50, 63)
     assert scaled_milestones(104) == (32, 56, 80, 100)
     assert scaled_milestones(2) == (2,)
     assert scaled_milestones(1) == ()
@@ -115,9 +117,7 @@ def test_help_explains_every_setting(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in text
-    from config.config import _comments
-
-    comments = _comments()
+    comments = _comments(Config)
     assert set(comments) == {field.name for field in dataclasses.fields(Config)}
     assert all(len(explanation) > 10 for _, explanation in comments.values())
 

@@ -113,9 +113,9 @@ def test_missing_embeddings_are_all_named(cfg):
     with pytest.raises(InputError, match=r"Missing: .*B.npy. Run first: python extract_all.py --data"):
         Faces(cfg, inputs=cfg.teachers)
     with pytest.raises(InputError, match=r"SL/embeddings.npy. Run first: python fc_EArc.py"):
-        Faces(cfg, target="SL")
+        Faces(cfg, target=True)
     with pytest.raises(InputError, match=r"embeddings.npy. Run first: python dual_layer_EAF-Fusion.py"):
-        Faces(cfg, target="DuL")
+        Faces(replace(cfg, is_dual_layer=True), target=True)
     write_embeddings(cfg, "B")
     with pytest.raises(
         InputError, match=r"A_flipped.npy.*B_flipped.npy. Run first: python extract_all.py .*--flip_targets True"
@@ -158,12 +158,12 @@ def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
         write_embeddings(cfg, name)
     faces = Faces(cfg, inputs=cfg.teachers)
     write_targets(cfg, {name: faces.origins[cfg.teacher_embeddings(name)] for name in cfg.teachers})
-    assert "target" in Faces(cfg, target="SL").columns
+    assert "target" in Faces(cfg, target=True).columns
     with pytest.raises(InputError, match=r"was made from the teachers A, B, in this order: set ethnicities so"):
-        Faces(replace(cfg, ethnicities=("B", "A"), cache=cfg.cache), target="SL")
+        Faces(replace(cfg, ethnicities=("B", "A"), cache=cfg.cache), target=True)
     save(cfg.teacher_dir("B") / "best_backbone.pth", {"other": torch.zeros(1)})
     with pytest.raises(InputError, match=r"SL/embeddings.npy was made by other weights than .*B/best_backbone.pth"):
-        Faces(cfg, target="SL")
+        Faces(cfg, target=True)
 
 
 def test_what_is_missing_is_said_before_an_image_is_decoded(cfg):

@@ -26,10 +26,11 @@ def test_the_report_over_seeds():
         teachers = {("teacher", group): [50.0] * 4 for group in GROUPS}
         for i, group in enumerate(GROUPS):
             teachers["teacher", group][i] = 70.0
-        return {**teachers, ("EAF-KD", "SL x"): [60 + gain, 60, 60, 60]}
+        students = {"EAF-KD": [60 + gain, 60, 60, 60], "a-KD": [60.0] * 4, "AdaArcDistill": [60, 60, 60, 62 - gain]}
+        return {**teachers, **{(method, "SL x"): values for method, values in students.items()}}
 
     text = report([table(0), table(2), table(4)])
     assert "| teacher | African | 70.00 ± 0.00 | 50.00 ± 0.00 |" in text
     assert "| EAF-KD | SL x | 62.00 ± 2.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.50 ± 0.50 |" in text
-    assert "| 0 | +20.00 | +5.00 | +8.66 |" in text
-    assert "| 2 | +20.00 | +6.00 | +6.93 |" in text
+    assert "| 0 | +20.00 | +5.00 | +8.66 | +0.50 |" in text
+    assert "| 2 | +20.00 | +6.00 | +6.93 | -0.50 |" in text

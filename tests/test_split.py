@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
+from utils.index import scan
 from utils.split import deal, read_quarter, write_split
-from utils.store import scan
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import csv
 import inspect
 import json
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -23,63 +22,11 @@ from backbones import DualLayerAdaptor, MultiTeacher, build_adaptor, build_backb
 from config.config import Config
 from eval.scores import fuse
 from eval.verification import load_bin, ten_fold, views
+from tests.runs import GROUPS, ROOT, arguments, run_script
 from tests.test_verification import plain_loop_of
 from utils.checkpoint import save
 from utils.dataset import Faces, to_network
 from utils.engine import infer
-from utils.synthetic import generate
-
-ROOT = Path(__file__).parents[1]
-GROUPS = ("African", "Asian", "Caucasian", "Indian")
-
-
-def run(script: str, arguments: list[str], expect: int = 0) -> None:
-    """Runs a script or module in this process with a command line, and checks its exit status."""
-    before, sys.argv = sys.argv, [script, *arguments]
-    try:
-        if script.endswith(".py"):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        else:
-            sys.modules.pop(script, None)
-            runpy.run_module(script, run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = before
-    assert status == expect, f"{script} ended with {status}"
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("generated") / "faces"
-    generate(folder, GROUPS, identities=4, images=4, pairs=20, seed=3)
-    return folder
-
-
-def arguments(faces: Path, output: Path) -> list[str]:
-    paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
-    paths += ["--cache", str(faces.parent / "cache")]
-    small = "--network iresnet_tiny --student_network iresnet_tiny --embedding_size 32 --middle_layer_size 32"
-    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2"
-    return [*paths, *f"{small} {short}".split()]
-
-
-@pytest.fixture(scope="module")
-def trained(faces, tmp_path_factory) -> tuple[Config, list[str]]:
-    """All seven stages of the specialised setting, then the baseline's teachers."""
-    given = arguments(faces, tmp_path_factory.mktemp("output"))
-    run("baseline_data_split.py", given)
-    run("train.py", given)
-    run("extract_all.py", [*given, "--flip_targets"])
-    run("fc_EArc.py", [*given, "--flip_targets", "--is_dual_layer"])  # no flag makes it write a dual-layer adaptor
-    run("dual_layer_EAF-Fusion.py", given)
-    run("dual_layer_EAF-Fusion.py", [*given, "--has_dropout"])
-    run("KD_alone.py", given)
-    run("KD_CEL.py", [*given, "--is_dual_layer", "--has_dropout"])
-    run("train.py", [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"])
-    run("eval.evaluation", given)
-    return Config.from_args(given), given
 
 
 def test_every_stage_writes_what_the_next_one_reads(trained):
@@ -91,6 +38,7 @@ def test_every_stage_writes_what_the_next_one_reads(trained):
         *(f"{base}/adaptors/{name}/best_backbone.pth" for name in ("SL", "DuL", "DLDPO")),
         f"{base}/students/iresnet_tiny/SL-a-KD/best_backbone.pth",
         f"{base}/students/iresnet_tiny/DLDPO-EAF-KD/best_backbone.pth",
+        f"{base}/students/iresnet_tiny/SL-AdaArcDistill/best_backbone.pth",
         "baseline/iresnet_tiny/teachers/quarter2/best_backbone.pth",
     }
     for run_folder in {path.parent for path in Path(cfg.output).rglob("best_backbone.pth")}:
@@ -143,7 +91,7 @@ def test_both_views_are_extracted_in_one_pass_and_what_is_there_is_left(trained,
         for path in lost:
             path.unlink()
         stamp = both[0].stat().st_mtime_ns if both[0].exists() else 0
-        run("extract_all.py", [*given, "--output", str(output), "--flip_targets"])
+        run_script("extract_all.py", [*given, "--output", str(output), "--flip_targets"])
         assert [filling.path for filling in passes.pop()] == lost
         assert passes == []
         assert not stamp or both[0].stat().st_mtime_ns == stamp
@@ -182,6 +130,7 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
         *(("specialized", "adaptor", name) for name in ("SL", "DuL", "DLDPO")),
         ("specialized", "a-KD", "SL iresnet_tiny"),
         ("specialized", "EAF-KD", "DLDPO iresnet_tiny"),
+        ("specialized", "AdaArcDistill", "SL iresnet_tiny"),
         ("baseline", "teacher", "quarter2"),
     ]
 
@@ -202,6 +151,7 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
         *(MultiTeacher(teachers, adaptor(name)) for name in ("SL", "DuL", "DLDPO")),
         network(students / "SL-a-KD"),
         network(students / "DLDPO-EAF-KD"),
+        network(students / "SL-AdaArcDistill"),
         network(Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2"),
     ]
     for row, model in zip(rows, models, strict=True):
@@ -219,6 +169,7 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
         assert float(row["SER"]) == pytest.approx(ratio)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
     cfg, given = trained
     output, seen = tmp_path / "output", []
@@ -235,19 +186,19 @@ def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypa
     plain = eval.scores.views
     monkeypatch.setattr(eval.scores, "views", watched)
     table.unlink()
-    run("eval.evaluation", given)
+    run_script("eval.evaluation", given)
     assert seen == []
     shutil.rmtree(distances / "specialized-iresnet_tiny" / "teacher Asian")
     damaged = distances / "specialized-iresnet_tiny" / "a-KD SL iresnet_tiny" / "Indian.npy"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    run("eval.evaluation", given)
+    run_script("eval.evaluation", given)
     assert seen == [*(f"{group} pairs, teacher Asian" for group in GROUPS), "Indian pairs, a-KD SL iresnet_tiny"]
     assert table.read_bytes() == whole
     seen.clear()
     path = cfg.pairs_file("Asian")
     pairs = shutil.copytree(path.parent, tmp_path / "pairs")
     shutil.copy(cfg.pairs_file("Indian"), pairs / path.name)
-    run("eval.evaluation", [*given, "--pairs", str(pairs)])
+    run_script("eval.evaluation", [*given, "--pairs", str(pairs)])
     assert {title.split()[0] for title in seen} == {"Asian"}
 
 
@@ -262,7 +213,7 @@ def test_tables_and_pictures_of_generated_faces_say_so(trained):
         "training.png",
         *(f"curves/{path.name}" for path in folder.glob("curves/*")),
     ]
-    assert len(pictures) == 3 + 10
+    assert len(pictures) == 3 + 11
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
@@ -282,6 +233,7 @@ def test_the_table_equals_a_recomputation_from_the_written_scores(trained):
             assert float(row[group]) == pytest.approx(100 * np.mean(accuracy), abs=1e-9)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, capsys):
     """A student by its file, and an adaptor by its file and its teachers', released ones for all that is known."""
     cfg, given = trained
@@ -296,13 +248,13 @@ def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, 
         (["--checkpoint", str(adaptor), "--is_dual_layer", *teachers], ("adaptor", "DuL")),
     ):
         capsys.readouterr()
-        run("eval.evaluation", [*given, *output, *options])
+        run_script("eval.evaluation", [*given, *output, *options])
         folder = Path(capsys.readouterr().out.split("Written to ")[1].split(": accuracy.md")[0])
         (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
         assert [row[group] for group in GROUPS] == known["specialized", *model]
         assert row["Kind"] == "checkpoint"
     published = [*given, *output, "--checkpoint", str(adaptor), "--is_dual_layer", *teachers]
-    run("eval.evaluation", [*published, "--published_adaptor_input"])
+    run_script("eval.evaluation", [*published, "--published_adaptor_input"])
     other = tmp_path / "output" / "evaluation" / "published adaptor input" / folder.name
     lines = [(one / "scores" / next((one / "scores").iterdir()).name).read_text() for one in (folder, other)]
     assert lines[0] != lines[1]
@@ -321,10 +273,11 @@ def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, 
             "teacher names 1 files: an adaptor takes those of",
         ),
     ):
-        run("eval.evaluation", [*given, *output, *options], expect=2)
+        run_script("eval.evaluation", [*given, *output, *options], expect=2)
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_models_that_say_nothing_end_in_a_figure_or_a_sentence(trained, tmp_path, capsys):
     """One that maps all faces to one point decides half of the pairs rightly; one that gives NaN is refused by name."""
     _, given = trained
@@ -333,28 +286,29 @@ def test_models_that_say_nothing_end_in_a_figure_or_a_sentence(trained, tmp_path
     for name, value in (("point", 1.0), ("nan", float("nan"))):
         torch.save({**state, "features.bias": torch.full((32,), value)}, tmp_path / f"{name}.pth")
     output = ["--output", str(tmp_path / "output")]
-    run("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "point.pth"), "--report"])
+    run_script("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "point.pth"), "--report"])
     folder = next((tmp_path / "output" / "evaluation").glob("point-*"))
     (row,) = csv.DictReader((folder / "accuracy.csv").read_text().splitlines())
     assert [float(row[group]) for group in GROUPS] == [50.0] * 4
     assert capsys.readouterr().err == ""
-    run("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "nan.pth")], expect=2)
+    run_script("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "nan.pth")], expect=2)
     sentence = "checkpoint nan.pth iresnet_tiny on the pairs of African: Some embeddings are not finite"
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path, capsys):
     cfg, given = trained
     for name, source in (("lfw", "Asian"), ("cfp_fp", "Indian")):
         shutil.copy(cfg.pairs_file(source), tmp_path / f"{name}.bin")
     student = str(cfg.network_dir / "students" / "iresnet_tiny" / "SL-a-KD" / "best_backbone.pth")
     options = ["--pairs", str(tmp_path), "--pairs_sets", "lfw,cfp_fp", "--output", str(tmp_path / "output")]
-    run("eval.evaluation", [*given, *options, "--checkpoint", student])
+    run_script("eval.evaluation", [*given, *options, "--checkpoint", student])
     page = capsys.readouterr().out
     assert f"Written to {tmp_path}/output/evaluation/lfw+cfp_fp/best_backbone-" in page
     header = next(line for line in page.splitlines() if line.startswith("| Setting"))
     assert [cell.strip() for cell in header.split("|")[5:-1]] == ["lfw", "cfp_fp", "Average"]
-    run("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
+    run_script("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
     assert f"Missing: {tmp_path}/agedb_30.bin. Set pairs to the folder of these files." in capsys.readouterr().err
 
 
@@ -362,9 +316,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(trained, tmp_path):
     cfg, given = trained
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
-    run("eval.evaluation", [*given, "--output", str(output), "--report"])
+    run_script("eval.evaluation", [*given, "--output", str(output), "--report"])
     page = (output / "evaluation" / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 3 + 10
+    assert page.count('src="data:image/png;base64,') == 3 + 11
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     for title in ("Accuracy", "95 % intervals", "Differences", "Impostors across groups", "Training"):
         assert f"<h2>{title}</h2>" in page
@@ -389,11 +343,11 @@ def test_flipped_targets_change_the_student(trained, tmp_path):
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
     shutil.rmtree(output / "specialized/iresnet_tiny/students")
-    run("KD_alone.py", [*given, "--output", str(output), "--flip_targets"])
+    run_script("KD_alone.py", [*given, "--output", str(output), "--flip_targets"])
     student = Path("specialized/iresnet_tiny/students/iresnet_tiny/SL-a-KD/best_backbone.pth")
     one, other = (torch.load(Path(base) / student, weights_only=True) for base in (cfg.output, output))
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
-    run("KD_alone.py", [*given, "--output", str(output)], expect=2)
+    run_script("KD_alone.py", [*given, "--output", str(output)], expect=2)
 
 
 def test_a_student_without_header_reads_no_label(trained, tmp_path, monkeypatch):
@@ -409,40 +363,42 @@ def test_a_student_without_header_reads_no_label(trained, tmp_path, monkeypatch)
         self.columns["label"].arrays[0][:] = 10**6
 
     monkeypatch.setattr(Faces, "__init__", poisoned)
-    run("KD_alone.py", [*given, "--output", str(output)])
+    run_script("KD_alone.py", [*given, "--output", str(output)])
     student = Path("specialized/iresnet_tiny/students/iresnet_tiny/SL-a-KD/last_backbone.pth")
     one, other = (torch.load(Path(base) / student, weights_only=True) for base in (cfg.output, output))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     with pytest.raises(RuntimeError, match="out of bounds"):
-        run("KD_CEL.py", [*given, "--output", str(output)])
+        run_script("KD_CEL.py", [*given, "--output", str(output)])
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_another_order_of_ethnicities_is_refused_where_it_matters(trained, capsys):
     """Names beyond the published four are concatenated in the order given: an adaptor must keep its own."""
     cfg, given = trained
     for script, status in (("fc_EArc.py", 0), ("eval.evaluation", 0)):  # the published names have an order of their own
-        run(script, [*given, "--flip_targets", "--ethnicities", "Indian,Caucasian,Asian,African"], status)
+        run_script(script, [*given, "--flip_targets", "--ethnicities", "Indian,Caucasian,Asian,African"], status)
     assert "left out" not in capsys.readouterr().out
     path = cfg.adaptor_dir("SL") / "checkpoint.pth"
     before = path.read_bytes()
     state = torch.load(path, weights_only=True)
     state["decided_by"]["settings"]["teachers"].reverse()
     save(path, state)
-    run("fc_EArc.py", given, expect=2)
+    run_script("fc_EArc.py", given, expect=2)
     assert "teachers was ['Indian', 'Caucasian', 'African', 'Asian']" in capsys.readouterr().err
-    run("eval.evaluation", given)
+    run_script("eval.evaluation", given)
     assert "SL is left out: it was trained on Indian, Caucasian, African, Asian" in capsys.readouterr().out
     path.write_bytes(before)
 
 
 def test_a_teacher_that_would_be_refused_is_found_before_another_is_trained(faces, tmp_path, capsys):
     given = arguments(faces, tmp_path / "output")
-    run("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
-    run("train.py", given, expect=2)
+    run_script("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
+    run_script("train.py", given, expect=2)
     assert "teachers/Indian holds a run with other settings or data (num_epoch was 1, now 2)" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "output/specialized/iresnet_tiny/teachers").iterdir()] == ["Indian"]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_adaptor_is_scored_through_the_teachers_it_was_trained_on(trained, capsys, tmp_path):
     cfg, given = trained
     output = tmp_path / "output"
@@ -453,19 +409,19 @@ def test_an_adaptor_is_scored_through_the_teachers_it_was_trained_on(trained, ca
         table = output.joinpath("evaluation", *folder, "accuracy.csv")
         return [line for line in table.read_text().splitlines() if ",adaptor," in line]
 
-    run("eval.evaluation", [*given, "--weights", "last"])
+    run_script("eval.evaluation", [*given, "--weights", "last"])
     assert len(adaptor_rows("last")) == 3
     assert "Weights of the last epoch." in (output / "evaluation" / "last" / "accuracy.md").read_text()
     assert "left out" not in capsys.readouterr().out
     teachers = output / "specialized/iresnet_tiny/teachers"
     for which in ("best", "last"):  # trained anew
         shutil.copy(teachers / "Asian" / "best_backbone.pth", teachers / "African" / f"{which}_backbone.pth")
-    run("eval.evaluation", given)
+    run_script("eval.evaluation", given)
     assert adaptor_rows() == []
     for kind in ("scores/*.csv", "curves/*.png"):  # those of models that are left out are not left behind
         assert not [path for path in output.glob(f"evaluation/{kind}") if "adaptor" in path.name]
     assert "SL is left out: the teachers it was trained on are not there any more: African" in capsys.readouterr().out
-    run("KD_alone.py", given, expect=2)
+    run_script("KD_alone.py", given, expect=2)
     assert "was made by other weights than" in capsys.readouterr().err
 
 
@@ -476,7 +432,7 @@ def test_the_next_command_is_the_one_that_is_meant(trained, capsys):
         ("train.py", ["--ethnicity", "Asian"], cfg),
         ("dual_layer_EAF-Fusion.py", ["--has_dropout"], replace(cfg, is_dual_layer=True, has_dropout=True)),
     ):
-        run(script, [*given, *extra])
+        run_script(script, [*given, *extra])
         command = shlex.split(capsys.readouterr().out.splitlines()[-1].split("Next: ")[1])
         assert (ROOT / command[1]).exists()
         assert Config.from_args(command[2:]) == wanted
@@ -503,8 +459,8 @@ def test_damaged_embeddings_are_made_again(trained, tmp_path):
     path = output / cfg.teacher_embeddings("Asian").relative_to(cfg.output)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    run("fc_EArc.py", [*given, "--output", str(output)], expect=2)
-    run("extract_all.py", [*given, "--output", str(output)])
+    run_script("fc_EArc.py", [*given, "--output", str(output)], expect=2)
+    run_script("extract_all.py", [*given, "--output", str(output)])
     assert path.read_bytes() == whole
 
 
@@ -518,6 +474,7 @@ def test_damaged_embeddings_are_made_again(trained, tmp_path):
         "dual_layer_EAF-Fusion.py",
         "KD_alone.py",
         "KD_CEL.py",
+        "KD_AdaDistill.py",
     ],
 )
 def test_scripts_fit_on_one_screen_and_import_no_script(script):
@@ -537,12 +494,17 @@ def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path
         ("dual_layer_EAF-Fusion.py", [], "Run first: python extract_all.py --data"),
         ("KD_alone.py", [], "Run first: python fc_EArc.py --data"),
         ("KD_CEL.py", ["--is_dual_layer"], "Run first: python dual_layer_EAF-Fusion.py --data"),
+        ("KD_AdaDistill.py", [], "Run first: python fc_EArc.py --data"),
+        ("KD_alone.py", ["--ada_source", "teacher", "--ethnicity", "Asian"], "Run first: python extract_all.py --data"),
+        ("KD_alone.py", ["--ada_source", "teacher"], "ethnicity = 'All' must be Asian, African, Caucasian, Indian: "),
+        ("baseline_data_split.py", ["--ethnicities", ""], "ethnicities = () must be names of groups"),
+        ("train.py", ["--ethnicities", ""], "Missing: "),
         ("eval.evaluation", [], "holds no trained model. Set output, or run first: python train.py --data"),
         ("train.py", ["--pairs", "nowhere"], "Missing: nowhere/African_test.bin, nowhere/Asian_test.bin"),
         ("train.py", ["--data", "nowhere"], "There is no folder nowhere"),
         *([] if torch.cuda.is_available() else [("train.py", ["--device", "cuda"], "finds no CUDA device")]),
     ):
-        run(script, [*given, *extra], expect=2)
+        run_script(script, [*given, *extra], expect=2)
         assert sentence in capsys.readouterr().err
     assert [path for path in tmp_path.rglob("*") if "pairs" not in path.parts] == [tmp_path / "cache"]
 
@@ -553,10 +515,10 @@ def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):
     for name in GROUPS:
         cfg.teacher_dir(name).mkdir(parents=True)
         torch.save(build_backbone("iresnet_tiny", 32).state_dict(), cfg.teacher_dir(name) / "30000backbone.pth")
-    run("train.py", given)
+    run_script("train.py", given)
     assert capsys.readouterr().out.count("30000backbone.pth and no checkpoint of a run: used as it is") == 4
-    run("extract_all.py", given)
-    run("fc_EArc.py", given)
+    run_script("extract_all.py", given)
+    run_script("fc_EArc.py", given)
     assert cfg.adaptor_embeddings("SL").exists()
 
 
@@ -564,7 +526,7 @@ def test_stages_that_are_done_are_not_done_again(trained, capsys):
     cfg, given = trained
     before = {path: path.stat().st_mtime_ns for path in cfg.network_dir.rglob("*") if path.is_file()}
     for script in ("baseline_data_split.py", "train.py", "extract_all.py", "fc_EArc.py", "KD_alone.py"):
-        run(script, [*given, "--flip_targets"] if script.startswith(("extract", "fc")) else given)
+        run_script(script, [*given, "--flip_targets"] if script.startswith(("extract", "fc")) else given)
     assert "is up to date" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in cfg.network_dir.rglob("*") if path.is_file()}
     assert after == before

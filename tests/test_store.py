@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import encode, noise, write_images
-from utils import store
+from utils import index, store
 from utils.errors import InputError
-from utils.store import ImageStore, decode, find_images, scan
+from utils.index import find_images, scan
+from utils.store import ImageStore, decode
 
 
 def test_the_index_is_sorted_whatever_the_file_system_lists(tmp_path, monkeypatch):
@@ -251,17 +252,17 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
     images, digest = np.array(whole.images), whole.digest
     monkeypatch.setattr("utils.store.BLOCK", 4)
     monkeypatch.setattr("utils.arrays.NOTED_EVERY", 0.0)
-    decode_file, decoded = store._decode_file, []
+    decode_into, decoded = store._decode_into, []
 
-    def killed(path, out):
-        decoded.append(path)
+    def killed(out, row, *given):
+        decoded.append(row)
         if len(decoded) == 15:
             raise KeyboardInterrupt
-        return decode_file(path, out)
+        return decode_into(out, row, *given)
 
     cfg = replace(cfg, cache=cfg.cache + "2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "_decode_file", killed)
+        patch.setattr(store, "_decode_into", killed)
         patch.setattr(store, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
         ImageStore(cfg)
     assert not (cfg.cache_dir / "images.npy").exists()
@@ -278,11 +279,11 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
 
 
 def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
-    scans, plain = [], store.scan
-    monkeypatch.setattr(store, "scan", lambda *given: scans.append(1) or plain(*given))
+    scans, plain = [], index.scan
+    monkeypatch.setattr(index, "scan", lambda *given: scans.append(1) or plain(*given))
     first = find_images(cfg)
     assert not (cfg.cache_dir / "index.npz").exists()  # the folders have only just been written
-    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(index, "SETTLED", 0.0)
     find_images(cfg)
     (Path(cfg.data) / "A" / "empty").mkdir()
 
@@ -315,8 +316,8 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
 
 def test_a_mended_image_is_noticed_among_any_number(cfg, monkeypatch):
     """Written over in place, where only a few files are looked at."""
-    monkeypatch.setattr(store, "SETTLED", 0.0)
-    monkeypatch.setattr(store, "LOOKED_AT", 2)
+    monkeypatch.setattr(index, "SETTLED", 0.0)
+    monkeypatch.setattr(index, "LOOKED_AT", 2)
     bad = image_of(cfg, "A/a2/1.jpg")
     whole = bad.read_bytes()
     bad.write_bytes(whole[:-500])
@@ -327,17 +328,17 @@ def test_a_mended_image_is_noticed_among_any_number(cfg, monkeypatch):
 
 
 def test_an_index_that_cannot_be_kept_costs_nothing_else(cfg, monkeypatch):
-    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(index, "SETTLED", 0.0)
 
     def read_only(*_):
         raise InputError("index.npz could not be written (Read-only file system).")
 
-    monkeypatch.setattr(store, "_keep_index", read_only)
+    monkeypatch.setattr(index, "_keep_index", read_only)
     assert len(find_images(cfg).paths) == 20
 
 
 def test_a_damaged_index_is_made_anew(cfg, monkeypatch, capsys):
-    monkeypatch.setattr(store, "SETTLED", 0.0)
+    monkeypatch.setattr(index, "SETTLED", 0.0)
     first = find_images(cfg)
     path = cfg.cache_dir / "index.npz"
     whole = path.read_bytes()

@@ -5,7 +5,7 @@ import pytest
 
 from eval.verification import load_bin
 from utils.errors import InputError
-from utils.store import scan
+from utils.index import scan
 from utils.synthetic import ATTRIBUTES, MARKER, NAMES, draw_face, generate, identity_parameters, is_generated
 
 

@@ -177,10 +177,11 @@ def kills_in_training(faces: Path, work: Path, at_random: int, in_save: int, see
 def small_blocks() -> None:
     """Many blocks of a few faces, each of them noted at once, and an index that is kept whatever the clock says."""
     import utils.extract
+    import utils.index
     import utils.store
 
     arrays.NOTED_EVERY, utils.extract.BLOCK, utils.store.BLOCK = 0.0, 8, 8
-    utils.store.SETTLED = 0.0
+    utils.index.SETTLED = 0.0
 
 
 def kills_of_other_stages(faces: Path, work: Path, instants: int, seed: int = 0) -> Result:
@@ -348,7 +349,7 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
-@mock.patch("utils.store.SETTLED", 0.0)
+@mock.patch("utils.index.SETTLED", 0.0)
 def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
     """Checkpoints, weights, arrays and their sidecars, cut short or with one bit flipped at seeded places.
 
@@ -446,9 +447,9 @@ def refusals(cfg: Config) -> Result:
     write_embeddings(cfg, "A", images="of another index")
     tried("Embeddings of another index", "was made for other images", lambda: Faces(cfg, inputs=cfg.teachers))
     save(cfg.teacher_dir("B") / "best_backbone.pth", {"trained": torch.zeros(1)})
-    tried("Targets of other teachers", "was made by other weights than", lambda: Faces(cfg, target="SL"))
+    tried("Targets of other teachers", "was made by other weights than", lambda: Faces(cfg, target=True))
     save(cfg.adaptor_dir("SL") / "best_backbone.pth", {"trained": torch.zeros(1)})
-    tried("Targets of another adaptor", "was made by other weights than .*SL", lambda: Faces(cfg, target="SL"))
+    tried("Targets of another adaptor", "was made by other weights than .*SL", lambda: Faces(cfg, target=True))
 
     def diverge() -> None:
         setup(cfg)

@@ -33,6 +33,8 @@ from utils.errors import Damaged, InputError
 from utils.files import check_seal, replaced, seal, sha256, sha256_of, write_json, write_text
 
 CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
+IDENTITIES = "identities"
+"""Where a header's state dict says which identity each of its classes is: no parameter, whoever loads it skips it."""
 OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth")
 """The names of files that we write, and seal; files of other names come from elsewhere."""
 
@@ -111,6 +113,24 @@ def need_weights(folders: list[Path], which: str) -> list[Path]:
     return found
 
 
+def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
+    """Class centres (D, C) of the header that was trained with a backbone's `weights`.
+
+    Also the identities of its classes, empty where it does not say (released ones do not), and the file's SHA-256.
+    Raises InputError where there is no such header.
+    """
+    path = weights.with_name(weights.name.replace("backbone", "header"))
+    try:
+        state, digest = load_with_digest(path)
+    except Damaged as error:
+        raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
+    kernel = state.get("kernel") if isinstance(state, dict) else None
+    if not isinstance(kernel, torch.Tensor) or kernel.ndim != 2:
+        raise InputError(f"{path} is no header: expected its centres, kernel (dimensions, classes).")
+    metadata = getattr(state, "_metadata", {}).get("", {})
+    return kernel, tuple(metadata.get(IDENTITIES, ())), digest
+
+
 def wrong_with(path: Path, digest: str) -> str:
     """What is wrong with one of our files that should have this digest, or nothing."""
     if not path.exists():
@@ -180,8 +200,11 @@ class Run:
 
     def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> dict[str, str]:
         """Writes the state dicts; gives the digests of the files by name."""
-        modules = {f"{which}_backbone.pth": backbone} | ({f"{which}_header.pth": header} if header else {})
-        return {name: save(self.folder / name, module.state_dict()) for name, module in modules.items()}
+        states = {f"{which}_backbone.pth": backbone.state_dict()}
+        if header is not None:
+            states[f"{which}_header.pth"] = header.state_dict()
+            states[f"{which}_header.pth"]._metadata[""][IDENTITIES] = [*self.identities]
+        return {name: save(self.folder / name, state) for name, state in states.items()}
 
 
 def decided_by(folder: Path) -> dict | None:
@@ -214,8 +237,9 @@ def _newest(folder: Path) -> tuple[dict | None, str]:
 
 
 def kind_of(folder: Path) -> str:
-    """teachers, adaptors or students: the folder that a run folder lies in, <output>/<setting>/<network>/<kind>/..."""
-    return next(part for part in reversed(folder.parts) if part in ("teachers", "adaptors", "students"))
+    """What is trained in a run folder <output>/<setting>/<network>/<kind>/...: a key of config.config.DECISIVE."""
+    kind = next(part for part in reversed(folder.parts) if part in ("teachers", "adaptors", "students"))
+    return "AdaDistill" if kind == "students" and folder.name.removesuffix("-alpha").endswith("Distill") else kind
 
 
 def versions(cfg: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ Loss functions name the columns that they read by their parameters:
     image      (B, 3, 112, 112) float in [-1, 1], flipped at random while training
     label      (B,) int64
     embedding  (B, T * D) the unit-length embeddings of T teachers, concatenated
-    target     (B, D) the unit-length multi-teacher embedding
+    target     (B, D) the unit-length embedding that a student learns, by an adaptor or by one teacher
 """
 
 import contextlib
@@ -22,8 +22,9 @@ import torch
 from config.config import Config
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
+from utils.index import Index
 from utils.split import read_quarter, require_split
-from utils.store import ImageStore, Index
+from utils.store import ImageStore
 from utils.threads import map_ahead
 
 PART = 1 << 26  # bytes that pass through memory together on their way to the device
@@ -80,7 +81,7 @@ class Faces:
     """The training set of one stage.
 
     `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
-    `inputs` adds the column `embedding` from these teachers, `target` the column of that name from one adaptor.
+    `inputs` adds the column `embedding` from these teachers, `target` the column of that name from `cfg.source`.
     With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
     probability one half. `pairs` are the verification sets that choose the best epoch (see eval.verification): they
     are sources of the run. `store` spares reading the index again.
@@ -94,7 +95,7 @@ class Faces:
         cfg: Config,
         teacher: str = "",
         inputs: tuple[str, ...] = (),
-        target: str = "",
+        target: bool = False,
         flip: bool = False,
         pairs: dict | None = None,
         store: ImageStore | None = None,
@@ -105,7 +106,7 @@ class Faces:
         if inputs:
             self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
         if target:
-            self._require([cfg.adaptor_embeddings(target, view) for view in cfg.target_views], ADAPT[target])
+            self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
         self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
@@ -122,7 +123,7 @@ class Faces:
         if inputs:
             self._add_inputs(inputs)
         if target:
-            self._add_target(target)
+            self._add_target()
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +131,11 @@ class Faces:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def _source_script(self) -> str:
+        """The script that writes the targets."""
+        return ADAPT[self.cfg.source] if self.cfg.ada_source == "adaptor" else EXTRACT
 
     def _require(self, paths: list[Path], script: str) -> None:
         missing = [str(path) for path in paths if not path.exists()]
@@ -153,22 +159,27 @@ class Faces:
             self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
         self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
 
-    def _add_target(self, adaptor: str) -> None:
-        """The targets by an adaptor; its teachers must still be those that the adaptor was trained on."""
+    def _add_target(self) -> None:
+        """The targets by an adaptor or by one teacher."""
         views = []
-        again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(ADAPT[adaptor])}"
         for flipped in self.cfg.target_views:
-            path = self.cfg.adaptor_embeddings(adaptor, flipped)
-            views.append(self._read(path, self.cfg.adaptor_dir(adaptor), ADAPT[adaptor]))
-            inputs = self.origins[path].get("inputs", {})
-            if tuple(inputs) != self.cfg.teachers:
-                raise InputError(
-                    f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
-                )
-            for name, made_from in inputs.items():
-                check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
+            path = self.cfg.source_embeddings(flipped)
+            views.append(self._read(path, self.cfg.source_dir, self._source_script))
+            if self.cfg.ada_source == "adaptor":
+                self._check_teachers_of(path)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
+
+    def _check_teachers_of(self, path: Path) -> None:
+        """The teachers must still be those that the adaptor was trained on."""
+        inputs = self.origins[path].get("inputs", {})
+        if tuple(inputs) != self.cfg.teachers:
+            raise InputError(
+                f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
+            )
+        again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(self._source_script)}"
+        for name, made_from in inputs.items():
+            check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of one epoch from step `first`: all rows in a random order, without the incomplete last batch.
@@ -321,5 +332,7 @@ def to_network(images: torch.Tensor) -> torch.Tensor:
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
     """(I,) bool: the identities that a teacher is trained on."""
+    if cfg.setting == "standalone":
+        return np.ones(len(index.identities), bool)
     chosen = set(read_quarter(cfg, teacher, index) if cfg.is_teacher_baseline else index.identities_of(teacher))
     return np.array([name in chosen for name in index.identities])

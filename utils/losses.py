@@ -233,13 +233,6 @@ class CosDistill(ArcDistill):
         self.margin = "cos"
 
 
-def build_distiller(name: str, in_features: int, out_features: int, s: float, m: float, weighted: bool) -> AdaDistill:
-    """The header that the setting `ada_loss` names."""
-    if name in ("ArcDistill", "CosDistill"):
-        return (ArcDistill if name == "ArcDistill" else CosDistill)(in_features, out_features, s, m)
-    return AdaDistill(in_features, out_features, s, m, "arc" if name == "AdaArcDistill" else "cos", weighted)
-
-
 def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     """cos(theta + m) from cos(theta), without arccos: its slope is infinite at +-1, here it is zero there."""
     # In fp32 the smallest (1 - c)(1 + c) above zero is 1e-7: the floor is only reached where the sine is exactly zero.

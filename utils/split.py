@@ -5,7 +5,7 @@ import numpy as np
 from config.config import Config
 from utils.errors import InputError
 from utils.files import read_json, write_json
-from utils.store import Index
+from utils.index import Index
 
 
 def deal(identities: list[str], parts: int, random: np.random.Generator) -> list[list[str]]:

@@ -1,15 +1,13 @@
-"""Image store: an index with labels that do not depend on the file system, and every image decoded once."""
+"""Image store: every image of a data folder decoded once, in the order of its index."""
 
 import contextlib
-import dataclasses
 import hashlib
+import mmap
 import os
 import shutil
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -19,181 +17,14 @@ from tqdm import tqdm
 from config.config import Config
 from utils.arrays import Filling, about, provide
 from utils.errors import Damaged, InputError
-from utils.files import check_seal, replaced, seal, write_text
+from utils.files import write_text
+from utils.index import Index, find_images
+from utils.recordio import RECORDS, image_of
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
-EXTENSIONS = (".jpg", ".jpeg", ".png")
 MAX_BAD_SHARE = 0.001
 BLOCK = 256  # images that are decoded and checked together: the digest of a data folder depends on it
-
-
-@dataclass(frozen=True)
-class Index:
-    """All images in a fixed order: sorted by group, identity and file name."""
-
-    identities: tuple[str, ...]  # "<group>/<identity>", sorted
-    paths: tuple[str, ...]  # "<group>/<identity>/<image>", sorted within an identity
-    identity: np.ndarray  # (N,) int64: which identity an image shows
-    stamps: np.ndarray  # (N, 2) int64: size in bytes and time of change in nanoseconds
-    folders: tuple[str, ...]  # all that were listed: groups and identities, also those without an image
-    changed: np.ndarray  # (folders,) int64: when the list of their files last changed, in nanoseconds
-    digest: str  # of names, sizes and times of change of all files
-
-    def identities_of(self, group: str) -> list[str]:
-        return [name for name in self.identities if name.startswith(f"{group}/")]
-
-
-def scan(data: Path, ethnicities: Iterable[str]) -> Index:
-    """Lists <data>/<ethnicity>/<identity>/<image>; opens no image.
-
-    Raises InputError for a missing folder, an empty group and a name that two groups give to an identity.
-    """
-    if not data.is_dir():
-        raise InputError(f"There is no folder {data}: set data to the folder that holds one folder per ethnicity.")
-    try:
-        return _scan(data, sorted(ethnicities))
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
-
-
-def _scan(data: Path, groups: list[str]) -> Index:
-    missing = [name for name in groups if not (data / name).is_dir()]
-    if missing:
-        raise InputError(f"{data} has no folder for {', '.join(missing)}: set data or ethnicities.")
-
-    changed = [_changed(data / group) for group in groups]  # before they are listed
-    folders = [f"{group}/{name}" for group in groups for name in _folders(data / group)]
-    with ThreadPoolExecutor() as pool:
-        listed = list(pool.map(lambda folder: _images(data / folder), folders))
-    changed += [when for when, _ in listed]
-    files = [(folder, images) for folder, (_, images) in zip(folders, listed, strict=True) if images]
-
-    empty = sorted(set(groups) - {folder.split("/")[0] for folder, _ in files})
-    if empty:
-        raise InputError(f"{data / empty[0]} holds no image: expected {empty[0]}/<identity>/<image>.jpg or .png.")
-    seen: dict[str, str] = {}
-    for folder, _ in files:
-        group, name = folder.split("/")
-        if name in seen:
-            raise InputError(
-                f"Identity {name} is in both {seen[name]} and {group}: give the two different names, or remove one."
-            )
-        seen[name] = group
-    paths = tuple(f"{folder}/{name}" for folder, images in files for name, _, _ in images)
-    stamps = np.array([stamp for _, images in files for _, *stamp in images], np.int64)
-    return Index(
-        tuple(folder for folder, _ in files),
-        paths,
-        np.repeat(np.arange(len(files)), [len(images) for _, images in files]),
-        stamps,
-        (*groups, *folders),
-        np.array(changed, np.int64),
-        hashlib.sha256(_packed(paths) + stamps.astype("<i8").tobytes()).hexdigest(),
-    )
-
-
-def _folders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def _images(path: Path) -> tuple[int, list[tuple[str, int, int]]]:
-    """When the folder last changed, and name, size and time of change of every image in it, sorted by name."""
-    found, changed = [], _changed(path)
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS):
-                try:
-                    stat = entry.stat()
-                    found.append((entry.name, stat.st_size, stat.st_mtime_ns))
-                except FileNotFoundError:  # a link that leads nowhere: listed with the bad images
-                    found.append((entry.name, -1, -1))
-    return changed, sorted(found)
-
-
-# The index is kept, since listing a million files takes a quarter of a minute -----------------------------------------
-
-LOOKED_AT = 10_000  # files of a kept index whose size and time are compared, evenly spread over all
-SETTLED = 2.0  # seconds: a folder that changed within this time before it was listed may change unnoticed after
-
-
-def find_images(cfg: Config, suspects: Iterable[int] = ()) -> Index:
-    """What `scan` finds in the data folder, read back from the cache where nothing has changed since.
-
-    Any file that is added, removed or renamed changes its folder, and is noticed. A file that is written over in place
-    is noticed where it is among the 10,000 that are looked at, or in one of the rows `suspects`; a data folder of no
-    more than 10,000 files is looked at whole.
-    """
-    data, path = Path(cfg.data), cfg.cache_dir / "index.npz"
-    if index := _kept_index(path, data, cfg.ethnicities, suspects):
-        return index
-    started = time.time_ns()
-    index = scan(data, cfg.ethnicities)
-    if index.changed.max() < started - SETTLED * 1e9:
-        with contextlib.suppress(InputError):  # the cache may be a read-only one, which costs time and nothing else
-            _keep_index(path, index)
-    return index
-
-
-def _keep_index(path: Path, index: Index) -> None:
-    fields = {name: _as_array(value) for name, value in vars(index).items()}
-    with replaced(path) as partial:
-        with open(partial, "wb") as file:
-            np.savez(file, **fields)
-        seal(partial)
-
-
-def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: Iterable[int]) -> Index | None:
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        reason, _ = check_seal(file)
-        if reason:
-            print(f"{path} is damaged ({reason}): {data} is listed again.")
-            return None
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as stored:
-            fields = {name: stored[name] for name in stored.files}
-    if fields.keys() != {field.name for field in dataclasses.fields(Index)}:  # of another version
-        return None
-    texts = {name: _unpacked(fields[name]) for name in ("identities", "paths", "folders")}
-    index = Index(**{**fields, **texts, "digest": str(fields["digest"])})
-    spread = np.linspace(0, len(index.paths) - 1, LOOKED_AT).astype(int)
-    looked_at = np.unique([*spread, *(row for row in suspects if row < len(index.paths))])
-    try:
-        same = index.folders[: len(ethnicities)] == tuple(sorted(ethnicities))
-        same = same and index.changed.tolist() == [_changed(data / folder) for folder in index.folders]
-        same = same and index.stamps[looked_at].tolist() == [_stamp(data / index.paths[row]) for row in looked_at]
-    except OSError:
-        return None
-    return index if same else None
-
-
-def _changed(folder: Path) -> int:
-    """When the list of its files last changed, or it was given another time: tools that copy can set the first back."""
-    return os.stat(folder).st_ctime_ns
-
-
-def _stamp(path: Path) -> list[int]:
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:  # as in `_images`
-        return [-1, -1]
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _as_array(value: object) -> np.ndarray:
-    return np.frombuffer(_packed(value), np.uint8) if isinstance(value, tuple) else np.asarray(value)
-
-
-def _packed(texts: Iterable[str]) -> bytes:
-    """Any number of names as bytes; names of files need not be text."""
-    return os.fsencode("\0".join(texts))
-
-
-def _unpacked(array: np.ndarray) -> tuple[str, ...]:
-    return tuple(os.fsdecode(array.tobytes()).split("\0"))
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -282,12 +113,12 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
         """SHA-256 of the rows and of the files that they come from, and what cannot be used of them."""
         content, bad = hashlib.sha256(), []
         for row in filling.rows(block):
-            digest, reason = _decode_file(data / index.paths[row], filling.array[row])
+            digest, reason = _decode_into(filling.array[row], row, index, data, read)
             content.update(os.fsencode(index.paths[row]) + b"\0" + digest)
             bad += [(row, reason)] if reason else []
         return filling.digest(block), content.hexdigest(), bad
 
-    with filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
+    with _reader(index, data) as read, filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
         left = sum(len(filling.rows(block)) for block in filling.missing)
         which = f"{left:,}" if left == count else f"{left:,} of {count:,}"
         print(f"Decoding {which} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
@@ -315,13 +146,24 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
     print(text, file=sys.stderr)
 
 
-def _decode_file(path: Path, out: np.ndarray) -> tuple[bytes, str]:
-    """Decodes into `out`; gives the digest of the file and, where it cannot be used, what is wrong with it."""
+@contextlib.contextmanager
+def _reader(index: Index, data: Path) -> Iterator[Callable[[int], bytes]]:
+    """The function that reads a row's encoded image; may be called in any thread."""
+    if not index.in_records:
+        yield lambda row: (data / index.paths[row]).read_bytes()
+        return
+    with open(data / RECORDS, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        yield lambda row: image_of(mapped[index.stamps[row, 0] : index.stamps[row].sum()])
+
+
+def _decode_into(out: np.ndarray, row: int, index: Index, data: Path, read: Callable) -> tuple[bytes, str]:
+    """Decodes a row's image; gives the digest of its file and, where it cannot be used, what is wrong with it."""
     try:
-        content = path.read_bytes()
+        content = read(row)
         out[:] = decode(content)
     except (OSError, ValueError) as error:
         out[:] = 0
+        path = f"{data / RECORDS}: {index.paths[row]}" if index.in_records else data / index.paths[row]
         return b"", f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else f"{path} {error}"
     return hashlib.sha256(content).digest()[:16], ""
 

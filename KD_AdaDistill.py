@@ -1,0 +1,39 @@
+"""Stage 8: AdaDistill, a compact student whose class centres follow the teacher; none of them is trained.
+
+ArcDistill and CosDistill take the centres that the source was trained with, and leave them as they are.
+
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings), both views
+Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-<ada_loss>/
+Run     python KD_AdaDistill.py [--ada_loss AdaCosDistill] [--is_dual_layer] [--ada_source teacher --ethnicity African]
+"""
+
+import torch.nn.functional as F
+
+from backbones import build_backbone
+from config.config import Config
+from eval.verification import load_pairs, validator
+from utils.dataset import Faces
+from utils.distillation import build_distiller
+from utils.engine import fit
+from utils.process import announce, run, setup
+
+
+def main(cfg: Config) -> None:
+    setup(cfg)
+    cfg = cfg.for_adadistill
+    folder = cfg.student_dir(cfg.ada_method)
+    pairs = load_pairs(cfg)
+    faces = Faces(cfg, target=True, flip=True, pairs=pairs)
+    student = build_backbone(cfg.student_network, cfg.embedding_size)
+    header = build_distiller(cfg, faces)
+
+    def losses(image, label, target):
+        logits = header(F.normalize(student(image)), target, label)
+        return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
+
+    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
+    announce(cfg, folder, "-m eval.evaluation")
+
+
+if __name__ == "__main__":
+    run(main)
