@@ -27,6 +27,8 @@ from utils.files import write_json, write_text
 from utils.process import run, setup
 from utils.synthetic import is_generated
 
+LOGGED = {"epoch", "loss", "measures", "scores", "best"}  # what pictures read of a log
+
 
 def main(cfg: Config) -> None:
     setup(cfg)
@@ -162,7 +164,7 @@ def _logs(cfg: Config) -> dict[str, list[dict]]:
     for path in sorted(Path(cfg.output).glob("*/*/*/**/log.jsonl")):
         try:
             entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            is_log = bool(entries) and all({"epoch", "loss", "scores", "best"} <= entry.keys() for entry in entries)
+            is_log = bool(entries) and all(entry.keys() >= LOGGED for entry in entries)
         except (ValueError, AttributeError):
             is_log = False
         if is_log and any(entry["best"] for entry in entries):

@@ -50,7 +50,7 @@ def draw_accuracies(
 
 def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:
     """One dot per model, average against STD; shaded is what perfectly fair models show by chance, 95 of 100."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     averages = np.array([np.mean(model.accuracies) for model in models])
     stds = [np.std(model.accuracies) for model in models]
@@ -61,7 +61,8 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
     for (setting, kind), k in looks.items():
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
-        style = {"color": COLOURS[k % 8], "marker": MARKERS[k % 8], "linestyle": "none", "markersize": 9}
+        # A ninth has the colour of the first with another marker.
+        style = {"color": COLOURS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "linestyle": "none", "markersize": 9}
         axes.plot(averages[of_look], [stds[i] for i in of_look], label=f"{setting} {kind}".strip(), **style)
     for average, std, model in zip(averages, stds, models, strict=True):
         name = model.name if len({one.network for one in models}) == 1 else f"{model.network} {model.name}"
@@ -71,7 +72,7 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside center right", frameon=False)
     _save(figure, axes, path, note)
 
 
@@ -113,18 +114,20 @@ def draw_curves(
 
 
 def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> None:
-    """Losses and scores per epoch of every run, from the entries of their log.jsonl."""
+    """Losses, measures and scores per epoch of every run, from the entries of their log.jsonl."""
     columns = 3
     rows = -(-len(logs) // columns)
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False).flat
     handles: dict = {}
-    styles: dict[str, int] = {}  # of each loss
+    styles: dict[str, int] = {}  # of each loss and measure
     for (title, log), axes in zip(logs.items(), every, strict=False):
         epochs = [entry["epoch"] for entry in log]
-        for name in log[0]["loss"]:
-            values, style = [entry["loss"][name] for entry in log], LINES[styles.setdefault(name, len(styles)) % 8]
-            axes.plot(epochs, values, color="0.25", linestyle=style, label=f"loss {name}")
+        for name in (*log[0]["loss"], *log[0]["measures"]):
+            values = [{**entry["loss"], **entry["measures"]}[name] for entry in log]
+            label = f"loss {name}" if name in log[0]["loss"] else name
+            style = LINES[styles.setdefault(name, len(styles)) % 8]
+            axes.plot(epochs, values, color="0.25", linestyle=style, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epoch")

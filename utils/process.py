@@ -19,11 +19,16 @@ from utils.errors import InputError
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None) -> None:
-    """Calls a script's `main` with the settings of the command line or `argv`; bad input is one sentence, status 2."""
+    """Calls a script's `main` with the settings of the command line or `argv`, `guarded`."""
+    guarded(lambda: main(Config.from_args(argv)))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on."""
     script = Path(sys.argv[0]).name
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main(Config.from_args(argv))
+        work()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         print(f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.", file=sys.stderr)
