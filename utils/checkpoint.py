@@ -127,8 +127,10 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
     kernel = state.get("kernel") if isinstance(state, dict) else None
     if not isinstance(kernel, torch.Tensor) or kernel.ndim != 2:
         raise InputError(f"{path} is no header: expected its centres, kernel (dimensions, classes).")
-    metadata = getattr(state, "_metadata", {}).get("", {})
-    return kernel, tuple(metadata.get(IDENTITIES, ())), digest
+    about = getattr(state, "_metadata", {})
+    about = about.get("") if isinstance(about, dict) else None
+    identities = about.get(IDENTITIES, ()) if isinstance(about, dict) else ()
+    return kernel, tuple(identities), digest
 
 
 def wrong_with(path: Path, digest: str) -> str:

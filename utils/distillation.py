@@ -32,7 +32,7 @@ def _centres_of_source(cfg: Config, faces: Faces) -> torch.Tensor:
     (weights,) = need_weights([cfg.source_dir], cfg.weights)
     centres, identities, faces.sources["centres"] = load_centres(weights)
     where = f"The header beside {weights}"
-    if tuple(centres.shape) != (cfg.embedding_size, faces.num_classes):
+    if tuple(centres.shape) != (cfg.embedding_size, faces.num_classes) or len(identities) not in (0, centres.shape[1]):
         raise InputError(
             f"{where} holds {centres.shape[1]:,} classes of {centres.shape[0]} dimensions; data holds "
             f"{faces.num_classes:,} identities, embedding_size is {cfg.embedding_size}: "
