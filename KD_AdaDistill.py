@@ -14,7 +14,7 @@ from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
 from utils.distillation import build_distiller
-from utils.engine import fit
+from utils.engine import fit, is_given
 from utils.process import announce, run, setup
 
 
@@ -22,15 +22,19 @@ def main(cfg: Config) -> None:
     setup(cfg)
     cfg = cfg.for_adadistill
     folder = cfg.student_dir(cfg.ada_method)
+    if is_given(folder):
+        return
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
-    student = build_backbone(cfg.student_network, cfg.embedding_size)
-    header = build_distiller(cfg, faces)
+    student = build_backbone(cfg.ada_student_network, cfg.embedding_size)
+    header, centres = build_distiller(cfg, faces)
+    faces.sources |= centres
 
     def losses(image, label, target):
         logits = header(F.normalize(student(image)), target, label)
         return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
+    print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
     fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "-m eval.evaluation")
 

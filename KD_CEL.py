@@ -1,8 +1,10 @@
 """Stage 7: EAF-KD, a student that learns the multi-teacher embeddings and to classify with ElasticArcFace.
 
-Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/
-Writes  <output>/<setting>/<network>/students/<student network>/<adaptor>-EAF-KD/
-Run     python KD_CEL.py [--is_dual_layer] [--has_dropout]
+With ada_source teacher it learns those of one teacher.
+
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings)
+Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-EAF-KD/
+Run     python KD_CEL.py [--is_dual_layer] [--has_dropout] [--ada_source teacher --ethnicity African]
 """
 
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from backbones import build_backbone
 from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
-from utils.engine import fit
+from utils.engine import fit, is_given
 from utils.losses import ElasticArcFace
 from utils.process import announce, run, setup
 
@@ -19,6 +21,8 @@ from utils.process import announce, run, setup
 def main(cfg: Config) -> None:
     setup(cfg)
     folder = cfg.student_dir("EAF-KD")
+    if is_given(folder):
+        return
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)

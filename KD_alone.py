@@ -13,13 +13,15 @@ from backbones import build_backbone
 from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
-from utils.engine import fit
+from utils.engine import fit, is_given
 from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:
     setup(cfg)
     folder = cfg.student_dir("a-KD")
+    if is_given(folder):
+        return
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)

@@ -15,13 +15,14 @@ from utils.split import write_split
 
 
 def main(cfg: Config) -> None:
+    cfg = replace(cfg, is_teacher_baseline=True)
     index = scan(Path(cfg.data), cfg.selected_ethnicities)
     for ethnicity in cfg.selected_ethnicities:
         identities = index.identities_of(ethnicity)
         split = write_split(cfg, ethnicity, identities)
         sizes = ", ".join(f"{quarter} {len(names):,}" for quarter, names in split.items())
         print(f"{ethnicity}: {len(identities):,} identities: {sizes}")
-    announce(replace(cfg, is_teacher_baseline=True), cfg.split_dir, "train.py")
+    announce(cfg, cfg.split_dir, "train.py")
 
 
 if __name__ == "__main__":

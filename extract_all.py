@@ -1,7 +1,7 @@
 """Stage 3: the unit-length embeddings of all images, of every ethnicity, by each teacher.
 
 Reads   <data>, <output>/<setting>/<network>/teachers/<teacher>/
-Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets (for AdaDistill) also <teacher>_flipped
+Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets, or standalone, <teacher>_flipped too
 Run     python extract_all.py [--ethnicity African] [--flip_targets]
 """
 
@@ -33,17 +33,14 @@ def main(cfg: Config) -> None:
 
 
 def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str) -> None:
-    def embedding(image):
-        return F.normalize(teacher(image))
+    def output(flipped: bool) -> Output:
+        def embedding(image):
+            return F.normalize(teacher(image.flip(-1) if flipped else image))
 
-    def flipped_embedding(image):
-        return F.normalize(teacher(image.flip(-1)))
+        return Output(cfg.teacher_embeddings(name, flipped), origin(faces.store.digest, digest, flipped), embedding)
 
-    outputs = [
-        Output(cfg.teacher_embeddings(name, flipped), origin(faces.store.digest, digest, flipped), function)
-        for flipped, function in zip(cfg.target_views, (embedding, flipped_embedding), strict=False)
-    ]
-    embed_all(outputs, teacher, {"image": faces.columns["image"]}, cfg)
+    views = (False, True) if cfg.setting == "standalone" else cfg.target_views
+    embed_all([output(flipped) for flipped in views], teacher, {"image": faces.columns["image"]}, cfg)
 
 
 if __name__ == "__main__":

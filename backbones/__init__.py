@@ -48,7 +48,12 @@ def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module
 
 
 def build_adaptor(name: str, cfg: Config) -> nn.Module:
-    """The adaptor SL, DuL or DLDPO for the embeddings of all teachers: (B, T * D) -> (B, D)."""
+    """The adaptor SL, DuL or DLDPO for the embeddings of all teachers: (B, T * D) -> (B, D).
+
+    Raises InputError for a standalone teacher, which needs none.
+    """
+    if cfg.setting == "standalone":
+        raise InputError("A standalone teacher needs no adaptor: set is_standalone to False, or ada_source to teacher.")
     inputs = len(cfg.teachers) * cfg.embedding_size
     if name == "SL":
         return SingleLayerAdaptor(inputs, cfg.embedding_size)

@@ -130,7 +130,7 @@ class Config:
         self._check("ethnicities", plain, "names of folders, separated by commas")
         self._check("ethnicities", len(set(names)) == len(names), "different names")
         if self.is_teacher_baseline:
-            self._check("is_standalone", not self.is_standalone, "False, or is_teacher_baseline")
+            self._check("is_standalone", not self.is_standalone, "False together with is_teacher_baseline")
             self._check("ethnicities", names, "names of groups, which the baseline's teachers divide")
         meant = {"All", "average", "teachers", "adaptors", "students", *ADAPTORS, *self.quarters}
         reserved = sorted(name for name in names if name in meant or name.endswith("_flipped"))
@@ -196,6 +196,7 @@ class Config:
     @property
     def adaptor(self) -> str:
         """The adaptor that the students learn from: SL, DuL or DLDPO."""
+        self._check("ada_source", self.setting != "standalone", "teacher where there is one teacher, and no adaptor")
         if not self.is_dual_layer:
             self._check("has_dropout", not self.has_dropout, "False for the single-layer adaptor, or set is_dual_layer")
             return "SL"
@@ -207,7 +208,7 @@ class Config:
         if self.ada_source == "adaptor":
             return self.adaptor
         names = self.selected_teachers
-        self._check("ethnicity", len(names) == 1, f"{', '.join(names)}: ada_source = 'teacher' means one")
+        self._check("ethnicity", len(names) == 1, f"one of {', '.join(names)}: the teacher to learn from")
         return names[0]
 
     @property
@@ -216,13 +217,13 @@ class Config:
 
     @property
     def ada_method(self) -> str:
-        """The one of METHODS that `ada_loss` and `ada_weighted` name."""
+        """The one of ADA_METHODS that `ada_loss` and `ada_weighted` name."""
         return self.ada_loss if self.ada_weighted or not self.ada_loss.startswith("Ada") else f"{self.ada_loss}-alpha"
 
     @property
     def for_adadistill(self) -> "Config":
-        """These settings with AdaDistill's own student, whose teacher sees each image as the student does."""
-        return dataclasses.replace(self, student_network=self.ada_student_network, flip_targets=True)
+        """These settings, with a teacher that sees each image as the student does."""
+        return dataclasses.replace(self, flip_targets=True)
 
     @property
     def target_views(self) -> tuple[bool, ...]:
@@ -273,7 +274,8 @@ class Config:
 
     def student_dir(self, method: str) -> Path:
         """`method` is one of METHODS."""
-        return self.network_dir / "students" / self.student_network / f"{self.source}-{method}"
+        network = self.ada_student_network if method in ADA_METHODS else self.student_network
+        return self.network_dir / "students" / network / f"{self.source}-{method}"
 
     @property
     def of_groups(self) -> bool:
@@ -352,7 +354,8 @@ NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet"
 SETTINGS = ("specialized", "baseline", "standalone", "")  # that of a checkpoint that is named is not known
 ADAPTORS = ("SL", "DuL", "DLDPO")
 ADA_LOSSES = ("AdaArcDistill", "AdaCosDistill", "ArcDistill", "CosDistill")
-METHODS = ("a-KD", "EAF-KD", *ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
+ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
+METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 CHOICES = {
     "network": NETWORKS,
@@ -381,7 +384,7 @@ DECISIVE = {
     "teachers": ("network", "loss", "m", "std", "num_epoch", "milestones", "lr"),
     "adaptors": ("teachers", "m", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
     "students": ("student_network", "m", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
-    "AdaDistill": ("student_network", "ada_loss", "ada_weighted", "ada_margin", "num_epoch", "milestones", "lr"),
+    "AdaDistill": ("ada_student_network", "ada_method", "ada_m", "num_epoch", "milestones", "lr"),
 }
 
 

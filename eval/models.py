@@ -27,7 +27,7 @@ class Model:
 
 def families(cfg: Config) -> list[Config]:
     """The settings of every teacher network, specialized, baseline and standalone, that has a trained model."""
-    # Data without groups are standalone whatever the second says, and divided by no baseline.
+    # Data without groups have no specialized teachers, and nothing that a baseline could divide.
     kinds = [(False, False), (True, False), (False, True)] if cfg.ethnicities else [(False, True)]
     every = (
         replace(cfg, is_teacher_baseline=baseline, is_standalone=standalone, network=name)
@@ -84,9 +84,9 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     adaptors = [{"ada_source": "adaptor", "is_dual_layer": dual, "has_dropout": dropout} for dual, dropout in shapes]
     teachers = [{"ada_source": "teacher", "ethnicity": name} for name in cfg.teachers]
     students = [
-        (replace(cfg, student_network=network, **source), method)
+        (replace(cfg, student_network=network, ada_student_network=network, **source), method)
         for network in NETWORKS
-        for source in (*adaptors, *teachers)
+        for source in ([] if cfg.setting == "standalone" else adaptors) + teachers
         for method in METHODS
     ]
     found = [(student, method, find_weights(student.student_dir(method), cfg.weights)) for student, method in students]

@@ -3,25 +3,29 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from backbones import MultiTeacher, build_adaptor, build_backbone, load_backbone, load_weights
-from config.config import Config
+from config.config import ADA_LOSSES, Config
 from tests.make_golden import STEP_LABELS, S, inputs, steps_inputs
 from tests.runs import GROUPS, difference, run_script
 from utils.checkpoint import save
 from utils.dataset import Faces
+from utils.distillation import build_distiller
 from utils.engine import fit
 from utils.errors import InputError
-from utils.index import GROUPS_OF_RECORDS
+from utils.files import sha256
+from utils.index import GROUPS_OF_RECORDS, find_images
 from utils.losses import AdaDistill, ArcDistill, ArcFace, CosDistill, CosFace
 from utils.process import setup
 from utils.recordio import write_records
@@ -226,6 +230,85 @@ def test_each_loss_has_a_folder_of_its_own_and_a_row(moved):
     run_script("KD_AdaDistill.py", [*short, "--ada_loss", "CosDistill", "--ada_m", "0.3"], expect=2)
 
 
+@pytest.mark.parametrize("loss", ADA_LOSSES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_header_is_the_one_that_the_settings_name(moved, loss, weighted):
+    cfg = replace(moved[0], ada_loss=loss, ada_weighted=weighted).for_adadistill
+    faces = Faces(cfg, target=True)
+    header, sources = build_distiller(cfg, faces)
+    assert header.s == 16
+    assert header.margin == ("arc" if "Arc" in loss else "cos")
+    assert header.m == (0.45 if "Arc" in loss else 0.35)
+    assert build_distiller(replace(cfg, ada_m=0.1), faces)[0].m == 0.1
+    assert header.kernel.shape == (32, 16)
+    centres = cfg.adaptor_dir("SL") / "best_header.pth"
+    if loss.startswith("Ada"):
+        assert (type(header), header.weighted, sources) == (AdaDistill, weighted, {})
+        assert header.kernel.std().item() == pytest.approx(0.01, rel=0.15)
+    else:
+        assert type(header).__name__ == loss
+        assert sources == {"centres": sha256(centres)}
+        assert torch.equal(header.kernel, torch.load(centres, weights_only=True)["kernel"])
+
+
+def test_other_settings_or_another_source_do_not_go_on_with_a_run(moved, capsys):
+    cfg, given = moved
+    short = [*given, "--num_epoch", "1"]
+    for options in (["--ada_weighted", "False"], ["--ada_loss", "ArcDistill"]):
+        run_script("KD_AdaDistill.py", [*short, *options])
+        run_script("KD_AdaDistill.py", [*short, *options, "--std", "0.1", "--loss_lambda", "1"])  # of other methods
+        run_script("KD_AdaDistill.py", [*short, *options, "--ada_m", "0.3"], expect=2)
+        assert "ada_m was -1.0, now 0.3" in capsys.readouterr().err
+    path = cfg.adaptor_dir("SL") / "best_header.pth"
+    state = torch.load(path, weights_only=True)
+    state["kernel"] += 1
+    save(path, state)
+    run_script("KD_AdaDistill.py", [*short, "--ada_loss", "ArcDistill"], expect=2)
+    assert "centres changed" in capsys.readouterr().err
+
+
+def test_a_released_student_is_used_as_it_is(moved, capsys):
+    """Without anything that training it would have needed."""
+    cfg, given = moved
+    for script, method in (("KD_alone.py", "a-KD"), ("KD_CEL.py", "EAF-KD"), ("KD_AdaDistill.py", "CosDistill")):
+        folder = cfg.student_dir(method)
+        folder.mkdir(parents=True)
+        shutil.copy(cfg.teacher_dir("Asian") / "best_backbone.pth", folder / "MFN_backbone.pth")
+        run_script(script, [*given, "--ada_loss", "CosDistill", "--pairs", "nowhere", "--data", "nowhere"])
+        assert "MFN_backbone.pth and no checkpoint of a run: used as it is" in capsys.readouterr().out
+
+
+def test_a_checkpoint_from_before_there_were_measures_is_finished(moved):
+    cfg, given = moved
+    path = cfg.adaptor_dir("SL") / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    del state["measures"]
+    save(path, state)
+    run_script("fc_EArc.py", [*given, "--flip_targets"])
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_one_teacher_of_all_groups(moved, capsys):
+    cfg, given = moved
+    alone = [*given, "--is_standalone", "--num_epoch", "1"]
+    run_script("train.py", alone)
+    assert "Teacher All: 64 images of 16 identities." in capsys.readouterr().out
+    run_script("extract_all.py", alone)
+    command = capsys.readouterr().out.splitlines()[-1].split("Next: python ")[1]
+    assert command.startswith("KD_AdaDistill.py")
+    run_script("KD_AdaDistill.py", shlex.split(command)[1:])
+    run_script("eval.evaluation", given)
+    lines = (Path(cfg.output) / "evaluation" / "accuracy.csv").read_text().splitlines()
+    assert [(row["Setting"], row["Kind"], row["Model"]) for row in csv.DictReader(lines)][-2:] == [
+        ("standalone", "teacher", "All"),
+        ("standalone", "AdaArcDistill", "All iresnet_tiny"),
+    ]
+    for script in ("fc_EArc.py", "dual_layer_EAF-Fusion.py", "KD_alone.py"):
+        capsys.readouterr()
+        run_script(script, alone, expect=2)
+        assert "teacher" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
     cfg, given = moved
     frozen = [*given, "--ada_loss", "ArcDistill"]
@@ -247,9 +330,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
     refused("KD_AdaDistill.py", frozen, f"has {names[-1]} as class 0, data {names[0]}: set data to what the source was")
     learned = means_of_targets(cfg)
     with_header(learned.flip(1), [])  # a released header does not say whose centres it has
-    refused(
-        "KD_AdaDistill.py", frozen, "does not say which identities its classes are, and its centres are not those of"
-    )
+    refused("KD_AdaDistill.py", frozen, "are closer to another class, first ")
+    with_header(torch.cat([learned[:, :12], learned[:, 12:].roll(1, 1)], 1), [])  # most are in place
+    refused("KD_AdaDistill.py", frozen, "does not say which identities its classes are, and of data")
     with_header(learned, [])
     run_script("KD_AdaDistill.py", [*frozen, "--num_epoch", "1"])
     save(path, {"weight": torch.zeros(3)})
@@ -258,6 +341,10 @@ def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
     )
     path.unlink()
     refused("KD_AdaDistill.py", [*frozen, "--ada_loss", "CosDistill"], f"There is no file {path}")
+    flipped = cfg.adaptor_embeddings("SL", flipped=True)
+    for suffix in (".npy", ".json"):
+        shutil.copy(cfg.adaptor_embeddings("SL").with_suffix(suffix), flipped.with_suffix(suffix))
+    refused("KD_AdaDistill.py", given, "embeddings_flipped.npy is of the images as they are. Run again: python fc_EArc")
 
     refused(
         "KD_AdaDistill.py",
@@ -358,4 +445,30 @@ def test_records_and_folders_give_the_same_labels_and_images(trained, tmp_path):
     write_records(tmp_path, [(content, k, -1) for content, k in contents], len(index.identities))
     with pytest.raises(InputError, match=r"train.rec says no group of its images: set ethnicities to"):
         Faces(records)
-    assert Faces(replace(records, ethnicities=())).num_classes == 16  # the kept index is that of the files before
+    with pytest.raises(InputError, match=r"train.rec holds no image of Asian: set data or ethnicities"):
+        write_records(tmp_path, [(content, k, 1) for content, k in contents], len(index.identities))
+        Faces(replace(records, ethnicities=("Asian", "Indian")))
+    assert Faces(replace(records, ethnicities=())).num_classes == 16
+    write_records(tmp_path, [(contents[0][0], 0, group) for group in (0, 1)], 1)
+    with pytest.raises(InputError, match=r"train.rec has identity 00000000 in two groups"):
+        Faces(replace(records, ethnicities=("Caucasian", "Indian")))
+
+
+def test_an_index_of_records_is_kept_until_they_change(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.index.SETTLED", 0.0)
+    cfg, _ = trained
+    path = next(Path(cfg.data).rglob("*.jpg"))
+    settings = replace(cfg, data=str(tmp_path), cache=str(tmp_path / "cache"), ethnicities=())
+    write_records(tmp_path, [(path.read_bytes(), 0, -1)], 1)
+    first = find_images(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.index.scan", None)
+        assert find_images(settings).digest == first.digest
+    other = cv2.imencode(".jpg", np.zeros((112, 112, 3), np.uint8))[1].tobytes().ljust(len(path.read_bytes()), b"x")
+    write_records(tmp_path, [(other, 0, -1)], 1)  # of the same size, name and place
+    again = find_images(settings)
+    assert again.stamps.tolist() == first.stamps.tolist()
+    assert again.digest != first.digest
+    (tmp_path / "train.rec").unlink()
+    shutil.copytree(path.parent, tmp_path / "x")
+    assert not find_images(settings).in_records

@@ -125,7 +125,8 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
     except Damaged as error:
         raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
     kernel = state.get("kernel") if isinstance(state, dict) else None
-    if not isinstance(kernel, torch.Tensor) or kernel.ndim != 2:
+    is_dense = isinstance(kernel, torch.Tensor) and kernel.layout == torch.strided and kernel.is_floating_point()
+    if not is_dense or kernel.ndim != 2:
         raise InputError(f"{path} is no header: expected its centres, kernel (dimensions, classes).")
     about = getattr(state, "_metadata", {})
     about = about.get("") if isinstance(about, dict) else None

@@ -142,10 +142,10 @@ class Faces:
         if missing:
             raise InputError(f"Missing: {', '.join(missing)}. Run first: {self.cfg.command(script)}")
 
-    def _read(self, path: Path, run: Path, script: str) -> np.ndarray:
-        """Embeddings of all images by the weights of a run folder."""
+    def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
+        """Embeddings of all images, or all flipped ones, by the weights of a run folder."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, self.cfg.command(script))
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, self.cfg.command(script))
         check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, self.cfg.command(script))
         return array
 
@@ -154,7 +154,7 @@ class Faces:
         for name in teachers:
             for flipped in self.cfg.target_views:
                 path = self.cfg.teacher_embeddings(name, flipped)
-                arrays[flipped].append(self._read(path, self.cfg.teacher_dir(name), EXTRACT))
+                arrays[flipped].append(self._read(path, flipped, self.cfg.teacher_dir(name), EXTRACT))
             # The adaptor is trained on the images as they are: the flipped view is no source of it.
             self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
         self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
@@ -164,7 +164,7 @@ class Faces:
         views = []
         for flipped in self.cfg.target_views:
             path = self.cfg.source_embeddings(flipped)
-            views.append(self._read(path, self.cfg.source_dir, self._source_script))
+            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script))
             if self.cfg.ada_source == "adaptor":
                 self._check_teachers_of(path)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]

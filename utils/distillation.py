@@ -10,27 +10,29 @@ from utils.dataset import Faces
 from utils.errors import InputError
 from utils.losses import AdaDistill, ArcDistill, CosDistill
 
-LOOKED_AT = 10_000  # targets that are compared with their centres
+LOOKED_AT = 1000  # identities whose targets are compared with their centres
 
 
-def build_distiller(cfg: Config, faces: Faces) -> AdaDistill:
-    """The header that `ada_loss` names for the classes of `faces`; frozen centres become a source of the run.
+def build_distiller(cfg: Config, faces: Faces) -> tuple[AdaDistill, dict[str, str]]:
+    """The header that `ada_loss` names for the classes of `faces`, and what it adds to the sources of the run.
 
-    Raises InputError where the centres of the students' source are not there, or not those of these classes.
+    That is the SHA-256 of the header whose centres it has, if they are to stay. Raises InputError where the centres of
+    the students' source are not there, or not those of these classes.
     """
     shape = (cfg.embedding_size, faces.num_classes)
     frozen = {"ArcDistill": ArcDistill, "CosDistill": CosDistill}.get(cfg.ada_loss)
     if frozen is None:
         margin = "arc" if cfg.ada_loss == "AdaArcDistill" else "cos"
-        return AdaDistill(*shape, cfg.s, cfg.ada_margin, margin, cfg.ada_weighted)
+        return AdaDistill(*shape, cfg.s, cfg.ada_margin, margin, cfg.ada_weighted), {}
     header = frozen(*shape, cfg.s, cfg.ada_margin)
-    header.kernel.copy_(_centres_of_source(cfg, faces))
-    return header
+    centres, digest = _centres_of_source(cfg, faces)
+    header.kernel.copy_(centres)
+    return header, {"centres": digest}
 
 
-def _centres_of_source(cfg: Config, faces: Faces) -> torch.Tensor:
+def _centres_of_source(cfg: Config, faces: Faces) -> tuple[torch.Tensor, str]:
     (weights,) = need_weights([cfg.source_dir], cfg.weights)
-    centres, identities, faces.sources["centres"] = load_centres(weights)
+    centres, identities, digest = load_centres(weights)
     where = f"The header beside {weights}"
     if tuple(centres.shape) != (cfg.embedding_size, faces.num_classes) or len(identities) not in (0, centres.shape[1]):
         raise InputError(
@@ -42,19 +44,28 @@ def _centres_of_source(cfg: Config, faces: Faces) -> torch.Tensor:
     if identities and identities != faces.identities:
         k = next(k for k, names in enumerate(zip(identities, faces.identities, strict=True)) if names[0] != names[1])
         raise InputError(f"{where} has {identities[k]} as class {k}, data {faces.identities[k]}: {advice}")
-    if not identities and not _belong(centres, faces):
+    if not identities and (astray := _astray(centres, faces)):
         raise InputError(
-            f"{where} does not say which identities its classes are, and its centres are not those of data's, which "
-            f"are counted in order of name: {advice}"
+            f"{where} does not say which identities its classes are, and of data's, in order of name, {len(astray):,} "
+            f"are closer to another class, first {astray[0]}: {advice}"
         )
-    return centres
+    return centres, digest
 
 
-def _belong(centres: torch.Tensor, faces: Faces) -> bool:
-    """Whether targets are closer to the centres of their classes than to those of others, beyond chance."""
-    rows = faces.rows[np.unique(np.linspace(0, len(faces) - 1, LOOKED_AT).astype(int))]
+def _astray(centres: torch.Tensor, faces: Faces) -> list[str]:
+    """The identities whose targets are closer to one of three others' centres, if they are more than a tenth.
+
+    Identities and others are a sample, evenly spread; an identity counts by the mean of its targets.
+    """
+    chosen = np.unique(np.linspace(0, faces.num_classes - 1, LOOKED_AT).astype(int))
+    label = faces.columns["label"].arrays[0]
+    rows = faces.rows[np.isin(label[faces.rows], chosen)]
     targets, labels = (faces.columns[name].gather(rows, None) for name in ("target", "label"))
     centres = F.normalize(centres.float(), dim=0)
-    other = (labels + faces.num_classes // 2) % faces.num_classes
-    closer = (targets * (centres[:, labels] - centres[:, other]).T).sum(1)
-    return bool(closer.mean() > 4 * closer.std() / len(rows) ** 0.5)
+    sums = torch.zeros(faces.num_classes, len(centres)).index_add_(0, labels, targets)[chosen]
+    own, *others = (
+        (sums * centres[:, (chosen + quarter * faces.num_classes // 4) % faces.num_classes].T).sum(1)
+        for quarter in range(4)
+    )
+    astray = [faces.identities[k] for k in chosen[(own < torch.stack(others).amax(0)).numpy()]]
+    return astray if len(astray) > 0.1 * len(chosen) else []

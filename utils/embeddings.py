@@ -20,10 +20,12 @@ def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | N
     return made_from if inputs is None else {**made_from, "inputs": inputs}
 
 
-def read_embeddings(path: Path, shape: tuple[int, int], images: str, command: str) -> tuple[np.ndarray, dict]:
+def read_embeddings(
+    path: Path, shape: tuple[int, int], images: str, flipped: bool, command: str
+) -> tuple[np.ndarray, dict]:
     """The mapped array (N, D) and what it was made from.
 
-    Raises InputError where it is missing, damaged or made for other images; `command` makes it.
+    Raises InputError where it is missing, damaged or made for other images or the other view; `command` makes it.
     """
     try:
         found = about(path)
@@ -33,6 +35,8 @@ def read_embeddings(path: Path, shape: tuple[int, int], images: str, command: st
         raise InputError(f"{path} is missing or not finished. Run first: {command}")
     if found["made from"].get("images") != images:
         raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
+    if found["made from"].get("flipped") != flipped:
+        raise InputError(f"{path} is of the images {'as they are' if flipped else 'flipped'}. Run again: {command}")
     if found["shape"] != [*shape]:
         raise InputError(
             f"{path} is of shape {tuple(found['shape'])}, expected {shape}: set embedding_size, or run again: {command}"

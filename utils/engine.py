@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from config.config import Config, Schedule
 from utils.arrays import Filling
-from utils.checkpoint import Run, device_of, find_weights
+from utils.checkpoint import CHECKPOINTS, Run, device_of, find_weights
 from utils.dataset import STEP, Column, Faces, cache, cut, stream
 from utils.errors import InputError
 from utils.files import locked, refuse_if_locked
@@ -89,8 +89,7 @@ def fit(
     with locked(folder):
         run = Run(folder, cfg, faces.sources, faces.identities)
         state = run.load()
-        if state is None and (given := find_weights(folder, "best") or find_weights(folder, "last")):
-            print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
+        if state is None and is_given(folder):
             return
         device = device_of(cfg)
         backbone.to(device, memory_format=torch.channels_last)
@@ -160,6 +159,15 @@ def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
     _need_a_batch(faces, cfg)
     refuse_if_locked(folder)
     Run(folder, cfg, faces.sources, faces.identities)
+
+
+def is_given(folder: Path) -> bool:
+    """Whether a run folder holds weights and no checkpoint, a released model: says that it is used as it is."""
+    given = find_weights(folder, "best") or find_weights(folder, "last")
+    if given is None or any((folder / name).exists() for name in CHECKPOINTS):
+        return False
+    print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
+    return True
 
 
 def _need_a_batch(faces: Faces, cfg: Config) -> None:

@@ -30,9 +30,7 @@ class Index:
     identities: tuple[str, ...]  # "<group>/<identity>", of data without groups "<identity>", sorted
     paths: tuple[str, ...]  # "<identity as above>/<image>", sorted within an identity
     identity: np.ndarray  # (N,) int64: which identity an image shows
-    stamps: (
-        np.ndarray
-    )  # (N, 2) int64: size in bytes and time of change in nanoseconds; of a record its offset and length
+    stamps: np.ndarray  # (N, 2) int64: size in bytes and nanosecond of its change; of a record offset and length
     folders: tuple[str, ...]  # all that were listed: groups and identities, also those without an image; or train.rec
     changed: np.ndarray  # (folders,) int64: when the list of their files last changed, in nanoseconds
     digest: str  # of names, sizes and times of change of all files
@@ -52,7 +50,7 @@ def scan(data: Path, ethnicities: Iterable[str]) -> Index:
     folder, an empty group and a name that two groups give to an identity.
     """
     if not data.is_dir():
-        raise InputError(f"There is no folder {data}: set data to the folder that holds one folder per ethnicity.")
+        raise InputError(f"There is no folder {data}: set data to the folder of the images.")
     groups = sorted(ethnicities)
     try:
         return _scan_records(data, groups) if (data / recordio.RECORDS).is_file() else _scan(data, groups)
@@ -63,7 +61,10 @@ def scan(data: Path, ethnicities: Iterable[str]) -> Index:
 def _scan(data: Path, groups: list[str]) -> Index:
     missing = [name for name in groups if not (data / name).is_dir()]
     if missing:
-        raise InputError(f"{data} has no folder for {', '.join(missing)}: set data or ethnicities.")
+        raise InputError(
+            f"{data} has no folder for {', '.join(missing)}: set data; ethnicities to its groups, "
+            'or to "" if it has none.'
+        )
 
     roots = groups or ["."]
     changed = [_changed(data / root) for root in roots]  # before they are listed
@@ -75,7 +76,10 @@ def _scan(data: Path, groups: list[str]) -> Index:
 
     if not files:
         where = ", ".join(str(data / root) for root in roots)
-        raise InputError(f"{where} holds no image in <identity>/<image>.jpg or .png: set data or ethnicities.")
+        raise InputError(
+            f"{where} holds no image in <identity>/<image>.jpg or .png: set data; ethnicities to the groups that it "
+            'holds, or to "" if it holds identities.'
+        )
     if empty := sorted(set(groups) - {folder.split("/")[0] for folder, _ in files}):
         raise InputError(f"{data / empty[0]} holds no image: expected {empty[0]}/<identity>/<image>.jpg or .png.")
     seen: dict[str, str] = {}

@@ -1,7 +1,8 @@
 """Margin headers: classifiers that see angles, and make the target class harder to reach while training.
 
-All headers hold one parameter `kernel` of shape (D, C), a column per class, and turn embeddings (B, D) and labels (B,)
-into scaled logits (B, C) for the cross-entropy. Neither input needs to be normalised: both are, here.
+All headers hold `kernel` of shape (D, C), a column per class, and turn embeddings (B, D) and labels (B,) into scaled
+logits (B, C) for the cross-entropy. It is a parameter; those of AdaDistill hold a buffer that follows the teacher's
+embeddings, which they take too. Nothing needs to be normalised: embeddings and centres are, here.
 """
 
 import math
@@ -168,7 +169,7 @@ class AdaDistill(nn.Module):
     (Eq. 8; without it Eq. 7), clipped to [0, 1]. Samples of one class move it one after another, in their order.
 
     `kernel` (D, C) holds the centres, a column per class, of any length. It is a buffer: no gradient reaches it, and in
-    eval mode it stays as it is. `alpha` is the mean over the last batch.
+    eval mode it stays as it is. `alpha` is the mean over the last batch. Raises InputError for another `margin`.
     """
 
     def __init__(
@@ -181,6 +182,8 @@ class AdaDistill(nn.Module):
         weighted: bool = True,
     ):
         super().__init__()
+        if margin not in ("arc", "cos"):
+            raise InputError(f"margin = {margin!r} must be arc or cos.")
         self.s, self.m, self.margin, self.weighted = s, m, margin, weighted
         self.register_buffer("kernel", torch.empty(in_features, out_features).normal_(0, 0.01))
         self.alpha = torch.tensor(math.nan)
@@ -215,22 +218,25 @@ class AdaDistill(nn.Module):
         self.alpha = alpha.mean()
 
 
-class ArcDistill(AdaDistill):
-    """ArcFace for the student against class centres that the teacher has learned, and that stay (Eq. 4)."""
-
-    def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.45):
-        super().__init__(in_features, out_features, s, m, "arc")
+class FrozenDistill(AdaDistill):
+    """The same against class centres that the teacher has learned, and that stay (Eq. 4): alpha is 1."""
 
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
         self.alpha = torch.ones((), device=label.device)
 
 
-class CosDistill(ArcDistill):
-    """CosFace for the student against class centres that the teacher has learned, and that stay (Eq. 4)."""
+class ArcDistill(FrozenDistill):
+    """With ArcFace's margin."""
+
+    def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.45):
+        super().__init__(in_features, out_features, s, m, "arc")
+
+
+class CosDistill(FrozenDistill):
+    """With CosFace's margin."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.35):
-        super().__init__(in_features, out_features, s, m)
-        self.margin = "cos"
+        super().__init__(in_features, out_features, s, m, "cos")
 
 
 def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:

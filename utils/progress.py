@@ -56,7 +56,7 @@ class Progress:
         try:
             self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
             self.weights = state["weights"]
-            self.names, self.measures = list(state["sums"]), state["measures"]
+            self.names, self.measures = list(state["sums"]), state.get("measures", [])  # none before there were some
             for k, total in enumerate(state["sums"].values()):
                 self.sums[k] = total
             self.backbone.load_state_dict(state["backbone"])
@@ -115,8 +115,9 @@ class Progress:
         return self._replayed or seeded
 
     def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
-        """One step of the optimizer, which changes nothing if a loss or a gradient is not finite.
+        """One step of the optimizer, which changes nothing if a number is not finite.
 
+        What `losses` itself has changed by then, statistics or centres, is never saved: the run ends before it is.
         Whatever it changes is among `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
@@ -146,7 +147,7 @@ class Progress:
         if found := self._watch.found():
             step, values = found
             name, value = next((n, v) for n, v in zip(self.names, values, strict=False) if not math.isfinite(v))
-            what = name if name in GRADIENTS else f"loss {name!r}"
+            what = name if name in GRADIENTS else f"{'measure' if name in self.measures else 'loss'} {name!r}"
             advice = "lower the learning rate or s"
             if self.run.has_checkpoint:
                 advice += f" and move {self.run.folder} away, whose last checkpoint is good"
@@ -235,7 +236,7 @@ class Watch:
         self._steps.fill_(step)
 
     def look(self, values: torch.Tensor) -> None:
-        """Losses and norms of gradients (NUMBERS,) of the step that is about to be taken."""
+        """Losses, measures and norms of gradients (NUMBERS,) of the step that is about to be taken."""
         self.values.copy_(torch.where(self.bad > 0, self.values, values))
         self.bad.copy_(torch.maximum(self.bad, 1 - values.isfinite().all().float()))
         self._steps += self.bad == 0

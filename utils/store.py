@@ -121,7 +121,8 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
     with _reader(index, data) as read, filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
         left = sum(len(filling.rows(block)) for block in filling.missing)
         which = f"{left:,}" if left == count else f"{left:,} of {count:,}"
-        print(f"Decoding {which} images of {data} once: {_size(needed)} in {folder} ({_size(free)} free).", flush=True)
+        source, room = data / RECORDS if index.in_records else data, f"{_size(free)} free"
+        print(f"Decoding {which} images of {source} once: {_size(needed)} in {folder} ({room}).", flush=True)
         with tqdm(desc="decode", total=count, initial=count - left, unit=" images", disable=None) as bar:
             results = map_ahead(pool, decode_block, filling.missing, 2 * (os.cpu_count() or 1))
             for block, (digest, content, bad) in zip(filling.missing, results, strict=True):
