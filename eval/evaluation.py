@@ -27,7 +27,7 @@ from utils.files import write_json, write_text
 from utils.process import run, setup
 from utils.synthetic import is_generated
 
-LOGGED = {"epoch", "loss", "measures", "scores", "best"}  # what pictures read of a log
+LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
 
 
 def main(cfg: Config) -> None:

@@ -123,8 +123,8 @@ def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> No
     styles: dict[str, int] = {}  # of each loss and measure
     for (title, log), axes in zip(logs.items(), every, strict=False):
         epochs = [entry["epoch"] for entry in log]
-        for name in (*log[0]["loss"], *log[0]["measures"]):
-            values = [{**entry["loss"], **entry["measures"]}[name] for entry in log]
+        for name in (*log[0]["loss"], *log[0].get("measures", ())):  # runs from before have none
+            values = [{**entry["loss"], **entry.get("measures", {})}[name] for entry in log]
             label = f"loss {name}" if name in log[0]["loss"] else name
             style = LINES[styles.setdefault(name, len(styles)) % 8]
             axes.plot(epochs, values, color="0.25", linestyle=style, label=label)
