@@ -2,11 +2,14 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from utils.arrays import Filling, about, outdated, read, sidecar, write
+from tests.runs import ROOT
+from utils.arrays import Filling, about, outdated, provide, read, sidecar, write
 from utils.errors import Damaged, InputError
 
 VALUES = np.arange(50, dtype=np.float32).reshape(25, 2)
@@ -49,6 +52,48 @@ def test_an_array_is_written_whole(path):
     assert "is damaged" in outdated(path, (25, 3), np.float32, ORIGIN)
     with pytest.raises(ValueError, match="read-only"):
         read(path, *FORM)[0] = 1
+
+
+def test_a_kill_while_an_array_takes_its_place_leaves_nothing_behind(tmp_path):
+    code = f"""
+import os, sys
+from pathlib import Path
+from tests.test_arrays import ORIGIN, VALUES
+from utils.arrays import write
+
+def killed_before(number):
+    calls = [0]
+    def counted(call):
+        def either(*given, **more):
+            calls[0] += 1
+            if calls[0] == number:
+                os._exit(9)
+            return call(*given, **more)
+        return either
+    for name in ("open", "replace", "unlink", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+
+number, code = 0, 9
+while code == 9:
+    number += 1
+    path = Path({str(tmp_path)!r}) / str(number) / "x.npy"
+    child = os.fork()
+    if child == 0:
+        killed_before(number)
+        write(path, VALUES, ORIGIN, block_rows=4)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert code == 0, code
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    killed = list(tmp_path.iterdir())
+    assert len(killed) > 6
+    for folder in killed:
+        path = folder / "x.npy"
+        array = provide(path, *FORM, ORIGIN, lambda path=path: fill(path))
+        assert np.array_equal(array, VALUES)
+        # The file of a lock may outlive its process, the lock itself does not.
+        assert set(names(path)) - {"x.npy.lock"} == {"x.json", "x.npy"}
 
 
 def test_filling_goes_on_where_it_was_interrupted(path):

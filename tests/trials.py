@@ -187,7 +187,8 @@ def small_blocks() -> None:
 def kills_of_other_stages(faces: Path, work: Path, instants: int, seed: int = 0) -> Result:
     """Extraction, which decodes the images first, and evaluation, killed once each at seeded instants.
 
-    All files that they write are equal byte for byte to those of stages that were not killed.
+    All files that they write are equal byte for byte to those of stages that were not killed. The file of a lock does
+    not count: it may outlive its process, the lock itself does not.
     """
     random, result, durations = np.random.default_rng(seed), Result(), {}
     base, data = work / "base", work / "data"
@@ -213,7 +214,7 @@ def kills_of_other_stages(faces: Path, work: Path, instants: int, seed: int = 0)
             if finish(script, given, log, small_blocks):
                 return log.read_text()[-500:], {}
             durations.setdefault(script, time.monotonic() - started)
-        files = [path for path in (work / name).rglob("*") if path.is_file() and path != log]
+        files = [path for path in (work / name).rglob("*") if path.is_file() and path != log and path.suffix != ".lock"]
         return "", {str(path.relative_to(work / name)): sha256(path) for path in files}
 
     failure, wanted = stages("whole", kill=False)

@@ -102,10 +102,9 @@ class Filling:
                 os.fsync(file.fileno())
             sidecar(self.path).unlink(missing_ok=True)  # it is not that of the array that comes now
             os.replace(self._partial, self.path)
+            os.replace(self._notes, sidecar(self.path))  # a kill before this leaves both for `__enter__` to go on from
         except OSError as error:
             raise not_written(self.path, error) from error
-        self._note(sidecar(self.path))
-        self._notes.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Deletes what has been filled so far, after the context has ended by an exception."""
