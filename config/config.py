@@ -22,6 +22,7 @@ class Config:
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
     ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
+    leave_out: str = ""  # a file that names identities and images, a line each, to train without: see utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
     # What a script works on

@@ -15,13 +15,11 @@ pace: give as many --num_workers as there are cores.
 """
 
 import argparse
-import contextlib
 import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -31,6 +29,7 @@ from backbones import load_backbone
 from config.config import Config
 from eval.rates import just_above
 from eval.verification import normalize
+from utils import images
 from utils.align import TEMPLATE, align
 from utils.arrays import read
 from utils.dataset import Column, cut
@@ -185,15 +184,11 @@ class Crops(Column):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB image (H, W, 3) uint8 of any size; raises InputError where the file cannot be read or ends too early."""
-    content, image = path.read_bytes(), None
-    # OpenCV fills what is missing of a truncated JPEG with grey, and only logs it.
-    is_whole = b"\xff\xd9" in content[-1024:] or not content.startswith(b"\xff\xd8")
-    with contextlib.suppress(cv2.error):  # an empty file, an impossible size in the header
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if is_whole else None
-    if image is None:
-        raise InputError(f"{path} is no readable image: replace it, and what was finished is kept.")
-    return image[..., ::-1]
+    """RGB image (H, W, 3) uint8 of any size; raises InputError where the file is none."""
+    try:
+        return images.read(path, upright=True)[..., ::-1]
+    except ValueError as error:
+        raise InputError(f"{path} {error}: replace it, and what was finished is kept.") from error
 
 
 def extract(path: Path, benchmark: Benchmark, network: nn.Module, digest: str, cfg: Config) -> np.ndarray:

@@ -57,36 +57,15 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
     the file is executed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
-    try:
-        raw = path.read_bytes()
-        content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:
-        # A damaged pickle can raise nearly anything.
-        raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
-    if not (isinstance(content, (tuple, list)) and len(content) == 2):
-        raise InputError(f"{path} is no set of pairs: expected (images, same or not).")
-    encoded, same = (part.value if isinstance(part, _Array) else part for part in content)
-    if not all(
-        isinstance(part, (list, tuple)) or (isinstance(part, np.ndarray) and part.ndim) for part in (encoded, same)
-    ):
-        raise InputError(f"{path} is no set of pairs: expected two lists.")
-    if len(encoded) == 0 or len(encoded) != 2 * len(same):
-        raise InputError(f"{path} holds {len(encoded)} images for {len(same)} pairs: expected two for each.")
-    if not all(isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1) for value in same):
-        raise InputError(f"{path}: whether a pair is the same must be True or False.")
+    encoded, same, digest = read_bin(path)
 
     def decode_item(k: int) -> np.ndarray:
-        item = encoded[k].value if isinstance(encoded[k], _Array) else encoded[k]
-        item = item.tobytes() if isinstance(item, np.ndarray) else item
         try:
-            return decode(item if isinstance(item, bytes) else b"")
+            return decode(encoded[k])
         except ValueError as error:
             raise InputError(f"{path}: image {k} {error}.") from error
 
-    digest, shape = hashlib.sha256(raw).hexdigest(), (len(encoded), SIZE, SIZE, 3)
-    images = None
+    shape, images = (len(encoded), SIZE, SIZE, 3), None
     if cache is not None:
         place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         form = (cache / f"{path.stem}-{place}.npy", shape, np.uint8, {"pairs": digest})
@@ -101,16 +80,50 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
         with ThreadPoolExecutor() as pool:
             for k, image in enumerate(map_ahead(pool, decode_item, range(len(encoded)), BLOCK)):
                 images[k] = image
-    return Pairs(images, np.array([bool(value) for value in same]), digest)
+    return Pairs(images, same, digest)
+
+
+def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
+    """The 2P encoded images of a verification set, whether each pair is the same (P,) bool, and the file's SHA-256.
+
+    Raises InputError for whatever else the file may be, but does not look into the images. Nothing in the file is
+    executed.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
+    try:
+        raw = path.read_bytes()
+        content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
+    except Exception as error:
+        # A damaged pickle can raise nearly anything.
+        raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
+    if not (isinstance(content, (tuple, list)) and len(content) == 2):
+        raise InputError(f"{path} is no set of pairs: expected (images, same or not).")
+    encoded, same = map(_plain, content)
+    if not all(
+        isinstance(part, (list, tuple)) or (isinstance(part, np.ndarray) and part.ndim) for part in (encoded, same)
+    ):
+        raise InputError(f"{path} is no set of pairs: expected two lists.")
+    if len(encoded) == 0 or len(encoded) != 2 * len(same):
+        raise InputError(f"{path} holds {len(encoded)} images for {len(same)} pairs: expected two for each.")
+    if not all(isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1) for value in same):
+        raise InputError(f"{path}: whether a pair is the same must be True or False.")
+    images = [item.tobytes() if isinstance(item, np.ndarray) else item for item in map(_plain, encoded)]
+    for k, item in enumerate(images):
+        if not isinstance(item, bytes):
+            raise InputError(f"{path}: image {k} is no bytes, but {type(item).__name__}.")
+    return images, np.array([bool(value) for value in same]), hashlib.sha256(raw).hexdigest()
+
+
+def _plain(part: object) -> object:
+    return part.value if isinstance(part, _Array) else part
 
 
 def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) -> None:
     """Decodes the images of all blocks that are missing."""
 
     def decode_block(block: int) -> str:
-        for k in filling.rows(block):
-            filling.array[k] = decode_item(k)
-        return filling.digest(block)
+        return filling.write(block, np.stack([*map(decode_item, filling.rows(block))]))
 
     try:
         with filling, ThreadPoolExecutor() as pool:
@@ -122,8 +135,10 @@ def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) ->
         raise
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
     """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused.
+
+    It is Python's own in Python: that in C takes gigabytes for ten bytes that name a large place in its memo.
 
     Arrays are rebuilt by the classes below: NumPy's own functions, called with what a file chooses, can reach beyond
     an array's memory.

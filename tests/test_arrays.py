@@ -54,6 +54,21 @@ def test_an_array_is_written_whole(path):
         read(path, *FORM)[0] = 1
 
 
+@pytest.mark.parametrize("pwrite", [True, False])
+def test_a_block_can_be_written_at_once(path, tmp_path, pwrite, monkeypatch):
+    if not pwrite:
+        monkeypatch.delattr(os, "pwrite")  # as on Windows
+    else:
+        whole = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda handle, values, at: whole(handle, values[:5], at))
+    with Filling(path, *FORM, ORIGIN, 4) as filling:
+        for block in reversed(filling.missing):
+            rows = filling.rows(block)
+            filling.finish(block, filling.write(block, VALUES[rows.start : rows.stop]))
+            assert filling.write(block, VALUES[rows.start : rows.stop]) == filling.digest(block)
+    assert np.array_equal(read(path, *FORM), VALUES)
+
+
 def test_a_kill_while_an_array_takes_its_place_leaves_nothing_behind(tmp_path):
     code = f"""
 import os, sys

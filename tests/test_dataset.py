@@ -234,3 +234,34 @@ def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
     kept = cache(columns, rows, torch.device("cpu"), 1e9)
     assert "device_cache_gb = 1e+09 is more than there is:" in capsys.readouterr().out
     assert all(isinstance(column, Cached) for column in kept.values())
+
+
+def test_identities_and_images_that_are_listed_are_left_out(cfg, tmp_path):
+    listed = tmp_path / "leave_out.txt"
+    listed.write_text("A/a2\n\nB/b1/3.jpg\nB/b1/0.jpg\n")
+    one, whole = Faces(replace(cfg, leave_out=str(listed))), Faces(cfg)
+    assert one.identities == ("A/a1", "A/a3", "B/b1", "B/b2")
+    left = [whole.store.index.paths[row] for row in whole.rows if row not in one.rows]
+    assert left == [*(f"A/a2/{k}.jpg" for k in range(4)), "B/b1/0.jpg", "B/b1/3.jpg"]
+    labels = one.columns["label"].arrays[0]
+    assert np.bincount(labels[one.rows]).tolist() == [4, 4, 2, 4]
+    assert (np.delete(labels, one.rows) == -1).all()
+    assert (
+        one.sources["left out"] != Faces(replace(cfg, leave_out=str(write_list(listed, "A/a2\n")))).sources["left out"]
+    )
+    with pytest.raises(InputError, match=r"names A/a9, which .* does not hold \(1 of 2 lines\)"):
+        Faces(replace(cfg, leave_out=str(write_list(listed, "A/a2\nA/a9\n"))))
+    cold = replace(cfg, cache=str(tmp_path / "cold"), leave_out=str(write_list(listed, "A/a9\n")))
+    with pytest.raises(InputError, match="names A/a9"):
+        Faces(cold)
+    assert not list((tmp_path / "cold").rglob("images*"))  # it was refused before the images were decoded
+    everything = "\n".join(whole.store.index.identities)
+    with pytest.raises(InputError, match="leaves out every image of .*: set leave_out to a shorter list"):
+        Faces(replace(cfg, leave_out=str(write_list(listed, everything))))
+    with pytest.raises(InputError, match=r"nowhere.txt cannot be read \(No such file or directory\): set leave_out"):
+        Faces(replace(cfg, leave_out="nowhere.txt"))
+
+
+def write_list(path, text):
+    path.write_text(text)
+    return path

@@ -107,7 +107,7 @@ def test_a_signal_outside_training_ends_in_a_sentence(number, monkeypatch, capsy
         run(lambda cfg: os.kill(os.getpid(), number))
     assert stop.value.code == 128 + number
     error = capsys.readouterr().err
-    assert error.startswith("extract_all.py: interrupted, what was finished is kept; continue with: python")
+    assert error.startswith("extract_all.py: interrupted, files that were finished are kept; continue with: python")
     assert error.count("\n") == 1
     assert signal.getsignal(number) is before
 

@@ -284,7 +284,7 @@ def test_a_run_that_stopped_in_the_middle_goes_on_there(folder, network, monkeyp
     image.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit, match="2"):
         run(folder)
-    assert f"{image} is no readable image: replace it" in capsys.readouterr().err
+    assert f"{image} is a truncated JPEG: replace it" in capsys.readouterr().err
     image.write_bytes(whole)
     seen = []
     read_image = ijb.read_image
@@ -370,13 +370,13 @@ def test_missing_images_are_found_before_anything_is_computed(folder, network, m
     assert "loose_crop lacks 2 of 20 images, the first 7.jpg" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"no image"])
-def test_an_image_that_cannot_be_read_is_named(content, folder, network, capsys):
+@pytest.mark.parametrize(("content", "reason"), [(b"", "is empty"), (b"no image", "is no JPEG, PNG or WebP image")])
+def test_an_image_that_cannot_be_read_is_named(content, reason, folder, network, capsys):
     (folder / "loose_crop" / "5.jpg").write_bytes(content)
     with pytest.raises(SystemExit, match="2"):
         run(folder)
     said = capsys.readouterr().err
-    assert "5.jpg is no readable image" in said
+    assert f"5.jpg {reason}: replace it" in said
     assert said.count("\n") == 1
 
 

@@ -162,7 +162,7 @@ def test_all_bad_images_are_named(cfg):
     assert "4 of 20 images" in text
     for name, reason in (
         ("A/a1/1.jpg", "is empty"),
-        ("A/a2/1.jpg", "is no readable image"),
+        ("A/a2/1.jpg", "is no JPEG, PNG or WebP image"),
         ("A/a3/1.jpg", "is a truncated JPEG"),
         ("B/b1/1.jpg", "is 100 x 100, not 112 x 112"),
     ):

@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +220,18 @@ def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
     assert _DType.__doc__ != "changed"
 
 
+def test_a_small_file_takes_little_memory(tmp_path):
+    """Ten bytes that ask for a place far away in the memo."""
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="no set of pairs"):
+            load_bin(tmp_path / "x.bin")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -231,8 +245,8 @@ def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
         (pickle.dumps((IMAGES[:3], SAME)), "holds 3 images for 2 pairs"),
         (pickle.dumps((IMAGES, [True])), "holds 4 images for 1 pairs"),
         (pickle.dumps((IMAGES, [True, 7])), "must be True or False"),
-        (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no readable image"),
-        (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is empty"),
+        (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no JPEG, PNG or WebP image"),
+        (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is no bytes, but int"),
         (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
     ],
 )
@@ -298,6 +312,6 @@ def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypat
 
 def test_a_bad_image_leaves_nothing_in_the_cache(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(([*IMAGES[:3], b"x"], SAME)))
-    with pytest.raises(InputError, match="image 3 is no readable image"):
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
         load_bin(tmp_path / "x.bin", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())

@@ -80,6 +80,23 @@ class Filling:
     def rows(self, block: int) -> range:
         return _rows(block, self._about["block rows"], self._shape[0])
 
+    def write(self, block: int, values: np.ndarray) -> str:
+        """Writes the rows of a block, of the array's type; gives their SHA-256. May be called in any thread.
+
+        Through the file where that can be: fetching the pages of a map one by one can take as long as decoding images.
+        """
+        rows = self.rows(block)
+        if hasattr(os, "pwrite"):
+            left, at = memoryview(np.ascontiguousarray(values)).cast("B"), self.array.offset
+            at += rows.start * (left.nbytes // len(rows))
+            with open(self._partial, "rb+", buffering=0) as file:
+                while left:
+                    written = os.pwrite(file.fileno(), left, at)
+                    left, at = left[written:], at + written
+        else:
+            self.array[rows.start : rows.stop] = values
+        return _digest(self.array, rows, values)
+
     def digest(self, block: int) -> str:
         """The SHA-256 of a block as it has been written; may be called in any thread."""
         return _digest(self.array, self.rows(block))
@@ -249,10 +266,11 @@ def _check(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict
     return good
 
 
-def _digest(array: np.ndarray, rows: range) -> str:
+def _digest(array: np.ndarray, rows: range, values: np.ndarray | None = None) -> str:
+    """Of rows of an array, whose `values` need not be read where they are at hand."""
     digest = hashlib.sha256()
     if rows.start == 0:  # the first block answers for the header too
         with open(array.filename, "rb") as file:
             digest.update(file.read(array.offset))
-    digest.update(array[rows.start : rows.stop])
+    digest.update(array[rows.start : rows.stop] if values is None else np.ascontiguousarray(values))
     return digest.hexdigest()

@@ -22,7 +22,8 @@ import torch
 from config.config import Config
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
-from utils.index import Index
+from utils.files import sha256
+from utils.index import Index, find_images
 from utils.split import read_quarter, require_split
 from utils.store import ImageStore
 from utils.threads import map_ahead
@@ -107,10 +108,12 @@ class Faces:
             self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
         if target:
             self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
+        if cfg.leave_out and store is None:
+            _left_out(cfg, find_images(cfg))  # a wrong list is refused before the images are decoded
         self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
-        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable)
+        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~_left_out(cfg, index))
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
         self.identities = tuple(index.identities[i] for i in present)
         label = np.full(len(index.paths), -1, np.int64)
@@ -118,6 +121,8 @@ class Faces:
         self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
         identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
         self.sources = {"images": self.store.digest, "identities": identities}
+        if cfg.leave_out:
+            self.sources["left out"] = sha256(Path(cfg.leave_out))
         self.sources |= {f"pairs {name}": one.digest for name, one in (pairs or {}).items()}
         self.origins: dict[Path, dict] = {}  # what made each array of embeddings
         if inputs:
@@ -328,6 +333,28 @@ def to_network(images: torch.Tensor) -> torch.Tensor:
     """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5."""
     images = images.permute(0, 3, 1, 2)  # a view: channels last stays the layout in memory
     return images.float().mul_(1 / 127.5).sub_(1)  # on a CPU half the time of a single call with mixed types
+
+
+def _left_out(cfg: Config, index: Index) -> np.ndarray:
+    """(N,) bool: images that `cfg.leave_out` names, by themselves or by their identity."""
+    out = np.zeros(len(index.paths), bool)
+    if not cfg.leave_out:
+        return out
+    try:
+        text = Path(cfg.leave_out).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise InputError(f"{cfg.leave_out} cannot be read ({error.strerror}): set leave_out to a list.") from error
+    named = {*text.removeprefix("\ufeff").split("\n")} - {""}  # a name may end in blanks
+    if unknown := sorted(named.difference(index.identities, index.paths)):
+        raise InputError(
+            f"{cfg.leave_out} names {unknown[0]}, which {cfg.data} does not hold ({len(unknown)} of {len(named)} "
+            "lines): each line is <ethnicity>/<identity> or <ethnicity>/<identity>/<image>."
+        )
+    identities = np.array([name in named for name in index.identities])
+    out = identities[index.identity] | np.array([path in named for path in index.paths])
+    if out.all():
+        raise InputError(f"{cfg.leave_out} leaves out every image of {cfg.data}: set leave_out to a shorter list.")
+    return out
 
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:

@@ -232,6 +232,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
+def printable(name: object) -> str:
+    """A name of a file, which need not be text, with its odd bytes replaced."""
+    return os.fsencode(str(name)).decode(errors="replace")
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 

@@ -18,7 +18,7 @@ from utils import recordio
 from utils.errors import InputError
 from utils.files import check_seal, replaced, seal
 
-EXTENSIONS = (".jpg", ".jpeg", ".png")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 GROUPS_OF_RECORDS = ("Caucasian", "Indian", "Asian", "African")
 """What the second label of a record means in the release of BUPT-BalancedFace."""
 

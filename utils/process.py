@@ -1,7 +1,6 @@
 """The process that a script is: its command line, the libraries' settings, signals, and what it says last."""
 
 import contextlib
-import ctypes
 import importlib.util
 import shlex
 import signal
@@ -16,6 +15,7 @@ import torch
 from config.config import Config
 from utils.checkpoint import device_of
 from utils.errors import InputError
+from utils.memory import keep_freed_memory
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None) -> None:
@@ -25,7 +25,11 @@ def run(main: Callable[[Config], None], argv: list[str] | None = None) -> None:
 
 def guarded(work: Callable[[], None]) -> None:
     """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     script = Path(sys.argv[0]).name
+    if script == "__main__.py":
+        script = _module_name()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         work()
@@ -61,7 +65,7 @@ def setup(cfg: Config) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
     if reason := _lacks(cfg.precision, device_of(cfg)):
         print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
-    _keep_freed_memory()
+    keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
 
 
@@ -72,18 +76,6 @@ def _lacks(precision: str, device: torch.device) -> str:
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "this device has no bf16 units"
     return ""
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep large blocks for the next step instead of giving them back to the kernel.
-
-    Fetching every activation anew from the kernel takes longer than small convolutions: without this, iresnet_tiny's
-    forward pass at batch 256 is 2.3 to 3 times slower on two cores. Other C libraries are left as they are.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks than this are mapped apart
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the top that is kept
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
@@ -100,7 +92,7 @@ class Interrupted(BaseException):
 
 
 def _interrupt(number: int, _) -> None:
-    raise Interrupted("interrupted, what was finished is kept", number)
+    raise Interrupted("interrupted, files that were finished are kept", number)
 
 
 class StopSignals:
@@ -136,6 +128,12 @@ class StopSignals:
 
 
 def _this_command() -> str:
-    module = sys.modules["__main__"].__spec__
-    script = ["-m", module.name] if module else [sys.argv[0]]
+    module = _module_name()
+    script = ["-m", module] if module else [sys.argv[0]]
     return "python " + shlex.join([*script, *sys.argv[1:]])
+
+
+def _module_name() -> str:
+    """What was called with `python -m`, or nothing."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else ""

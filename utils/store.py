@@ -15,9 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
+from utils import images
 from utils.arrays import Filling, about, provide
 from utils.errors import Damaged, InputError
-from utils.files import write_text
+from utils.files import printable, write_text
 from utils.index import Index, find_images
 from utils.recordio import RECORDS, image_of
 from utils.threads import map_ahead
@@ -29,21 +30,10 @@ BLOCK = 256  # images that are decoded and checked together: the digest of a dat
 
 def decode(content: bytes) -> np.ndarray:
     """RGB image (112, 112, 3) uint8 from an encoded one; raises ValueError with the reason where that cannot be."""
-    if not content:
-        raise ValueError("is empty")
-    # OpenCV may fill what is missing of a truncated file with grey, and only log it.
-    for kind, start, end in (("JPEG", b"\xff\xd8", b"\xff\xd9"), ("PNG", b"\x89PNG", b"IEND")):
-        if content.startswith(start) and end not in content[-1024:]:
-            raise ValueError(f"is a truncated {kind}")
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # an impossible size in the header, say
-        image = None
-    if image is None:
-        raise ValueError("is no readable image")
+    image = images.decode(content, upright=False)
     if image.shape[:2] != (SIZE, SIZE):
         raise ValueError(f"is {image.shape[1]} x {image.shape[0]}, not {SIZE} x {SIZE}")
-    return image[..., ::-1]
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # a tenth of the time of a view that NumPy copies
 
 
 class ImageStore:
@@ -111,12 +101,13 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
 
     def decode_block(block: int) -> tuple[str, str, list[tuple[int, str]]]:
         """SHA-256 of the rows and of the files that they come from, and what cannot be used of them."""
-        content, bad = hashlib.sha256(), []
-        for row in filling.rows(block):
-            digest, reason = _decode_into(filling.array[row], row, index, data, read)
+        content, bad, rows = hashlib.sha256(), [], filling.rows(block)
+        decoded = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+        for out, row in zip(decoded, rows, strict=True):
+            digest, reason = _decode_into(out, row, index, data, read)
             content.update(os.fsencode(index.paths[row]) + b"\0" + digest)
             bad += [(row, reason)] if reason else []
-        return filling.digest(block), content.hexdigest(), bad
+        return filling.write(block, decoded), content.hexdigest(), bad
 
     with _reader(index, data) as read, filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
         left = sum(len(filling.rows(block)) for block in filling.missing)
@@ -134,11 +125,11 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
     if not bad:
         return
     listing = folder / "bad_images.txt"
-    printable = [os.fsencode(reason).decode(errors="replace") for reason in bad.values()]
-    text = "".join(f"{reason}\n" for reason in printable)
+    reasons = [*map(printable, bad.values())]
+    text = "".join(f"{reason}\n" for reason in reasons)
     if not listing.exists() or listing.read_text(encoding="utf-8") != text:  # the cache may be a read-only one
         write_text(listing, text)
-    shown = [f"\n  {reason}" for reason in printable[:20]] + ["\n  ..."] * (len(bad) > 20)
+    shown = [f"\n  {reason}" for reason in reasons[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
     if not skip:
         raise InputError(f"{text}\nMend or remove them, or set skip_bad_images to train without them.")
@@ -151,7 +142,8 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
 def _reader(index: Index, data: Path) -> Iterator[Callable[[int], bytes]]:
     """The function that reads a row's encoded image; may be called in any thread."""
     if not index.in_records:
-        yield lambda row: (data / index.paths[row]).read_bytes()
+        folder = os.fspath(data)
+        yield lambda row: images.read_bytes(f"{folder}/{index.paths[row]}")
         return
     with open(data / RECORDS, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         yield lambda row: image_of(mapped[index.stamps[row, 0] : index.stamps[row].sum()])

@@ -1,0 +1,466 @@
+"""Photographs or loose crops to aligned faces of 112 x 112 pixels.
+
+Every image below --images, however deep, becomes <output>/<same path>.jpg (JPEG, quality 95), turned, scaled and cut so
+that its five landmarks come to lie where ArcFace's crops have them. The landmarks are either given or detected:
+
+--landmarks   Text files such as RFW's <Race>_lmk.txt, a line for each image: its path, perhaps other fields, and ten
+              numbers at the end, separated by tabs, spaces or commas. The numbers are x1 y1 ... x5 y5 or x1 ... x5
+              y1 ... y5, which is found out for each file, of left eye, right eye, nose, left and right corner of the
+              mouth as seen in the image, in stored pixels: an EXIF orientation is not applied. A path is matched with
+              the images by its last parts: <Race>/<id>/<image>, or <id>/<image> where that is unambiguous.
+--detector    OpenCV's face detector YuNet, an ONNX file that you bring. Here an EXIF orientation is applied. Of several
+              faces the one is taken that is largest and nearest to the centre (area less twice the squared distance):
+              <output>/several_faces.csv lists these images.
+
+What could not be aligned is in <output>/failures.csv, as are lines of landmarks without an image. The same command
+again goes on after an interruption, keeps finished faces, makes those anew whose image has changed since, and tries the
+failures again. The exit status is 0 also where some images failed, and 2 where none could be aligned.
+
+Run     python -m utils.prepare align --images test/data --landmarks test/txts/*/*_lmk.txt --output aligned
+        python -m utils.prepare align --images photographs --detector face_detection_yunet.onnx --output aligned
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils import images
+from utils.align import TEMPLATE, align
+from utils.errors import InputError
+from utils.files import locked, not_written, read_json, sha256, write_json
+from utils.prepare.work import TOGETHER, add_processes, in_processes, path_of, write_failures
+
+PARAMETERS, FAILURES, SEVERAL = "align.json", "failures.csv", "several_faces.csv"
+QUALITY = 95
+DETECTED_AT = 640  # pixels of the longer side of larger images, in which YuNet looks for faces
+OF_NO_FACE, MOSTLY_NO_FACES = 0.75, 0.5  # `unlikeness` of landmarks that are refused, of one image and of most
+START, END, COMMENT = b"\xff\xd8", b"\xff\xd9", b"\xff\xfe"  # markers of a JPEG
+
+FIELD = re.compile(r"[^\s,]+")
+IMAGE = re.compile(rf".*?({'|'.join(map(re.escape, images.READABLE + images.OTHERS))})(?=[\s,\"]|$)", re.I)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=path_of, required=True, metavar="FOLDER", help="the folder of the images")
+    parser.add_argument(
+        "--output", type=path_of, required=True, metavar="FOLDER", help="the folder of the faces, a new one"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--landmarks", nargs="+", metavar="FILE", help="files of landmarks")
+    source.add_argument("--detector", metavar="FILE", help="YuNet's ONNX file")
+    add_processes(parser)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Raises InputError for folders, landmarks or a detector that cannot be used, and where no image can be aligned."""
+    source, output = given.images, given.output
+    _refuse_folders(source, output)
+    if given.detector:
+        load_detector(given.detector)
+    paths = _find(source)
+    points, failures, strays = None, {}, []
+    if given.landmarks:
+        points, failures, strays = match(paths, [read_landmarks(Path(name)) for name in given.landmarks])
+        if not points:
+            example = f" {strays[0][0]}: {strays[0][1]}." if strays else ""
+            raise InputError(
+                f"--landmarks have no line for any image of {source}, such as {paths[0]}, which {failures[paths[0]]}: "
+                f"set another file.{example}"
+            )
+    failures |= _double(paths)
+    with locked(output):
+        _claim(output, source, given.landmarks, given.detector)
+        left, counts, several = [path for path in paths if path not in failures], Counter(), []
+        aligner = Aligner(str(source), str(output), given.detector)
+        for path, (kind, note) in zip(left, aligned(aligner, left, points, given.processes), strict=True):
+            counts[kind] += 1
+            if kind == "failed":
+                failures[path] = note
+            elif note:
+                several.append((path, note))
+        strays += _orphans(output, paths)
+        write_failures(output / SEVERAL, ("path", "faces"), several)
+        write_failures(output / FAILURES, ("path", "reason"), [*sorted(failures.items()), *strays])
+    _report(output, counts, len(failures), len(several), len(strays))
+
+
+def aligned(
+    aligner: "Aligner", paths: list[str], points: dict[str, np.ndarray] | None, processes: int = 0
+) -> Iterator[tuple[str, str]]:
+    """What became of each image, in order: aligned, kept or failed, and what is to be said of it."""
+    processes = min(processes or os.cpu_count() or 1, math.ceil(len(paths) / TOGETHER))
+    # As lists: pickling an array takes several times as long.
+    items = ((path, points[path].tolist() if points else None) for path in paths)
+    yield from in_processes(aligner, items, len(paths), "align", max(processes, 1))
+
+
+def _refuse_folders(source: Path, output: Path) -> None:
+    if not source.is_dir():
+        raise InputError(f"There is no folder {source}: set --images to that of the images.")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is no folder: set --output to a new one.")
+    here, there = source.resolve(), output.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise InputError(f"{output} and {source} lie in each other: set --output to a folder of its own.")
+
+
+def _find(source: Path) -> list[str]:
+    try:
+        paths, others = images.find(source)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
+    if others:
+        endings = ", ".join(sorted(ending or "no ending" for ending in others))
+        print(f"{others.total():,} files below {source} are not named like images ({endings}): they are left out.")
+    if not paths:
+        raise InputError(f"{source} holds no image: set --images to the folder of the images.")
+    return paths
+
+
+def _double(paths: list[str]) -> dict[str, str]:
+    """The images whose face would have the name of another's, and that other."""
+    taken: dict[str, str] = {}
+    for path in paths:
+        taken.setdefault(_named(path), path)
+    return {path: f"would be written over {first}" for path in paths if (first := taken[_named(path)]) != path}
+
+
+def _orphans(output: Path, paths: list[str]) -> list[tuple[str, str]]:
+    """Faces of images that are gone: they are left to the user."""
+    faces = {_named(path) for path in paths}
+    return [(face, "is a face of no image any more: delete it") for face in images.find(output)[0] if face not in faces]
+
+
+def _named(path: str) -> str:
+    return os.path.splitext(path)[0] + ".jpg"
+
+
+def _claim(output: Path, source: Path, landmarks: list[str] | None, detector: str | None) -> None:
+    """Notes what the faces are made from; raises InputError where the folder holds anything else."""
+    files = landmarks or [detector]
+    made_from = {
+        "images": str(source.resolve()),
+        "landmarks" if landmarks else "detector": sorted(sha256(Path(name)) for name in files),
+    }
+    path = output / PARAMETERS
+    if path.exists():
+        try:
+            found = read_json(path)
+        except InputError as error:
+            raise InputError(f"{path} is damaged: delete {output}, or set --output to a new folder.") from error
+        if found != made_from:
+            raise InputError(
+                f"{output} holds faces of other --images, --landmarks or --detector: set --output to another folder."
+            )
+    elif output.exists() and any(not name.startswith(PARAMETERS) for name in os.listdir(output)):
+        raise InputError(f"{output} holds files, but no {PARAMETERS} of this command: set --output to a new folder.")
+    else:
+        write_json(path, made_from)
+    for folder, _, names in os.walk(output):
+        for leftover in (name for name in names if name.endswith(".partial")):  # the lock is held: nobody writes it
+            os.unlink(os.path.join(folder, leftover))
+
+
+def _report(output: Path, counts: Counter, failed: int, several: int, strays: int) -> None:
+    listing = output / FAILURES
+    if several:
+        print(f"{several:,} images show several faces: {output / SEVERAL} says which was taken.")
+    if strays:
+        print(f"{strays:,} lines of landmarks, or faces, belong to no image: {listing} lists them.")
+    if not counts["aligned"] + counts["kept"]:
+        raise InputError(f"None of the {failed:,} images could be aligned: {listing} says why.")
+    where = f" ({listing})" if failed else ""
+    print(f"{output}: {counts['aligned']:,} images aligned, {counts['kept']:,} kept, {failed:,} failed{where}.")
+
+
+# One image ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """Aligns an image of the folder `images` into the folder `output`; unlike a closure it can be pickled."""
+
+    images: str
+    output: str
+    detector: str | None = None
+
+    def __call__(self, item: tuple[str, list | None]) -> tuple[str, str]:
+        """Of an image's path and landmarks (five of x, y; None to detect them): aligned, kept or failed, and a note.
+
+        The note says why an image failed, and otherwise which of several faces was taken. Raises NotWritten where
+        there is no room, or the folder must not be written to.
+        """
+        path, points = item
+        source, target = f"{self.images}/{path}", f"{self.output}/{_named(path)}"
+        try:
+            stat = os.stat(source)
+        except OSError as error:  # a disk that is gone takes no finished face with it
+            return "failed", f"cannot be read ({error.strerror})"
+        if kept := _read_if_newer(target, stat):
+            return "kept", _note_of(kept)
+        content, reason = self._try(source, points)
+        reason = reason or self._write(target, content)
+        if not reason:
+            return "aligned", _note_of(content)
+        with contextlib.suppress(OSError):
+            os.unlink(target)  # the face of what the file held before
+        return "failed", reason
+
+    def _try(self, source: str, points: list | None) -> tuple[bytes, str]:
+        """The encoded face, or why there is none."""
+        try:
+            return self._face(source, points), ""
+        except OSError as error:
+            return b"", f"cannot be read ({error.strerror})"
+        except ValueError as error:
+            return b"", str(error)
+        except (MemoryError, cv2.error):
+            return b"", "is too much for OpenCV, or for the memory"
+
+    def _face(self, source: str, points: list | None) -> bytes:
+        image, note = images.read(source, upright=points is None), ""
+        if points is None:
+            points, note = detect(image, load_detector(self.detector))
+        height, width, _ = image.shape
+        if any(abs(x - width / 2) > width or abs(y - height / 2) > height for x, y in points):
+            raise ValueError(f"has landmarks that lie far outside its {width} x {height} pixels")
+        face = align(image, points)
+        if self.detector is None and unlikeness(np.array(points)) > OF_NO_FACE:
+            raise ValueError("has landmarks that do not lie as those of a face do")
+        content = cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+        return _with_note(content, note) if note else content
+
+    def _write(self, target: str, content: bytes) -> str:
+        """Writes a face whole or not at all; gives the reason where its name cannot be had.
+
+        Unlike `utils.files.replaced` it does not wait for the disk, which for a million small files would take most
+        of the time. What a power cut leaves of a face has not both markers, and is made anew.
+        """
+        folder = os.path.dirname(target)
+        partial = f"{folder}/{os.getpid()}.partial"  # not in one folder for all: ext4 then takes several times as long
+        try:
+            if not os.path.isdir(folder):
+                os.makedirs(folder, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(content)
+            os.replace(partial, target)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError):
+            return "has no place: a face has the name of its folder, or a folder its name"
+        except OSError as error:
+            raise not_written(Path(target), error) from error
+        finally:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(partial)
+        return ""
+
+
+def _read_if_newer(target: str, source: os.stat_result) -> bytes | None:
+    """A whole face that was made after its image last changed, or None.
+
+    The time of change counts too: an archive that is unpacked sets that of its files' content back.
+    """
+    with contextlib.suppress(OSError), open(target, "rb") as file:
+        if os.fstat(file.fileno()).st_mtime_ns > max(source.st_mtime_ns, source.st_ctime_ns):
+            content = file.read()
+            if content.startswith(START) and content.endswith(END):
+                return content
+    return None
+
+
+def _with_note(content: bytes, note: str) -> bytes:
+    """A JPEG with a comment after its first segment: what is known of a face is kept with it."""
+    begin, text = _after_first(content), note.encode()
+    return content[:begin] + COMMENT + (len(text) + 2).to_bytes(2, "big") + text + content[begin:]
+
+
+def _note_of(content: bytes) -> str:
+    begin = _after_first(content)
+    if content[begin : begin + 2] != COMMENT:
+        return ""
+    size = int.from_bytes(content[begin + 2 : begin + 4], "big")
+    return content[begin + 4 : begin + 2 + size].decode(errors="replace")
+
+
+def _after_first(content: bytes) -> int:
+    return 4 + int.from_bytes(content[4:6], "big")
+
+
+# Detected landmarks ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_detector(path: str) -> cv2.FaceDetectorYN:
+    """YuNet with OpenCV's thresholds, once in each process. Raises InputError where the file is not it."""
+    if not Path(path).is_file():
+        raise InputError(f"There is no file {path}: set --detector to YuNet's ONNX file.")
+    try:
+        content = np.fromfile(path, np.uint8)  # OpenCV ends with a segmentation fault where a name is no text
+        detector = cv2.FaceDetectorYN.create("onnx", content, np.empty(0, np.uint8), (64, 64))
+        detector.detect(np.zeros((64, 64, 3), np.uint8))  # another network is only noticed when it runs
+    except cv2.error as error:
+        raise InputError(
+            f"{path} is no YuNet that OpenCV {cv2.__version__} can read: set --detector to its ONNX file."
+        ) from error
+    return detector
+
+
+def detect(image: np.ndarray, detector: cv2.FaceDetectorYN) -> tuple[np.ndarray, str]:
+    """The landmarks (5, 2) of a face in a BGR image (H, W, 3) uint8, and if there are several which was taken.
+
+    That is the largest and nearest to the centre. Raises ValueError where there is none.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, DETECTED_AT / max(height, width))
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    detector.setInputSize(size)
+    # YuNet's order is the template's: the right eye of the person is the left one in the image.
+    faces = detector.detect(cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image)[1]
+    if faces is None:
+        raise ValueError("shows no face that the detector finds")
+    faces = faces[:, :14].astype(np.float64).reshape(-1, 7, 2) * np.divide((width, height), size)
+    corners, sizes = faces[:, 0], faces[:, 1]
+    distance = corners + sizes / 2 - (width / 2, height / 2)
+    best = np.argmax(sizes.prod(1) - 2 * (distance**2).sum(1))
+    (x, y), (w, h) = corners[best].round().astype(int), sizes[best].round().astype(int)
+    note = f"{len(faces)} found, the one taken is at {x} {y}, {w} x {h}" if len(faces) > 1 else ""
+    return faces[best, 2:], note
+
+
+# Given landmarks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """What a file of landmarks holds."""
+
+    paths: list[str]  # N, as in the file but with slashes
+    lines: list[str]  # N: where in the file
+    points: np.ndarray  # (N, 5, 2) float64
+    strays: list[tuple[str, str]]  # lines that hold no landmarks, and why
+
+
+def read_landmarks(path: Path) -> Landmarks:
+    """Reads lines of a path, perhaps other fields, and ten numbers; finds out how these are arranged.
+
+    Raises InputError for a file that is not there, holds no such line, or numbers in neither arrangement.
+    """
+    paths, lines, numbers, strays = [], [], [], []
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if found := _parsed(line):
+                    paths.append(found[0])
+                    lines.append(f"line {number} of {path}")
+                    numbers.append(found[1])
+                elif line.strip():
+                    strays.append((f"line {number} of {path}", "is no path with ten numbers at the end"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): set --landmarks to files of landmarks.") from error
+    if not paths:
+        raise InputError(f"{path} has no line of a path with ten numbers at the end: set --landmarks to another file.")
+    if path.name.endswith("_lmk.txt"):  # the file's name tells the group where its paths do not
+        group = path.name.removesuffix("_lmk.txt")
+        paths = [f"{group}/{name}" if name.count("/") == 1 else name for name in paths]
+    return Landmarks(paths, lines, _arranged(np.array(numbers), lines), strays)
+
+
+def _parsed(line: str) -> tuple[str, list[float]] | None:
+    """Path and ten numbers of a line, or None; without tabs the path ends with an image's ending, or is one field."""
+    fields = [*FIELD.finditer(line)]
+    try:
+        numbers = [float(field[0]) for field in fields[-10:]]
+    except ValueError:
+        return None
+    if len(fields) <= 10:
+        return None
+    before = line[fields[0].start() : fields[-11].end()]
+    path = line.strip().split("\t")[0] if "\t" in line else (IMAGE.match(before) or fields[0])[0]
+    return path.strip('" ').replace("\\", "/"), numbers
+
+
+def _arranged(numbers: np.ndarray, lines: list[str]) -> np.ndarray:
+    """Points (N, 5, 2) of ten numbers each (N, 10), in the arrangement in which they are more like faces."""
+    both = numbers.reshape(-1, 5, 2), numbers.reshape(-1, 2, 5).swapaxes(1, 2)
+    found = np.stack([unlikeness(points) for points in both])
+    medians = np.median(found, axis=1)
+    if medians.min() > MOSTLY_NO_FACES:
+        which = lines[np.argmax(found.min(0) > MOSTLY_NO_FACES)]
+        raise InputError(
+            f"The numbers in {which}, as in most, are neither x1 y1 ... x5 y5 nor x1 ... x5 y1 ... y5 of left eye, "
+            "right eye, nose, left and right corner of the mouth, as seen in the image: give them so."
+        )
+    return both[medians.argmin()]
+
+
+def unlikeness(points: np.ndarray) -> np.ndarray:
+    """(...) what is left of the template by the similarity that brings points (..., 5, 2) closest to it, as a share.
+
+    That is 0 for the template, moved, scaled and turned in any way, at most 0.5 for heads turned by 60 degrees to the
+    side, 0.7 at 90, and 1 for points that have nothing of it, or are no finite numbers.
+    """
+    with np.errstate(all="ignore"):
+        z, w = ((one[..., 0] + 1j * one[..., 1]) for one in (points, TEMPLATE))
+        z, w = z - z.mean(-1, keepdims=True), w - w.mean()
+        size = (np.abs(z) ** 2).sum(-1) * (np.abs(w) ** 2).sum()
+        left = 1 - np.abs((z.conj() * w).sum(-1)) ** 2 / size
+    return np.sqrt(np.clip(np.nan_to_num(left, nan=1.0), 0, 1))
+
+
+def match(
+    paths: list[str], files: Iterable[Landmarks]
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[tuple[str, str]]]:
+    """Gives each image the landmarks whose path ends like its own, the longest such end first.
+
+    Two parts must be the same, `<id>/<image>`, or the one that there is. Returns the landmarks (5, 2) of the images
+    that have some, why the others have none, and the lines that are of no use, with the reason.
+    """
+    ends, names = _by_end(paths, 2), _by_end(paths, 1)
+    claims: dict[str, list[tuple[int, np.ndarray, str, str]]] = {}  # parts in common, landmarks, path and line
+    points, failures, strays = {}, {}, []
+    for file in files:
+        strays += file.strays
+        for name, line, five in zip(file.paths, file.lines, file.points, strict=True):
+            found = ends.get(_end(name, 2)) or ends.get(_end(name, 1), []) if "/" in name else names.get(name, [])
+            common = [_in_common(name, path) for path in found]
+            best = [path for path, parts in zip(found, common, strict=True) if parts == max(common)]
+            if len(best) == 1:
+                claims.setdefault(best[0], []).append((max(common), five, name, line))
+            else:
+                strays.append((name, f"{line} fits {'several images' if best else 'no image'}"))
+    for path, lines in claims.items():
+        most = max(parts for parts, *_ in lines)
+        strays += [(name, f"{line} fits no image") for parts, _, name, line in lines if parts < most]
+        first, *others = (claim for claim in lines if claim[0] == most)
+        if other := next((other for other in others if not np.array_equal(other[1], first[1])), None):
+            failures[path] = f"has different landmarks in {first[3]} and {other[3]}"
+        else:
+            points[path] = first[1]
+    return points, failures | {path: "has no landmarks" for path in paths if path not in claims}, strays
+
+
+def _by_end(paths: list[str], parts: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(_end(path, parts), []).append(path)
+    return found
+
+
+def _end(path: str, parts: int) -> str:
+    return "/".join(path.split("/")[-parts:])
+
+
+def _in_common(one: str, other: str) -> int:
+    """How many parts two paths share at their ends."""
+    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
+    return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])

@@ -1,0 +1,261 @@
+"""What a data folder holds: every image listed in the order of the stages' index, and looked at once."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from utils import images, recordio
+from utils.index import EXTENSIONS, GROUPS_OF_RECORDS, scan
+from utils.prepare.likeness import BYTES, fingerprint
+from utils.prepare.work import TOGETHER, in_processes
+
+# List -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The N images of a data folder, in the order and with the names that stages give them."""
+
+    folder: Path
+    groups: tuple[str, ...]  # sorted; empty where there are none
+    identities: tuple[str, ...]  # "<group>/<identity>", of data without groups "<identity>"
+    paths: tuple[str, ...]  # "<identity as above>/<image>"
+    identity: np.ndarray  # (N,) int64
+    group: np.ndarray  # (N,) int64: which of `groups`; 0 where there are none
+    stamps: np.ndarray  # (N, 2) int64: as in the index
+    in_records: bool
+
+    @property
+    def source(self) -> "Source":
+        return Source(str(self.folder), self.in_records)
+
+    def items(self, rows: Iterable[int]) -> "Iterator[str | tuple[int, int]]":
+        """What `Source` takes for these images."""
+        if self.in_records:
+            return (tuple(self.stamps[row].tolist()) for row in rows)
+        return (self.paths[row] for row in rows)
+
+    def rows_of(self, group: int) -> np.ndarray:
+        return np.flatnonzero(self.group == group)
+
+
+def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
+    """Lists a folder's images; groups that are None are found out. Raises InputError where `scan` does.
+
+    Unlike to a stage, an identity may be in two groups.
+    """
+    if groups is None:
+        groups = _find_groups(folder)
+    groups = tuple(sorted(groups))
+    apart = [(group,) for group in groups] or [groups]
+    indexes = [scan(folder, some) for some in apart]
+    identities = sum((index.identities for index in indexes), ())
+    begins = np.cumsum([0, *(len(index.identities) for index in indexes)])
+    identity = np.concatenate([index.identity + begin for index, begin in zip(indexes, begins, strict=False)])
+    of_identity = np.zeros(len(identities), np.int64)
+    if groups:
+        of_identity[:] = [groups.index(name.split("/")[0]) for name in identities]
+    return Contents(
+        folder,
+        groups,
+        identities,
+        sum((index.paths for index in indexes), ()),
+        identity,
+        of_identity[identity],
+        np.concatenate([index.stamps for index in indexes]),
+        indexes[0].in_records,
+    )
+
+
+def _find_groups(folder: Path) -> tuple[str, ...]:
+    """The names of the groups that a folder has; none where images lie in <folder>/<identity>."""
+    if (folder / recordio.RECORDS).is_file():
+        found = np.unique(recordio.read_index(folder).group)
+        known = found.min() >= 0 and found.max() < len(GROUPS_OF_RECORDS)
+        return tuple(GROUPS_OF_RECORDS[number] for number in found) if known else ()
+    if not folder.is_dir():
+        return ()
+    outer = _folders(folder)
+    plain = sum(map(_holds_image, outer))
+    nested = tuple(path.name for path in outer if any(map(_holds_image, _folders(path))))
+    return nested if len(nested) >= plain else ()  # a stray image here or there decides nothing
+
+
+def _folders(path: Path) -> list[Path]:
+    with os.scandir(path) as entries:
+        return [path / entry.name for entry in entries if entry.is_dir()]
+
+
+def _holds_image(path: Path) -> bool:
+    with os.scandir(path) as entries:
+        return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+
+
+class Stray(NamedTuple):
+    """Files that stages pass over."""
+
+    kind: str
+    count: int
+    example: str
+
+
+def passed_over(folder: Path, groups: tuple[str, ...], paths: Iterable[str]) -> list[str]:
+    """Images of the groups that are not among `paths`: of other formats, or elsewhere than in identities."""
+    roots = [f"{name}/" for name in groups] or [""]
+    found = {f"{root}{path}" for root in roots for path in images.find(folder / root)[0]}
+    return sorted(found.difference(paths))
+
+
+def strays(contents: Contents) -> list[Stray]:
+    """What is `passed_over` by stages, kind by kind."""
+    if contents.in_records:
+        return []
+    kinds: dict[str, list[str]] = {}
+    for path in passed_over(contents.folder, contents.groups, contents.paths):
+        ending = os.path.splitext(path)[1].lower()
+        kinds.setdefault(f"{ending} elsewhere" if ending in EXTENSIONS else ending, []).append(path)
+    return [Stray(kind, len(paths), paths[0]) for kind, paths in kinds.items()]
+
+
+def shared_names(contents: Contents) -> list[str]:
+    """Names that identities of different groups have; stages refuse them."""
+    if not contents.groups:
+        return []
+    names = Counter(name.split("/")[1] for name in contents.identities)
+    return sorted(name for name, count in names.items() if count > 1)
+
+
+# Look at --------------------------------------------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """What is seen of an encoded image."""
+
+    reason: str  # why it cannot be used, or ""
+    form: str  # "JPEG", "PNG grey 16-bit", ...; "" where it cannot be used, as in what follows
+    width: int
+    height: int
+    size: int  # bytes
+    fingerprint: bytes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of the N images of a folder."""
+
+    reasons: dict[int, str]  # of the rows that cannot be used
+    forms: tuple[str, ...]
+    form: np.ndarray  # (N,) uint8: which of `forms`
+    sides: np.ndarray  # (N, 2) int32: width and height
+    size: np.ndarray  # (N,) int64: bytes
+    fingerprint: np.ndarray  # (N, 32) uint8
+
+    @property
+    def usable(self) -> np.ndarray:
+        usable = np.ones(len(self.form), bool)
+        usable[[*self.reasons]] = False
+        return usable
+
+
+def look_at_all(contents: Contents, processes: int = 0) -> Seen:
+    """Decodes every image once."""
+    count = len(contents.paths)
+    reasons, forms, fingerprints = {}, {}, bytearray()
+    form, sides, size = np.empty(count, np.uint8), np.empty((count, 2), np.int32), np.empty(count, np.int64)
+    for row, look in enumerate(_looked(_Looker(contents.source), contents, range(count), "look at", processes)):
+        if look.reason:
+            reasons[row] = look.reason
+        form[row] = forms.setdefault(look.form, len(forms))
+        sides[row] = look.width, look.height
+        size[row] = look.size
+        fingerprints += look.fingerprint
+    return Seen(reasons, tuple(forms), form, sides, size, np.frombuffer(fingerprints, np.uint8).reshape(-1, BYTES))
+
+
+def pixel_digests(contents: Contents, rows: np.ndarray, processes: int = 0) -> dict[int, bytes]:
+    """`digest_of` of images that can be used."""
+    found = _looked(_Digester(contents.source), contents, rows.tolist(), "compare pixels", processes)
+    return dict(zip(rows.tolist(), found, strict=True))
+
+
+def decoded(contents: Contents, row: int) -> np.ndarray:
+    """A BGR image (H, W, 3) uint8 that can be used."""
+    return contents.source.decode(next(contents.items([row])))
+
+
+def _looked(function, contents: Contents, rows, title: str, processes: int) -> Iterator:
+    """`function` of the images of these rows, in order; few images are not worth a process."""
+    processes = 1 if len(rows) <= TOGETHER else processes
+    return in_processes(function, contents.items(rows), len(rows), title, processes)
+
+
+def digest_of(image: np.ndarray) -> bytes:
+    """Equal for images (H, W, 3) of the same size and pixels, and no others."""
+    return hashlib.sha256(np.int64(image.shape).tobytes() + image.tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Reads the images of a folder; can be pickled."""
+
+    folder: str
+    in_records: bool
+
+    def read(self, item: str | tuple[int, int]) -> bytes:
+        """The encoded image at a path, or at offset and length of a record; raises OSError and ValueError."""
+        if self.in_records:
+            return recordio.image_of(images.read_bytes(f"{self.folder}/{recordio.RECORDS}", *item))
+        return images.read_bytes(f"{self.folder}/{item}")
+
+    def decode(self, item: str | tuple[int, int]) -> np.ndarray:
+        """As stages decode it, but of any size: BGR (H, W, 3) uint8."""
+        return images.decode(self.read(item), upright=False)
+
+
+@dataclass(frozen=True)
+class _Looker:
+    source: Source
+
+    def __call__(self, item: str | tuple[int, int]) -> Look:
+        try:
+            content = self.source.read(item)
+            image = images.decode(content, upright=False)
+            height, width = image.shape[:2]
+            return Look("", form_of(content), width, height, len(content), fingerprint(image))
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        except ValueError as error:
+            reason = str(error)
+        except (MemoryError, cv2.error):
+            reason = "is too much for OpenCV, or for the memory"
+        return Look(reason, "", 0, 0, 0, bytes(BYTES))
+
+
+@dataclass(frozen=True)
+class _Digester:
+    source: Source
+
+    def __call__(self, item: str | tuple[int, int]) -> bytes:
+        try:
+            return digest_of(self.source.decode(item))
+        except (OSError, ValueError):  # it has changed since it was looked at: it is like no other
+            return repr(item).encode()
+
+
+def form_of(content: bytes) -> str:
+    """The format of an encoded image that can be decoded, with what is unusual in it."""
+    if content.startswith(images.PNG):
+        depth, colour = content[24], content[25]
+        grey, deep = " grey" * (colour in (0, 4)), f" {depth}-bit" * (depth > 8)
+        animated = " animated" * (0 < content.find(b"acTL") < content.find(b"IDAT"))
+        return f"PNG{grey}{deep}{animated}"
+    if content.startswith(images.WEBP):
+        return "WebP" + " animated" * (content[12:16] == b"VP8X" and content[20] & 2 > 0)
+    return "JPEG" + {1: " grey", 4: " CMYK"}.get(images.components_of_jpeg(content), "")

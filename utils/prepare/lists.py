@@ -1,0 +1,176 @@
+"""Lists of pairs, the faces that they name, and the verification sets (.bin) that are made of both."""
+
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.errors import InputError
+from utils.files import replaced
+from utils.images import read_bytes
+from utils.index import EXTENSIONS
+from utils.prepare.work import in_processes, write_failures
+from utils.store import SIZE, decode
+
+PROTOCOL = 2  # of the pickle, as in the files that are handed out
+NAMED = 20  # bad images that a message names; all are in its list
+ENDINGS = (*EXTENSIONS, *map(str.upper, EXTENSIONS))
+IS_NOT_THERE, OF_ANOTHER_SIZE = "is not there", f"not {SIZE} x {SIZE}"
+
+
+class Face(NamedTuple):
+    """A face as a list names it."""
+
+    identity: str  # "" where the list names a file instead
+    places: tuple[str, ...]  # where its image may lie in the folder of images; the first one that is there counts
+
+
+class Pair(NamedTuple):
+    """A line of a list."""
+
+    line: int  # from 1 on
+    one: Face
+    other: Face
+    same: bool
+
+
+class Image(NamedTuple):
+    """The encoded image of a face."""
+
+    place: str
+    content: bytes
+    reason: str  # why it cannot be used, "" if it can
+
+
+Parse = Callable[[list[str]], tuple[Face, Face, bool] | None]
+
+# Lists ----------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and columns of the lines that are not blank; tabs separate columns, where there is none white space.
+
+    Names need not be text. Raises InputError where the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
+                columns = line.split(b"\t" if b"\t" in line else None)
+                if line.strip():
+                    yield number, [column.strip().decode(errors="surrogateescape") for column in columns]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def read_pairs(path: Path, lines: Iterator[tuple[int, list[str]]], parse: Parse, form: str) -> list[Pair]:
+    """The pairs of a list, in its order; `parse` gives None for columns that are not of the `form`.
+
+    Raises InputError that names the first such line, or for a list without a pair.
+    """
+    pairs = []
+    for number, columns in lines:
+        found = None if any("\0" in column for column in columns) else parse(columns)
+        if found is None:
+            shown = " ".join(columns)[:80]
+            raise InputError(f"{path}, line {number:,}: expected {form}, found {shown!r}.")
+        pairs.append(Pair(number, *found))
+    if not pairs:
+        raise InputError(f"{path} names no pair: expected lines {form}.")
+    return pairs
+
+
+def numbered(columns: list[str]) -> tuple[Face, Face, bool] | None:
+    """The pair of "name n1 n2", genuine, or "name1 n1 name2 n2", impostor."""
+    match columns:
+        case [name, one, other] if are_numbers(one, other):
+            return _face(name, one), _face(name, other), True
+        case [first, one, second, other] if second and are_numbers(one, other):
+            return _face(first, one), _face(second, other), False
+    return None
+
+
+def are_numbers(*texts: str) -> bool:
+    return all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
+
+
+def _face(name: str, number: str) -> Face:
+    return Face(name, tuple(f"{name}/{name}_{int(number):04}{ending}" for ending in ENDINGS))
+
+
+def doubts(path: Path, pairs: list[Pair]) -> list[str]:
+    """Sentences about pairs that can be read but hardly be meant."""
+    kinds = {
+        "genuine pairs show one image twice": [pair for pair in pairs if pair.same and pair.one == pair.other],
+        "impostor pairs are of one identity": [
+            pair for pair in pairs if not pair.same and pair.one.identity and pair.one.identity == pair.other.identity
+        ],
+    }
+    return [f"{path}: {len(of):,} {kind}, first in line {of[0].line:,}." for kind, of in kinds.items() if of]
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processes: int) -> str:
+    """Writes the verification set of a list's pairs, with the images of a folder as they are encoded.
+
+    Every image is decoded before. Where one cannot be used nothing is written, but the list of all such images into
+    `<output's stem>_failures.csv`; what is wrong is then returned, for the user. A set that was there stays. Raises
+    NotWritten for a full disk.
+    """
+    lines: dict[Face, int] = {}  # where each face is named first
+    for pair in pairs:
+        lines.setdefault(pair.one, pair.line)
+        lines.setdefault(pair.other, pair.line)
+    images = in_processes(partial(read_image, folder), lines, len(lines), f"check {output.stem}", processes)
+    found = dict(zip(lines, images, strict=True))
+    bad = [(lines[face], image.place, image.reason) for face, image in found.items() if image.reason]
+    failures = output.with_name(f"{output.stem}_failures.csv")
+    write_failures(failures, ("line", "image", "reason"), bad)
+    if bad:
+        shown = [f"\n  {place} {reason}" for _, place, reason in bad[:NAMED]] + ["\n  ..."] * (len(bad) > NAMED)
+        kept = f"\n{output} is still that of an earlier run." if output.exists() else ""
+        return (
+            f"{len(bad):,} of the {len(lines):,} images in {folder} that {path} names cannot be used "
+            f"(all listed in {failures}):{''.join(shown)}\n{_advice(bad, len(lines))}{kept}"
+        )
+    write_bin(output, [found[face].content for pair in pairs for face in pair[1:3]], [pair.same for pair in pairs])
+    return ""
+
+
+def read_image(folder: Path, face: Face) -> Image:
+    """The image of a face, decoded to see that it can be."""
+    for place in face.places:
+        try:
+            content = read_bytes(folder / place)
+            decode(content)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            return Image(place, b"", f"cannot be read ({error.strerror or error})")
+        except ValueError as error:
+            return Image(place, b"", str(error))
+        return Image(place, content, "")
+    return Image(face.places[0], b"", IS_NOT_THERE)
+
+
+def _advice(bad: list[tuple[int, str, str]], of: int) -> str:
+    """What to do about images that cannot be used."""
+    if any(reason.endswith(OF_ANOTHER_SIZE) for *_, reason in bad):
+        return f"Align the faces to {SIZE} x {SIZE} first: python -m utils.prepare align --help"
+    if len(bad) == of and all(reason == IS_NOT_THERE for *_, reason in bad):
+        return f"Set --images to the folder in which {bad[0][1]} lies."
+    return "Add or mend them."
+
+
+def write_bin(path: Path, images: list[bytes], same: list[bool]) -> None:
+    """Writes 2P encoded images and P booleans as `eval.verification.load_bin` and the published evaluators read them.
+
+    The file is a pickle of (images, same), pair k being images 2k and 2k + 1; an object that is in `images` several
+    times is in the file once. Raises InputError where it cannot be written; what was there is then as it was.
+    """
+    with replaced(path) as beside, open(beside, "wb") as file:
+        pickle.dump((images, same), file, PROTOCOL)

@@ -1,0 +1,76 @@
+"""Images that a data folder shares with sets of pairs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from eval.verification import load_bin
+from utils.errors import InputError
+from utils.prepare.contents import Seen, digest_of
+from utils.prepare.likeness import BYTES, fingerprint, near
+
+
+@dataclass(frozen=True)
+class PairsImages:
+    """The M different images of sets of pairs."""
+
+    places: list[tuple[Path, int]]  # the first place of each: a .bin file, and the number of the image in it
+    fingerprint: np.ndarray  # (M, 32) uint8
+    digests: list[bytes]
+
+
+class Match(NamedTuple):
+    """An image of the data that is, or shows the same photograph as, one of the pairs."""
+
+    row: int
+    other: int  # which of the images of the pairs
+    bits: int  # in which their fingerprints differ
+    same_pixels: bool
+
+
+def read_pairs(folder: Path) -> PairsImages:
+    """Raises InputError for a folder without a .bin, and where `load_bin` does."""
+    paths = sorted(folder.glob("*.bin"))
+    if not paths:
+        raise InputError(f"{folder} holds no .bin: set --pairs to the folder of the <ethnicity>_test.bin files.")
+    found: dict[bytes, tuple[Path, int]] = {}
+    fingerprints = bytearray()
+    for path in paths:
+        for number, image in enumerate(tqdm(load_bin(path).images, path.name, unit=" images", disable=None)):
+            bgr = np.ascontiguousarray(image[..., ::-1])
+            digest = digest_of(bgr)
+            if digest not in found:
+                found[digest] = path, number
+                fingerprints += fingerprint(bgr)
+    return PairsImages([*found.values()], np.frombuffer(fingerprints, np.uint8).reshape(-1, BYTES), [*found])
+
+
+def candidates(seen: Seen, pairs: PairsImages) -> list[tuple[int, int, int]]:
+    """Row, which of the images of the pairs, and in how many bits they differ, for all that are near."""
+    usable = np.flatnonzero(seen.usable & seen.fingerprint.any(1))  # even images, black ones say, are all alike
+    rows, others, bits = near(seen.fingerprint[usable], pairs.fingerprint)
+    return [*zip(usable[rows].tolist(), others.tolist(), bits.tolist(), strict=True)]
+
+
+def matches(found: list[tuple[int, int, int]], pairs: PairsImages, digests: dict[int, bytes]) -> list[Match]:
+    """With the digests of the rows that are `candidates`."""
+    return [Match(row, other, bits, digests[row] == pairs.digests[other]) for row, other, bits in found]
+
+
+def equal_images(seen: Seen) -> np.ndarray:
+    """Rows of images that may have equal pixels: all that share a fingerprint and a size with another one."""
+    usable = np.flatnonzero(seen.usable)
+    keys = np.concatenate([seen.fingerprint, seen.sides.view(np.uint8).reshape(len(seen.sides), -1)], 1)[usable]
+    _, which, count = np.unique(keys.view(f"V{keys.shape[1]}").ravel(), return_inverse=True, return_counts=True)
+    return usable[count[which.ravel()] > 1]
+
+
+def duplicates(rows: np.ndarray, digests: dict[int, bytes]) -> list[list[int]]:
+    """Rows of equal pixels together, in order."""
+    sets: dict[bytes, list[int]] = {}
+    for row in rows.tolist():
+        sets.setdefault(digests[row], []).append(row)
+    return [same for same in sets.values() if len(same) > 1]

@@ -1,0 +1,254 @@
+"""A folder of faces to MXNet's RecordIO (train.rec), and back. Neither way needs MXNet.
+
+Stages read a folder that holds train.rec as it is: give it as --data. Nothing has to be unpacked for them.
+
+Reads   <folder>/<identity>/<image>, or with --ethnicities <folder>/<ethnicity>/<identity>/<image>, 112 x 112
+Writes  <output>/train.rec, train.idx and property in insightface's layout, images as they are encoded
+        <output>/identities.txt, which name each number stands for: identities are counted from 0 in the order of their
+          names, group after group; groups have BUPT-BalancedFace's numbers: 0 Caucasian, 1 Indian, 2 Asian, 3 African
+        <output>/failures.csv, where images cannot be used or lie elsewhere: they are left out
+Run     python -m utils.prepare rec --folder data/faces --ethnicities African,Asian,Caucasian,Indian --output data/rec
+
+and back
+
+Reads   <rec>/train.rec, with or without train.idx
+Writes  <output>/<identity>/<key>.jpg, .png or .webp, with --groups <output>/<ethnicity>/<identity>/..., images as they
+          are encoded; identities and keys are numbers of eight digits
+        <output>/failures.csv, where records hold no such image; rec.json, what it was unpacked from
+Run     python -m utils.prepare rec --rec data/rec --groups --output data/faces
+
+The folder appears when it is whole. Until then it is called <output>.partial, in which the same command goes on.
+"""
+
+import argparse
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils import images
+from utils.errors import InputError
+from utils.files import locked, not_written, read_json, write_json, write_text
+from utils.index import GROUPS_OF_RECORDS, Index, scan
+from utils.prepare.contents import passed_over
+from utils.prepare.work import (
+    TOGETHER,
+    add_processes,
+    groups_of,
+    in_processes,
+    path_of,
+    refuse_filled,
+    refuse_inside,
+    write_failures,
+)
+from utils.recordio import INDEX, PROPERTY, RECORDS, Records, image_of, read_index, write_records
+from utils.store import decode
+
+IDENTITIES, FAILURES, ORIGIN = "identities.txt", "failures.csv", "rec.json"
+PARTIAL = ".partial"
+ENDINGS = {images.JPEG: ".jpg", images.PNG: ".png", images.WEBP: ".webp"}
+WRITTEN = (RECORDS, INDEX, PROPERTY, IDENTITIES, FAILURES)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--folder", type=path_of, metavar="FOLDER", help="aligned faces to make train.rec of")
+    source.add_argument("--rec", type=path_of, metavar="FOLDER", help="holds the train.rec to unpack")
+    parser.add_argument("--ethnicities", metavar="A,B", help="with --folder: the groups, separated by commas")
+    parser.add_argument("--groups", action="store_true", help="with --rec: a folder for each group")
+    parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="for the result")
+    add_processes(parser)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Raises InputError for input that cannot be used, and where there is no room."""
+    if given.folder:
+        if given.groups:
+            raise InputError("--groups goes with --rec: with --folder give --ethnicities.")
+        groups = groups_of(given.ethnicities or "")
+        pack(given.folder, groups, given.output, given.processes)
+    else:
+        if given.ethnicities is not None:
+            raise InputError("--ethnicities goes with --folder: with --rec give --groups, or nothing.")
+        unpack(given.rec, given.groups, given.output, given.processes)
+
+
+# Folder to train.rec --------------------------------------------------------------------------------------------------
+
+
+def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0) -> None:
+    """Writes a folder's images as records; raises InputError where `scan` and `write_records` do."""
+    if unknown := [name for name in groups if name not in GROUPS_OF_RECORDS]:
+        raise InputError(
+            f"Records have numbers for the groups {', '.join(GROUPS_OF_RECORDS)}, not for {unknown[0]}: leave "
+            "--ethnicities out, and give --folder one that holds <identity>/<image>."
+        )
+    if (folder / RECORDS).exists():
+        raise InputError(f"{folder} holds a {RECORDS} already: set --folder to one of images.")
+    if (output / RECORDS).exists():
+        raise InputError(f"There is a {RECORDS} in {output} already: delete it, or set --output to another folder.")
+    refuse_inside(output, folder)
+    refuse_filled(output, WRITTEN)
+    index = scan(folder, groups)
+    with locked(output):
+        # Before the records, which are whole as soon as they are there.
+        write_text(output / IDENTITIES, "".join(f"{k}\t{name}\n" for k, name in enumerate(index.identities)))
+        failures = [(path, "is passed over, as by stages") for path in passed_over(folder, groups, index.paths)]
+        others = len(failures)
+        try:
+            write_records(output, _images(folder, index, failures, output, processes), len(index.identities))
+        finally:
+            write_failures(output / FAILURES, ("image", "reason"), failures)
+    count = len(index.paths) - len(failures) + others
+    print(f"Written to {output}: {count:,} images of {len(index.identities):,} identities.")
+    _report(failures, output)
+    print(f"Next: give --data {shlex.quote(str(output))} to the stages.")
+
+
+def _images(
+    folder: Path, index: Index, failures: list[tuple[str, str]], output: Path, processes: int
+) -> Iterator[tuple[bytes, int, int]]:
+    """What `write_records` takes; `failures` gets the images that cannot be used."""
+    of_identity = [GROUPS_OF_RECORDS.index(name.split("/")[0]) if "/" in name else -1 for name in index.identities]
+    count, others = len(index.paths), len(failures)
+    processes = 1 if count <= TOGETHER else processes
+    read = in_processes(_Reader(str(folder)), index.paths, count, "pack", processes)
+    for path, identity, (content, reason) in zip(index.paths, index.identity.tolist(), read, strict=True):
+        if reason:
+            failures.append((path, reason))
+        else:
+            yield content, identity, of_identity[identity]
+    if len(failures) - others == count:
+        raise InputError(f"None of the {count:,} images of {folder} can be used: {output / FAILURES} says why.")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads an image of a folder, and decodes it to see that stages can."""
+
+    folder: str
+
+    def __call__(self, path: str) -> tuple[bytes, str]:
+        """Its content, or why it cannot be used."""
+        try:
+            content = images.read_bytes(f"{self.folder}/{path}")
+            decode(content)
+        except OSError as error:  # not of the file that is being written
+            return b"", f"cannot be read ({error.strerror})"
+        except ValueError as error:
+            return b"", str(error)
+        return content, ""
+
+
+def _report(failures: list, folder: Path) -> None:
+    if failures:
+        print(f"{len(failures):,} images are left out: {folder / FAILURES} says why.")
+
+
+# train.rec to folder --------------------------------------------------------------------------------------------------
+
+
+def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) -> None:
+    """Writes the images of records into a folder; raises InputError where `read_index` does."""
+    output = output.resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir()) or os.path.ismount(output)):
+        raise InputError(f"{output} is there already: set --output to a new folder.")
+    records = read_index(source)
+    names = _names(records, with_groups)
+    partial = output.with_name(f"{output.name}{PARTIAL}")
+    items = [*zip(records.offsets.tolist(), records.lengths.tolist(), names, strict=True)]
+    with locked(output):
+        _claim(partial, source, with_groups)
+        processes = 1 if len(items) <= TOGETHER else processes
+        reasons = in_processes(_Unpacker(str(records.path), str(partial)), items, len(items), "unpack", processes)
+        failures = [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
+        write_failures(partial / FAILURES, ("record", "reason"), failures)
+        if len(failures) == len(items):
+            raise InputError(f"None of the {len(items):,} records can be used: {partial / FAILURES} says why.")
+        _finish(partial, output)
+    print(f"Written to {output}: {len(items) - len(failures):,} images.")
+    _report(failures, output)
+
+
+def _names(records: Records, with_groups: bool) -> list[str]:
+    """The path of each image without its ending."""
+    names = [
+        f"{number:08}/{key:08}" for number, key in zip(records.identity.tolist(), records.keys.tolist(), strict=True)
+    ]
+    if not with_groups:
+        return names
+    unknown = (records.group < 0) | (records.group >= len(GROUPS_OF_RECORDS))
+    if unknown.any():
+        row = np.argmax(unknown)
+        label = "no group" if records.group[row] < 0 else f"the group {records.group[row]}"
+        raise InputError(
+            f"{records.path}: key {records.keys[row]} has {label}, and names are known for 0 to "
+            f"{len(GROUPS_OF_RECORDS) - 1}: leave --groups out."
+        )
+    return [f"{GROUPS_OF_RECORDS[group]}/{name}" for group, name in zip(records.group.tolist(), names, strict=True)]
+
+
+def _claim(partial: Path, source: Path, with_groups: bool) -> None:
+    """Notes what a folder is filled from; raises InputError where it is filled from anything else."""
+    files = [path for path in (source / RECORDS, source / INDEX) if path.exists()]
+    stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    origin = {"folder": str(source.resolve()), "files": stamps, "groups": with_groups}
+    path = partial / ORIGIN
+    if not partial.exists() or not any(partial.iterdir()):
+        write_json(path, origin)
+    elif not path.exists() or read_json(path) != origin:
+        raise InputError(f"{partial} is not filled from this {RECORDS} in this way: delete it.")
+
+
+def _finish(partial: Path, output: Path) -> None:
+    try:
+        for leftover in partial.glob(f"*{PARTIAL}"):  # of a process that was killed
+            leftover.unlink()
+        if hasattr(os, "sync"):
+            os.sync()  # once for all files, whose content must be on the disk before the folder has its name
+        if output.exists():
+            output.rmdir()
+        os.replace(partial, output)
+    except OSError as error:
+        raise not_written(output, error) from error
+
+
+@dataclass(frozen=True)
+class _Unpacker:
+    """Writes the image of a record into a folder; can be pickled."""
+
+    records: str
+    folder: str
+
+    def __call__(self, item: tuple[int, int, str]) -> str:
+        """Of offset, length and name: why there is no image, or nothing. Raises NotWritten where there is no room."""
+        *where, name = item
+        try:
+            content = image_of(images.read_bytes(self.records, *where))
+            images.decode(content, upright=False)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        except ValueError as error:
+            return str(error)
+        ending = next(ending for start, ending in ENDINGS.items() if content.startswith(start))
+        self._write(f"{self.folder}/{name}{ending}", content)
+        return ""
+
+    def _write(self, target: str, content: bytes) -> None:
+        """Writes a file that is not there, or is not this: a power cut may have left less of it."""
+        partial = f"{self.folder}/{os.getpid()}{PARTIAL}"
+        try:
+            if os.path.exists(target) and images.read_bytes(target) == content:
+                return
+            with open(partial, "wb") as file:
+                file.write(content)
+            try:
+                os.replace(partial, target)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.replace(partial, target)
+        except OSError as error:
+            raise not_written(Path(target), error) from error

@@ -1,0 +1,138 @@
+"""What the commands share: work spread over processes, and a list of what failed."""
+
+import argparse
+import contextlib
+import csv
+import io
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+from tqdm import tqdm
+
+from config.config import Config
+from utils import images
+from utils.errors import InputError
+from utils.files import printable, write_text
+from utils.threads import map_ahead
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+TOGETHER = 64  # items that go to a process at once
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    def whole_number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,4}", text):
+            raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+        return int(text)
+
+    words = "that decode images (0: as many as there are cores)"
+    parser.add_argument("--processes", type=whole_number, default=0, metavar="N", help=words)
+
+
+def path_of(text: str) -> Path:
+    """For `add_argument`: a path, but not the current folder for a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    return Path(text)
+
+
+def groups_of(text: str) -> tuple[str, ...]:
+    """The groups in a list with commas; raises InputError where the setting ethnicities does."""
+    return Config(ethnicities=tuple(filter(None, text.split(",")))).ethnicities
+
+
+def refuse_inside(output: Path, source: Path) -> None:
+    """Raises InputError where what is written would lie in what is read."""
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise InputError(f"{output} lies in {source}: set --output to a folder of its own.")
+
+
+def refuse_filled(output: Path, names: Iterable[str]) -> None:
+    """Raises InputError for a folder that holds anything but files of these names and partial ones."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is no folder: set --output to a new one.")
+    held = os.listdir(output) if output.exists() else []
+    if other := sorted(name for name in held if name not in names and not name.endswith(".partial")):
+        raise InputError(f"{output} holds {other[0]}, which is not of this command: set --output to a new folder.")
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Iterable[Item], total: int, title: str, processes: int = 0
+) -> Iterator[Result]:
+    """`function` of every item, in order, in so many processes (0: as many as there are cores), with a progress bar.
+
+    Function and items are pickled: the function is one of a module. With one process nothing is started. Raises
+    InputError where a process was killed.
+    """
+    processes = processes or os.cpu_count() or 1
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc=title, total=total, unit=" images", disable=None))
+        if processes == 1:
+            results = map(function, items)
+        else:
+            # Started afresh: a fork of a process with threads may stand still.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            lists = map_ahead(pool, _Each(function), _batches(items), 4 * processes)
+            results = chain.from_iterable(lists)
+        try:
+            for result in results:
+                bar.update()
+                yield result
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A process was killed, perhaps for want of memory: give the same command again, with fewer "
+                "--processes; what is finished is kept."
+            ) from error
+
+
+def _batches(items: Iterable) -> Iterator[tuple]:
+    left = iter(items)
+    while batch := tuple(islice(left, TOGETHER)):
+        yield batch
+
+
+class _Each:
+    """`function` of each of several items; unlike a closure it can be pickled."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, items: tuple) -> list:
+        return [self.function(item) for item in items]
+
+
+def _initialize() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)
+    images.prepare_process()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the first one is gone: nobody else would, after a SIGKILL."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def write_failures(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    """Writes what failed as CSV, a line each. Without a failure, a list of an earlier run is emptied.
+
+    Names that are no text are written with their odd bytes replaced.
+    """
+    if not rows and not path.exists():
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, printable(text.getvalue()))
