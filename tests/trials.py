@@ -363,7 +363,8 @@ def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
     faces, folder = Faces(cfg), cfg.teacher_dir("T")
     store, form = faces.store, ((20, 16), np.float32)
     embeddings = cfg.teacher_embeddings("T")
-    arrays.write(embeddings, random.normal(size=(20, 16)).astype(np.float32), {"images": store.digest}, block_rows=8)
+    made_from = {"images": store.digest, "flipped": False}
+    arrays.write(embeddings, random.normal(size=(20, 16)).astype(np.float32), made_from, block_rows=8)
 
     def checkpoint() -> str:
         said = io.StringIO()
@@ -397,6 +398,7 @@ def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
         "Damaged sidecar of the image cache": (cfg.cache_dir / "images.json", images),
         "Damaged index of the data folder": (cfg.cache_dir / "index.npz", images),
     }
+    assert not weights() and not array() and not images()  # nothing is refused before it is damaged
     for k in range(truncations + flips):
         kind = list(cases)[k % len(cases)]
         path, attempt = cases[kind]
