@@ -5,10 +5,12 @@ import io
 import os
 import pickle
 import re
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -138,11 +140,23 @@ def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) ->
 class _Unpickler(pickle._Unpickler):
     """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused.
 
-    It is Python's own in Python: that in C takes gigabytes for ten bytes that name a large place in its memo.
+    It is Python's own in Python: that in C takes gigabytes for ten bytes that name a large place in its memo. The one
+    in Python does for a bytearray that is said to be large, hence `load_bytearray8`.
 
     Arrays are rebuilt by the classes below: NumPy's own functions, called with what a file chooses, can reach beyond
     an array's memory.
     """
+
+    dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch}
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        content = self.read(size)
+        if len(content) < size:
+            raise pickle.UnpicklingError("it ends too early")
+        self.append(bytearray(content))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def find_class(self, module: str, name: str):
         # Made afresh at each call: a pickle can set attributes of what it is given.

@@ -10,7 +10,7 @@ import pytest
 
 from tests.runs import ROOT
 from utils.arrays import Filling, about, outdated, provide, read, sidecar, write
-from utils.errors import Damaged, InputError
+from utils.errors import Damaged, InputError, NotWritten
 
 VALUES = np.arange(50, dtype=np.float32).reshape(25, 2)
 FORM = ((25, 2), np.float32)
@@ -67,6 +67,18 @@ def test_a_block_can_be_written_at_once(path, tmp_path, pwrite, monkeypatch):
             filling.finish(block, filling.write(block, VALUES[rows.start : rows.stop]))
             assert filling.write(block, VALUES[rows.start : rows.stop]) == filling.digest(block)
     assert np.array_equal(read(path, *FORM), VALUES)
+
+
+def test_a_block_that_finds_no_room_is_said(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full, raising=False)
+    with (
+        pytest.raises(NotWritten, match=r"x\.npy could not be written \(No space left"),
+        Filling(path, *FORM, ORIGIN, 4) as f,
+    ):
+        f.write(0, VALUES[:4])
 
 
 def test_a_kill_while_an_array_takes_its_place_leaves_nothing_behind(tmp_path):

@@ -131,6 +131,14 @@ def test_groups_that_stages_refuse(tree):
     assert "Stages refuse the groups as they are: ethnicities" in run(tree)["warnings"][0]
 
 
+def test_images_beside_the_groups_are_told(tree):
+    put(tree / "Loose" / "a.jpg", encode(noise(1)))
+    put(tree / "b.jpg", encode(noise(2)))
+    passed = run(tree)["passed over"]
+    assert passed == [{"kind": ".jpg elsewhere", "count": 2, "example": "Loose/a.jpg"}]
+    assert run(tree, "--ethnicities", "African,Indian")["passed over"] == []  # the groups that were asked for
+
+
 def test_a_folder_with_one_level_more_is_noticed(tmp_path):
     write_images(tmp_path / "data", {f"id{k}": {"session": 1} for k in range(31)})
     assert "31 groups are many" in "".join(run(tmp_path / "data")["warnings"])

@@ -455,8 +455,9 @@ def test_the_two_ways_take_different_arguments(faces):
 
 
 def test_a_column_that_is_lost_does_not_make_a_pair_another(faces, tmp_path):
-    with pytest.raises(InputError, match="line 2: expected"):
-        put_together(faces, b"Ada\t1\t3\n7\t1\t8\t\n")
+    for line in (b"7\t1\t8\t", b"\t1\t2", b"\t1\tAda\t2", b"\tAda/Ada_0001.jpg\t1"):
+        with pytest.raises(InputError, match="line 2: expected"):
+            put_together(faces, b"Ada\t1\t3\n" + line + b"\n")
 
 
 @pytest.mark.parametrize("output", [".", "/", "faces", "set", "pairs.txt", "new/"])

@@ -297,6 +297,9 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
     assert not is_read_back()
     assert is_read_back()
     assert find_images(cfg).digest == first.digest  # an empty folder changes no image
+    monkeypatch.setattr(index, "EXTENSIONS", (*index.EXTENSIONS, ".bmp"))  # as of a later version
+    assert not is_read_back()
+    assert is_read_back()
     for change in (
         lambda: image_of(cfg, "A/a1/new.jpg").write_bytes(encode(noise(9))),
         lambda: image_of(cfg, "A/empty/first.jpg").write_bytes(encode(noise(9))),

@@ -220,9 +220,12 @@ def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
     assert _DType.__doc__ != "changed"
 
 
-def test_a_small_file_takes_little_memory(tmp_path):
-    """Ten bytes that ask for a place far away in the memo."""
-    (tmp_path / "x.bin").write_bytes(b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".")
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".", b"\x80\x05\x96" + struct.pack("<Q", 1 << 28) + b"."]
+)
+def test_a_small_file_takes_little_memory(content, tmp_path):
+    """A few bytes that ask for a place far away in the memo, or are said to be a large bytearray."""
+    (tmp_path / "x.bin").write_bytes(content)
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match="no set of pairs"):

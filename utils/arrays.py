@@ -83,16 +83,20 @@ class Filling:
     def write(self, block: int, values: np.ndarray) -> str:
         """Writes the rows of a block, of the array's type; gives their SHA-256. May be called in any thread.
 
+        Raises NotWritten, on a system that finds out late that there is no room.
         Through the file where that can be: fetching the pages of a map one by one can take as long as decoding images.
         """
         rows = self.rows(block)
         if hasattr(os, "pwrite"):
             left, at = memoryview(np.ascontiguousarray(values)).cast("B"), self.array.offset
             at += rows.start * (left.nbytes // len(rows))
-            with open(self._partial, "rb+", buffering=0) as file:
-                while left:
-                    written = os.pwrite(file.fileno(), left, at)
-                    left, at = left[written:], at + written
+            try:
+                with open(self._partial, "rb+", buffering=0) as file:
+                    while left:
+                        written = os.pwrite(file.fileno(), left, at)
+                        left, at = left[written:], at + written
+            except OSError as error:
+                raise not_written(self.path, error) from error
         else:
             self.array[rows.start : rows.stop] = values
         return _digest(self.array, rows, values)

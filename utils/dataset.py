@@ -114,6 +114,8 @@ class Faces:
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
         self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~_left_out(cfg, index))
+        if cfg.leave_out and not len(self.rows):
+            raise InputError(f"{cfg.leave_out} leaves out every image of {teacher or cfg.data}: shorten it.")
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
         self.identities = tuple(index.identities[i] for i in present)
         label = np.full(len(index.paths), -1, np.int64)
@@ -341,20 +343,20 @@ def _left_out(cfg: Config, index: Index) -> np.ndarray:
     if not cfg.leave_out:
         return out
     try:
-        text = Path(cfg.leave_out).read_text(encoding="utf-8", errors="surrogateescape")
+        text = Path(cfg.leave_out).read_bytes().decode(errors="surrogateescape")
     except OSError as error:
         raise InputError(f"{cfg.leave_out} cannot be read ({error.strerror}): set leave_out to a list.") from error
-    named = {*text.removeprefix("\ufeff").split("\n")} - {""}  # a name may end in blanks
-    if unknown := sorted(named.difference(index.identities, index.paths)):
+    known, named = {*index.identities, *index.paths}, set()
+    for line in text.removeprefix("\ufeff").split("\n"):
+        named.add(line if line in known else line.strip())  # a name may begin or end in blanks
+    named.discard("")
+    if unknown := sorted(named - known):
         raise InputError(
-            f"{cfg.leave_out} names {unknown[0]}, which {cfg.data} does not hold ({len(unknown)} of {len(named)} "
+            f"{cfg.leave_out} names {unknown[0]!r}, which {cfg.data} does not hold ({len(unknown)} of {len(named)} "
             "lines): each line is <ethnicity>/<identity> or <ethnicity>/<identity>/<image>."
         )
     identities = np.array([name in named for name in index.identities])
-    out = identities[index.identity] | np.array([path in named for path in index.paths])
-    if out.all():
-        raise InputError(f"{cfg.leave_out} leaves out every image of {cfg.data}: set leave_out to a shorter list.")
-    return out
+    return identities[index.identity] | np.array([path in named for path in index.paths])
 
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:

@@ -77,8 +77,8 @@ def _scan(data: Path, groups: list[str]) -> Index:
     if not files:
         where = ", ".join(str(data / root) for root in roots)
         raise InputError(
-            f"{where} holds no image in <identity>/<image>.jpg or .png: set data; ethnicities to the groups that it "
-            'holds, or to "" if it holds identities.'
+            f"{where} holds no image in <identity>/<image>.jpg, .png or .webp: set data; ethnicities to the groups "
+            'that it holds, or to "" if it holds identities.'
         )
     if empty := sorted(set(groups) - {folder.split("/")[0] for folder, _ in files}):
         raise InputError(f"{data / empty[0]} holds no image: expected {empty[0]}/<identity>/<image>.jpg or .png.")
@@ -200,7 +200,7 @@ def find_images(cfg: Config, suspects: Iterable[int] = ()) -> Index:
 
 
 def _keep_index(path: Path, index: Index) -> None:
-    fields = {name: _as_array(value) for name, value in vars(index).items()}
+    fields = {name: _as_array(value) for name, value in vars(index).items()} | {"endings": _as_array(EXTENSIONS)}
     with replaced(path) as partial:
         with open(partial, "wb") as file:
             np.savez(file, **fields)
@@ -218,8 +218,9 @@ def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: 
         file.seek(0)
         with np.load(file, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    if fields.keys() != {field.name for field in dataclasses.fields(Index)}:  # of another version
-        return None
+    endings = fields.pop("endings", None)
+    if fields.keys() != {field.name for field in dataclasses.fields(Index)} or _unpacked(endings) != EXTENSIONS:
+        return None  # of another version
     texts = {name: _unpacked(fields[name]) for name in ("identities", "paths", "folders")}
     index = Index(**{**fields, **texts, "digest": str(fields["digest"])})
     if index.in_records or (data / recordio.RECORDS).is_file():

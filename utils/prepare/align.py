@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--landmarks", nargs="+", metavar="FILE", help="files of landmarks")
-    source.add_argument("--detector", metavar="FILE", help="YuNet's ONNX file")
+    source.add_argument("--detector", type=path_of, metavar="FILE", help="YuNet's ONNX file")
     add_processes(parser)
 
 
@@ -193,7 +193,7 @@ class Aligner:
 
     images: str
     output: str
-    detector: str | None = None
+    detector: Path | None = None
 
     def __call__(self, item: tuple[str, list | None]) -> tuple[str, str]:
         """Of an image's path and landmarks (five of x, y; None to detect them): aligned, kept or failed, and a note.
@@ -300,7 +300,7 @@ def _after_first(content: bytes) -> int:
 
 
 @functools.cache
-def load_detector(path: str) -> cv2.FaceDetectorYN:
+def load_detector(path: Path) -> cv2.FaceDetectorYN:
     """YuNet with OpenCV's thresholds, once in each process. Raises InputError where the file is not it."""
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}: set --detector to YuNet's ONNX file.")

@@ -25,6 +25,7 @@ class Contents:
 
     folder: Path
     groups: tuple[str, ...]  # sorted; empty where there are none
+    asked_for: tuple[str, ...]  # those that were given; empty where they were found out
     identities: tuple[str, ...]  # "<group>/<identity>", of data without groups "<identity>"
     paths: tuple[str, ...]  # "<identity as above>/<image>"
     identity: np.ndarray  # (N,) int64
@@ -51,9 +52,8 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
 
     Unlike to a stage, an identity may be in two groups.
     """
-    if groups is None:
-        groups = _find_groups(folder)
-    groups = tuple(sorted(groups))
+    asked_for = groups or ()
+    groups = tuple(sorted(_find_groups(folder) if groups is None else groups))
     apart = [(group,) for group in groups] or [groups]
     indexes = [scan(folder, some) for some in apart]
     identities = sum((index.identities for index in indexes), ())
@@ -65,6 +65,7 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
     return Contents(
         folder,
         groups,
+        asked_for,
         identities,
         sum((index.paths for index in indexes), ()),
         identity,
@@ -107,7 +108,10 @@ class Stray(NamedTuple):
 
 
 def passed_over(folder: Path, groups: tuple[str, ...], paths: Iterable[str]) -> list[str]:
-    """Images of the groups that are not among `paths`: of other formats, or elsewhere than in identities."""
+    """Images of these groups, without any of the whole folder, that are not among `paths`.
+
+    They are of other formats, or lie elsewhere than in identities.
+    """
     roots = [f"{name}/" for name in groups] or [""]
     found = {f"{root}{path}" for root in roots for path in images.find(folder / root)[0]}
     return sorted(found.difference(paths))
@@ -118,7 +122,7 @@ def strays(contents: Contents) -> list[Stray]:
     if contents.in_records:
         return []
     kinds: dict[str, list[str]] = {}
-    for path in passed_over(contents.folder, contents.groups, contents.paths):
+    for path in passed_over(contents.folder, contents.asked_for, contents.paths):
         ending = os.path.splitext(path)[1].lower()
         kinds.setdefault(f"{ending} elsewhere" if ending in EXTENSIONS else ending, []).append(path)
     return [Stray(kind, len(paths), paths[0]) for kind, paths in kinds.items()]

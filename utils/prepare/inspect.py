@@ -33,7 +33,7 @@ import numpy as np
 from config.config import Config
 from utils import recordio
 from utils.errors import InputError
-from utils.files import printable, write_json, write_text
+from utils.files import printable, replaced, write_json, write_text
 from utils.index import GROUPS_OF_RECORDS
 from utils.prepare.contents import (
     Contents,
@@ -97,8 +97,9 @@ def run(given: argparse.Namespace) -> None:
     named = identities_of_lists(given.release) if given.release else {}
     pairs = read_pairs(given.pairs) if given.pairs else None
 
-    if not (given.output / FACTS).exists():
-        write_json(given.output / FACTS, {})  # before the long work: it can be written
+    with replaced(given.output / REPORT) as probe:  # before the long work: it can be written
+        probe.touch()
+    (given.output / REPORT).unlink()
     seen = look_at_all(contents, given.processes)
     equal, near = equal_images(seen), candidates(seen, pairs) if pairs else []
     digests = pixel_digests(contents, np.union1d(equal, [row for row, *_ in near]).astype(np.int64), given.processes)
@@ -288,8 +289,7 @@ def _write(
 ) -> None:
     """Writes all files, the report last; what an earlier call left is gone before."""
     for name in WRITTEN:
-        if name != FACTS:
-            (output / name).unlink(missing_ok=True)
+        (output / name).unlink(missing_ok=True)
     paths = contents.paths
     write_failures(output / UNREADABLE, ("image", "reason"), [(paths[row], why) for row, why in seen.reasons.items()])
     sets = [(number, paths[row]) for number, rows in enumerate(same, 1) for row in rows]
@@ -305,7 +305,8 @@ def _write(
         )
         if broken := [line for line in left_out if "\n" in line]:
             facts["warnings"].append(f"{LEAVE_OUT} cannot name {broken[0]!r}, whose name has more than one line.")
-        write_text(output / LEAVE_OUT, "".join(f"{line}\n" for line in left_out if line not in broken))
+        left_out = [line for line in left_out if line not in broken]
+        write_text(output / LEAVE_OUT, "".join(f"{line}\n" for line in left_out))
         facts["left out"] = {"identities": len(identities), "images": len(left_out) - len(identities)}
     report = as_markdown(facts)
     write_text(output / REPORT, report)

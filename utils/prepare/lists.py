@@ -85,9 +85,9 @@ def read_pairs(path: Path, lines: Iterator[tuple[int, list[str]]], parse: Parse,
 def numbered(columns: list[str]) -> tuple[Face, Face, bool] | None:
     """The pair of "name n1 n2", genuine, or "name1 n1 name2 n2", impostor."""
     match columns:
-        case [name, one, other] if are_numbers(one, other):
+        case [name, one, other] if name and are_numbers(one, other):
             return _face(name, one), _face(name, other), True
-        case [first, one, second, other] if second and are_numbers(one, other):
+        case [first, one, second, other] if first and second and are_numbers(one, other):
             return _face(first, one), _face(second, other), False
     return None
 

@@ -115,7 +115,7 @@ def read_list(path: Path) -> list[Pair]:
 
 def _numbered_or_paths(columns: list[str]) -> tuple[Face, Face, bool] | None:
     match columns:
-        case [one, other, "0" | "1" as same] if other and not are_numbers(other):
+        case [one, other, "0" | "1" as same] if one and other and not are_numbers(other):
             return Face("", (one,)), Face("", (other,)), same == "1"
     return numbered(columns)
 

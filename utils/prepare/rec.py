@@ -241,7 +241,7 @@ class _Unpacker:
         """Writes a file that is not there, or is not this: a power cut may have left less of it."""
         partial = f"{self.folder}/{os.getpid()}{PARTIAL}"
         try:
-            if os.path.exists(target) and images.read_bytes(target) == content:
+            if os.path.isfile(target) and images.read_bytes(target) == content:
                 return
             with open(partial, "wb") as file:
                 file.write(content)

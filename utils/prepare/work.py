@@ -62,7 +62,8 @@ def refuse_filled(output: Path, names: Iterable[str]) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder: set --output to a new one.")
     held = os.listdir(output) if output.exists() else []
-    if other := sorted(name for name in held if name not in names and not name.endswith(".partial")):
+    others = (name for name in held if name not in names)
+    if other := sorted(name for name in others if not name.startswith(".") and not name.endswith(".partial")):
         raise InputError(f"{output} holds {other[0]}, which is not of this command: set --output to a new folder.")
 
 
@@ -92,8 +93,7 @@ def in_processes(
                 yield result
         except BrokenProcessPool as error:
             raise InputError(
-                "A process was killed, perhaps for want of memory: give the same command again, with fewer "
-                "--processes; what is finished is kept."
+                "A process was killed, perhaps for want of memory: give the same command again, with fewer --processes."
             ) from error
 
 
