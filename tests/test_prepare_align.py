@@ -24,7 +24,7 @@ from utils import images
 from utils.align import TEMPLATE, align
 from utils.errors import InputError, NotWritten
 from utils.prepare import align as prepare
-from utils.prepare.work import in_processes
+from utils.prepare.work import TOGETHER, in_processes
 
 ROOT = Path(__file__).parents[1]
 POINTS = (1.5 * TEMPLATE + (7, -4)).round(3)  # in a crop of 180 x 170; as they are written into files
@@ -616,10 +616,16 @@ def test_a_full_disk_ends_it_and_what_is_finished_stays(tmp_path, monkeypatch, c
     assert "2 images aligned, 1 kept" in capsys.readouterr().out
 
 
+def test_few_items_are_not_worth_a_process():
+    """A lambda cannot be pickled, hence not be given to one."""
+    for count in (0, 1, TOGETHER):
+        assert [*in_processes(lambda item: -item, range(count), count, "negate", 2)] == [*range(0, -count, -1)]
+
+
 def test_a_process_that_is_killed_ends_it_with_a_sentence():
-    count = 100 * prepare.TOGETHER
+    count = 100 * TOGETHER
     results = in_processes(time.sleep, [0.002] * count, count, "sleep", 2)
-    for _ in range(3 * prepare.TOGETHER):  # both are at work: Python 3.11 notices no death of one that is being started
+    for _ in range(3 * TOGETHER):  # both are at work: Python 3.11 notices no death of one that is being started
         next(results)
     multiprocessing.active_children()[0].kill()
     with pytest.raises(InputError, match="A process was killed, perhaps for want of memory: give the same command"):
@@ -681,7 +687,7 @@ def test_output_that_cannot_be_a_folder_or_is_damaged_is_refused(tmp_path):
 
 def test_ctrl_c_in_the_middle_and_the_same_command_again(tmp_path):
     """In a real process with two others, all of which the terminal signals."""
-    count = 12 * prepare.TOGETHER
+    count = 12 * TOGETHER
     first = put(tmp_path / "in" / "1" / "0.jpg", encode(picture(0, 800, 800)))
     for k in range(1, count):
         os.link(first, tmp_path / "in" / "1" / f"{k}.jpg")
@@ -689,7 +695,7 @@ def test_ctrl_c_in_the_middle_and_the_same_command_again(tmp_path):
     given = ["--images", f"{tmp_path}/in", "--output", f"{tmp_path}/out", *marks, "--processes", "2"]
     start = [sys.executable, "-m", "utils.prepare", "align", *given]
     process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and len(tree(tmp_path / "out")) < prepare.TOGETHER + 8:  # both are at work
+    while process.poll() is None and len(tree(tmp_path / "out")) < TOGETHER + 8:  # both are at work
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
@@ -697,7 +703,7 @@ def test_ctrl_c_in_the_middle_and_the_same_command_again(tmp_path):
     assert "interrupted, files that were finished are kept; continue with: python -m utils.prepare" in said
     assert "Traceback" not in said
     finished = {name: later(tmp_path / "out" / name) for name in tree(tmp_path / "out")}
-    assert prepare.TOGETHER < len(finished) < count
+    assert TOGETHER < len(finished) < count
     assert not [*(tmp_path / "out").glob("*.partial")]
     assert command(tmp_path, *marks) == []
     assert len(tree(tmp_path / "out")) == count

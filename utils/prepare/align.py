@@ -23,7 +23,6 @@ Run     python -m utils.prepare align --images test/data --landmarks test/txts/*
 import argparse
 import contextlib
 import functools
-import math
 import os
 import re
 from collections import Counter
@@ -39,7 +38,7 @@ from utils import images
 from utils.align import TEMPLATE, align
 from utils.errors import InputError
 from utils.files import locked, not_written, read_json, sha256, write_json
-from utils.prepare.work import TOGETHER, add_processes, in_processes, path_of, write_failures
+from utils.prepare.work import add_processes, in_processes, path_of, write_failures
 
 PARAMETERS, FAILURES, SEVERAL = "align.json", "failures.csv", "several_faces.csv"
 QUALITY = 95
@@ -99,10 +98,9 @@ def aligned(
     aligner: "Aligner", paths: list[str], points: dict[str, np.ndarray] | None, processes: int = 0
 ) -> Iterator[tuple[str, str]]:
     """What became of each image, in order: aligned, kept or failed, and what is to be said of it."""
-    processes = min(processes or os.cpu_count() or 1, math.ceil(len(paths) / TOGETHER))
     # As lists: pickling an array takes several times as long.
     items = ((path, points[path].tolist() if points else None) for path in paths)
-    yield from in_processes(aligner, items, len(paths), "align", max(processes, 1))
+    return in_processes(aligner, items, len(paths), "align", processes)
 
 
 def _refuse_folders(source: Path, output: Path) -> None:

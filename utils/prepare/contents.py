@@ -14,7 +14,7 @@ import numpy as np
 from utils import images, recordio
 from utils.index import EXTENSIONS, GROUPS_OF_RECORDS, scan
 from utils.prepare.likeness import BYTES, fingerprint
-from utils.prepare.work import TOGETHER, in_processes
+from utils.prepare.work import in_processes
 
 # List -----------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,8 @@ def look_at_all(contents: Contents, processes: int = 0) -> Seen:
     count = len(contents.paths)
     reasons, forms, fingerprints = {}, {}, bytearray()
     form, sides, size = np.empty(count, np.uint8), np.empty((count, 2), np.int32), np.empty(count, np.int64)
-    for row, look in enumerate(_looked(_Looker(contents.source), contents, range(count), "look at", processes)):
+    looks = in_processes(_Looker(contents.source), contents.items(range(count)), count, "look at", processes)
+    for row, look in enumerate(looks):
         if look.reason:
             reasons[row] = look.reason
         form[row] = forms.setdefault(look.form, len(forms))
@@ -185,19 +186,14 @@ def look_at_all(contents: Contents, processes: int = 0) -> Seen:
 
 def pixel_digests(contents: Contents, rows: np.ndarray, processes: int = 0) -> dict[int, bytes]:
     """`digest_of` of images that can be used."""
-    found = _looked(_Digester(contents.source), contents, rows.tolist(), "compare pixels", processes)
+    items = contents.items(rows.tolist())
+    found = in_processes(_Digester(contents.source), items, len(rows), "compare pixels", processes)
     return dict(zip(rows.tolist(), found, strict=True))
 
 
 def decoded(contents: Contents, row: int) -> np.ndarray:
     """A BGR image (H, W, 3) uint8 that can be used."""
     return contents.source.decode(next(contents.items([row])))
-
-
-def _looked(function, contents: Contents, rows, title: str, processes: int) -> Iterator:
-    """`function` of the images of these rows, in order; few images are not worth a process."""
-    processes = 1 if len(rows) <= TOGETHER else processes
-    return in_processes(function, contents.items(rows), len(rows), title, processes)
 
 
 def digest_of(image: np.ndarray) -> bytes:

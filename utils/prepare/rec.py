@@ -35,7 +35,6 @@ from utils.files import locked, not_written, read_json, write_json, write_text
 from utils.index import GROUPS_OF_RECORDS, Index, scan
 from utils.prepare.contents import passed_over
 from utils.prepare.work import (
-    TOGETHER,
     add_processes,
     groups_of,
     in_processes,
@@ -114,7 +113,6 @@ def _images(
     """What `write_records` takes; `failures` gets the images that cannot be used."""
     of_identity = [GROUPS_OF_RECORDS.index(name.split("/")[0]) if "/" in name else -1 for name in index.identities]
     count, others = len(index.paths), len(failures)
-    processes = 1 if count <= TOGETHER else processes
     read = in_processes(_Reader(str(folder)), index.paths, count, "pack", processes)
     for path, identity, (content, reason) in zip(index.paths, index.identity.tolist(), read, strict=True):
         if reason:
@@ -162,7 +160,6 @@ def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) ->
     items = [*zip(records.offsets.tolist(), records.lengths.tolist(), names, strict=True)]
     with locked(output):
         _claim(partial, source, with_groups)
-        processes = 1 if len(items) <= TOGETHER else processes
         reasons = in_processes(_Unpacker(str(records.path), str(partial)), items, len(items), "unpack", processes)
         failures = [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
         write_failures(partial / FAILURES, ("record", "reason"), failures)

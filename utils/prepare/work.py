@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 import multiprocessing
 import os
 import re
@@ -72,13 +73,13 @@ def in_processes(
 ) -> Iterator[Result]:
     """`function` of every item, in order, in so many processes (0: as many as there are cores), with a progress bar.
 
-    Function and items are pickled: the function is one of a module. With one process nothing is started. Raises
-    InputError where a process was killed.
+    Function and items are pickled: the function is one of a module. A process gets TOGETHER items at once: there are no
+    more processes than such lots, and for a single one none is started. Raises InputError where a process was killed.
     """
-    processes = processes or os.cpu_count() or 1
+    processes = min(processes or os.cpu_count() or 1, math.ceil(total / TOGETHER))
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc=title, total=total, unit=" images", disable=None))
-        if processes == 1:
+        if processes <= 1:
             results = map(function, items)
         else:
             # Started afresh: a fork of a process with threads may stand still.
