@@ -117,6 +117,13 @@ def decode(content: bytes, upright: bool) -> np.ndarray:
     return image
 
 
+def reason_of(error: Exception) -> str:
+    """What is wrong with an image, to be said after its name, from what reading, decoding or working on it raised."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return str(error) if isinstance(error, ValueError) else "is too much for OpenCV, or for the memory"
+
+
 def _size(content: bytes) -> tuple[int, int]:
     """Width and height of a whole JPEG, PNG or WebP file."""
     try:

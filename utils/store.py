@@ -157,7 +157,7 @@ def _decode_into(out: np.ndarray, row: int, index: Index, data: Path, read: Call
     except (OSError, ValueError) as error:
         out[:] = 0
         path = f"{data / RECORDS}: {index.paths[row]}" if index.in_records else data / index.paths[row]
-        return b"", f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else f"{path} {error}"
+        return b"", f"{path} {images.reason_of(error)}"
     return hashlib.sha256(content).digest()[:16], ""
 
 

@@ -204,7 +204,7 @@ class Aligner:
         try:
             stat = os.stat(source)
         except OSError as error:  # a disk that is gone takes no finished face with it
-            return "failed", f"cannot be read ({error.strerror})"
+            return "failed", images.reason_of(error)
         if kept := _read_if_newer(target, stat):
             return "kept", _note_of(kept)
         content, reason = self._try(source, points)
@@ -219,12 +219,8 @@ class Aligner:
         """The encoded face, or why there is none."""
         try:
             return self._face(source, points), ""
-        except OSError as error:
-            return b"", f"cannot be read ({error.strerror})"
-        except ValueError as error:
-            return b"", str(error)
-        except (MemoryError, cv2.error):
-            return b"", "is too much for OpenCV, or for the memory"
+        except (OSError, ValueError, MemoryError, cv2.error) as error:
+            return b"", images.reason_of(error)
 
     def _face(self, source: str, points: list | None) -> bytes:
         image, note = images.read(source, upright=points is None), ""

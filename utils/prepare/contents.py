@@ -229,13 +229,8 @@ class _Looker:
             image = images.decode(content, upright=False)
             height, width = image.shape[:2]
             return Look("", form_of(content), width, height, len(content), fingerprint(image))
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror})"
-        except ValueError as error:
-            reason = str(error)
-        except (MemoryError, cv2.error):
-            reason = "is too much for OpenCV, or for the memory"
-        return Look(reason, "", 0, 0, 0, bytes(BYTES))
+        except (OSError, ValueError, MemoryError, cv2.error) as error:
+            return Look(images.reason_of(error), "", 0, 0, 0, bytes(BYTES))
 
 
 @dataclass(frozen=True)

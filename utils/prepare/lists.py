@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from utils.errors import InputError
 from utils.files import replaced
-from utils.images import read_bytes
+from utils.images import read_bytes, reason_of
 from utils.index import EXTENSIONS
 from utils.prepare.work import in_processes, write_failures
 from utils.store import SIZE, decode
@@ -149,10 +149,8 @@ def read_image(folder: Path, face: Face) -> Image:
             decode(content)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:
-            return Image(place, b"", f"cannot be read ({error.strerror or error})")
-        except ValueError as error:
-            return Image(place, b"", str(error))
+        except (OSError, ValueError) as error:
+            return Image(place, b"", reason_of(error))
         return Image(place, content, "")
     return Image(face.places[0], b"", IS_NOT_THERE)
 

@@ -134,10 +134,8 @@ class _Reader:
         try:
             content = images.read_bytes(f"{self.folder}/{path}")
             decode(content)
-        except OSError as error:  # not of the file that is being written
-            return b"", f"cannot be read ({error.strerror})"
-        except ValueError as error:
-            return b"", str(error)
+        except (OSError, ValueError) as error:  # not of the file that is being written
+            return b"", images.reason_of(error)
         return content, ""
 
 
@@ -226,10 +224,8 @@ class _Unpacker:
         try:
             content = image_of(images.read_bytes(self.records, *where))
             images.decode(content, upright=False)
-        except OSError as error:
-            return f"cannot be read ({error.strerror})"
-        except ValueError as error:
-            return str(error)
+        except (OSError, ValueError) as error:
+            return images.reason_of(error)
         ending = next(ending for start, ending in ENDINGS.items() if content.startswith(start))
         self._write(f"{self.folder}/{name}{ending}", content)
         return ""
