@@ -107,14 +107,15 @@ def run(given: argparse.Namespace) -> None:
     shared = matches(near, pairs, digests) if pairs else []
     identities = _identities_named(contents, named)
 
+    held = {name: _group(contents, seen, k) for k, name in enumerate(contents.groups or ("",))}
     facts = {
         "data": printable(given.data),
-        "groups": {name: _group(contents, seen, k) for k, name in enumerate(contents.groups or ("",))},
+        "groups": held,
         "unreadable": len(seen.reasons),
         "passed over": [stray._asdict() for stray in strays(contents)],
         "identities in several groups": shared_names(contents),
         "labels": _labels(given.data) if contents.in_records else None,
-        "counts": _counts(contents),
+        "counts": _counts(held),
         "duplicates": _duplicates(contents, same),
         "pairs": _overlap(contents, pairs, shared) if pairs else None,
         "release": _names(contents, identities) if given.release else None,
@@ -185,13 +186,9 @@ def _group_name(label: int) -> str:
     return f"{label} ({GROUPS_OF_RECORDS[label]})" if label < len(GROUPS_OF_RECORDS) else str(label)
 
 
-def _counts(contents: Contents) -> dict:
-    """The counts of known releases beside those found."""
-    found = {}
-    for k, group in enumerate(contents.groups):
-        rows = contents.rows_of(k)
-        found[group] = len(rows), len(np.unique(contents.identity[rows]))
-    compared = compare(found)
+def _counts(groups: dict[str, dict]) -> dict:
+    """The counts of known releases beside those found; none for data without groups."""
+    compared = compare({name: (group["images"], group["identities"]) for name, group in groups.items() if name})
     rows = [
         {"release": one.release, "group": group, "expected": expected._asdict(), "images": images, "identities": of}
         for one in compared
