@@ -7,6 +7,7 @@ import pickle
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from config.config import Config
 from tests.conftest import encode, noise, write_images, write_pairs
+from utils import recordio
 from utils.dataset import Faces
 from utils.errors import InputError
 from utils.index import scan
@@ -170,6 +172,14 @@ def test_records_are_counted_like_the_folder_that_they_were_made_of(tree, tmp_pa
     assert of_tree["labels"] is None
     assert [*run(tmp_path / "rec", "--ethnicities", "Indian")["groups"]] == ["Indian"]
     assert [*run(tmp_path / "rec", "--ethnicities", "")["groups"]] == [""]
+
+
+def test_records_are_read_once(tree, tmp_path, monkeypatch):
+    rec.pack(tree, ("African", "Indian"), tmp_path / "rec", 1)
+    read = Mock(wraps=recordio.read_index)
+    monkeypatch.setattr(recordio, "read_index", read)
+    run(tmp_path / "rec")
+    read.assert_called_once_with(tmp_path / "rec")
 
 
 def test_groups_of_records_without_a_name(tmp_path):

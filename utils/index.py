@@ -43,17 +43,19 @@ class Index:
         return [name for name in self.identities if name.startswith(f"{group}/")]
 
 
-def scan(data: Path, ethnicities: Iterable[str]) -> Index:
+def scan(data: Path, ethnicities: Iterable[str], records: recordio.Records | None = None) -> Index:
     """Lists <data>/<ethnicity>/<identity>/<image>, or without ethnicities <data>/<identity>/<image>; opens no image.
 
-    A folder that holds train.rec is that of a RecordIO data set (see `utils.recordio`). Raises InputError for a missing
-    folder, an empty group and a name that two groups give to an identity.
+    A folder that holds train.rec is that of a RecordIO data set (see `utils.recordio`), whose `records` may have been
+    read before. Raises InputError for a missing folder, an empty group and a name that two groups give to an identity.
     """
     if not data.is_dir():
         raise InputError(f"There is no folder {data}: set data to the folder of the images.")
     groups = sorted(ethnicities)
     try:
-        return _scan_records(data, groups) if (data / recordio.RECORDS).is_file() else _scan(data, groups)
+        if records is None and (data / recordio.RECORDS).is_file():
+            records = recordio.read_index(data)
+        return _scan(data, groups) if records is None else _scan_records(data, groups, records)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
 
@@ -103,9 +105,8 @@ def _scan(data: Path, groups: list[str]) -> Index:
     )
 
 
-def _scan_records(data: Path, groups: list[str]) -> Index:
+def _scan_records(data: Path, groups: list[str], records: recordio.Records) -> Index:
     """The identities of records are named by their numbers, with zeros before them: names and numbers sort alike."""
-    records = recordio.read_index(data)
     group = _groups_of(records, groups)
     order = np.lexsort((records.keys, records.identity, group))
     order = order[group[order] >= 0]

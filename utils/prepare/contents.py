@@ -31,7 +31,11 @@ class Contents:
     identity: np.ndarray  # (N,) int64
     group: np.ndarray  # (N,) int64: which of `groups`; 0 where there are none
     stamps: np.ndarray  # (N, 2) int64: as in the index
-    in_records: bool
+    records: recordio.Records | None  # of train.rec, those of other groups too; None where the images are files
+
+    @property
+    def in_records(self) -> bool:
+        return self.records is not None
 
     @property
     def source(self) -> "Source":
@@ -53,9 +57,10 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
     Unlike to a stage, an identity may be in two groups.
     """
     asked_for = groups or ()
-    groups = tuple(sorted(_find_groups(folder) if groups is None else groups))
+    records = recordio.read_index(folder) if (folder / recordio.RECORDS).is_file() else None
+    groups = tuple(sorted(_find_groups(folder, records) if groups is None else groups))
     apart = [(group,) for group in groups] or [groups]
-    indexes = [scan(folder, some) for some in apart]
+    indexes = [scan(folder, some, records) for some in apart]
     identities = sum((index.identities for index in indexes), ())
     begins = np.cumsum([0, *(len(index.identities) for index in indexes)])
     identity = np.concatenate([index.identity + begin for index, begin in zip(indexes, begins, strict=False)])
@@ -71,14 +76,14 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
         identity,
         of_identity[identity],
         np.concatenate([index.stamps for index in indexes]),
-        indexes[0].in_records,
+        records,
     )
 
 
-def _find_groups(folder: Path) -> tuple[str, ...]:
-    """The names of the groups that a folder has; none where images lie in <folder>/<identity>."""
-    if (folder / recordio.RECORDS).is_file():
-        found = np.unique(recordio.read_index(folder).group)
+def _find_groups(folder: Path, records: recordio.Records | None) -> tuple[str, ...]:
+    """The names of the groups that a folder or its records have; none where images lie in <folder>/<identity>."""
+    if records:
+        found = np.unique(records.group)
         known = found.min() >= 0 and found.max() < len(GROUPS_OF_RECORDS)
         return tuple(GROUPS_OF_RECORDS[number] for number in found) if known else ()
     if not folder.is_dir():

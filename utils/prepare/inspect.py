@@ -114,7 +114,7 @@ def run(given: argparse.Namespace) -> None:
         "unreadable": len(seen.reasons),
         "passed over": [stray._asdict() for stray in strays(contents)],
         "identities in several groups": shared_names(contents),
-        "labels": _labels(given.data) if contents.in_records else None,
+        "labels": _labels(contents) if contents.in_records else None,
         "counts": _counts(held),
         "duplicates": _duplicates(contents, same),
         "pairs": _overlap(contents, pairs, shared) if pairs else None,
@@ -166,11 +166,10 @@ def _placement(contents: Contents, seen: Seen, usable: np.ndarray) -> dict:
     return {**asdict(found), "doubts": found.doubts}
 
 
-def _labels(data: Path) -> dict:
+def _labels(contents: Contents) -> dict:
     """What is labelled in train.rec, whatever groups are looked at."""
-    records = recordio.read_index(data)
-    numbers, groups = np.unique(records.identity), Counter(records.group.tolist())
-    path = data / recordio.PROPERTY
+    numbers, groups = np.unique(contents.records.identity), Counter(contents.records.group.tolist())
+    path = contents.folder / recordio.PROPERTY
     return {
         "least": int(numbers[0]),
         "most": int(numbers[-1]),
