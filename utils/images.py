@@ -23,6 +23,7 @@ LONGEST_SIDE = 32_766  # pixels: OpenCV 4 cannot warp larger images
 MOST_BYTES = 8 * MOST_PIXELS  # no readable image of so many pixels is larger: 16 bits of four channels
 
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
+ENDINGS = {JPEG: ".jpg", PNG: ".png", WEBP: ".webp"}
 JPEG_MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])")  # of a segment that has a length
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 JPEG_SCAN, JPEG_END = 0xDA, b"\xff\xd9"
@@ -115,6 +116,11 @@ def decode(content: bytes, upright: bool) -> np.ndarray:
     if image is None:
         raise ValueError("is no readable image")
     return image
+
+
+def ending_of(content: bytes) -> str:
+    """The usual ending of the name of an encoded image that can be decoded."""
+    return next(ending for start, ending in ENDINGS.items() if content.startswith(start))
 
 
 def reason_of(error: Exception) -> str:

@@ -31,7 +31,7 @@ import numpy as np
 from eval.verification import FOLDS, fold_of, load_bin, read_bin
 from utils.errors import InputError
 from utils.files import locked, not_written
-from utils.images import JPEG, PNG, WEBP
+from utils.images import ending_of
 from utils.prepare.lists import (
     Face,
     Pair,
@@ -45,8 +45,6 @@ from utils.prepare.lists import (
 from utils.prepare.work import add_processes, path_of
 
 FORM = '"name n1 n2", "name1 n1 name2 n2" or "path1 path2 0|1"'
-ENDINGS = {JPEG: ".jpg", PNG: ".png", WEBP: ".webp"}
-"""Of the names of files, by how their content begins."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +157,7 @@ def take_apart(path: Path, output: Path) -> None:
     encoded, same, _ = read_bin(path)
     names: dict[bytes, str] = {}
     for k, content in enumerate(encoded):
-        names.setdefault(content, f"images/{k:06}{_ending(content)}")
+        names.setdefault(content, f"images/{k:06}{ending_of(content)}")
     lines = [
         f"{names[one]}\t{names[other]}\t{int(is_same)}\n"
         for one, other, is_same in zip(encoded[0::2], encoded[1::2], same, strict=True)
@@ -180,7 +178,3 @@ def take_apart(path: Path, output: Path) -> None:
     print(f"Written to {output}: {len(names):,} images, {len(same):,} pairs in {output / 'pairs.txt'}.")
     back = ["--list", str(output / "pairs.txt"), "--images", str(output), "--output", f"{path.stem}_again.bin"]
     print(f"Back: python -m utils.prepare pairs {shlex.join(back)}")
-
-
-def _ending(content: bytes) -> str:
-    return next(ending for start, ending in ENDINGS.items() if content.startswith(start))

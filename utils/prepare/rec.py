@@ -48,7 +48,6 @@ from utils.store import decode
 
 IDENTITIES, FAILURES, ORIGIN = "identities.txt", "failures.csv", "rec.json"
 PARTIAL = ".partial"
-ENDINGS = {images.JPEG: ".jpg", images.PNG: ".png", images.WEBP: ".webp"}
 WRITTEN = (RECORDS, INDEX, PROPERTY, IDENTITIES, FAILURES)
 
 
@@ -226,8 +225,7 @@ class _Unpacker:
             images.decode(content, upright=False)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
-        ending = next(ending for start, ending in ENDINGS.items() if content.startswith(start))
-        self._write(f"{self.folder}/{name}{ending}", content)
+        self._write(f"{self.folder}/{name}{images.ending_of(content)}", content)
         return ""
 
     def _write(self, target: str, content: bytes) -> None:
