@@ -42,7 +42,7 @@ from utils.prepare.lists import (
     read_lines,
     read_pairs,
 )
-from utils.prepare.work import add_processes, path_of
+from utils.prepare.work import add_processes, new_folder, path_of
 
 FORM = '"name n1 n2", "name1 n1 name2 n2" or "path1 path2 0|1"'
 
@@ -150,9 +150,7 @@ def take_apart(path: Path, output: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: set --bin to a verification set.")
-    output = output.resolve()  # "." has no name
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} is there already: set --output to a new folder.")
+    output = new_folder(output)
     load_bin(path)  # every image can be decoded
     encoded, same, _ = read_bin(path)
     names: dict[bytes, str] = {}

@@ -38,6 +38,7 @@ from utils.prepare.work import (
     add_processes,
     groups_of,
     in_processes,
+    new_folder,
     path_of,
     refuse_filled,
     refuse_inside,
@@ -148,9 +149,7 @@ def _report(failures: list, folder: Path) -> None:
 
 def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) -> None:
     """Writes the images of records into a folder; raises InputError where `read_index` does."""
-    output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir()) or os.path.ismount(output)):
-        raise InputError(f"{output} is there already: set --output to a new folder.")
+    output = new_folder(output)
     records = read_index(source)
     names = _names(records, with_groups)
     partial = output.with_name(f"{output.name}{PARTIAL}")

@@ -52,6 +52,14 @@ def groups_of(text: str) -> tuple[str, ...]:
     return Config(ethnicities=tuple(filter(None, text.split(",")))).ethnicities
 
 
+def new_folder(output: Path) -> Path:
+    """The folder that is to be made, from the root on: "." has no name. Raises InputError where it holds anything."""
+    output = output.resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir()) or os.path.ismount(output)):
+        raise InputError(f"{output} is there already: set --output to a new folder.")
+    return output
+
+
 def refuse_inside(output: Path, source: Path) -> None:
     """Raises InputError where what is written would lie in what is read."""
     if source.resolve() in (output.resolve(), *output.resolve().parents):
