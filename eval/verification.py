@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -60,13 +61,7 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
     """
     path = Path(path)
     encoded, same, digest = read_bin(path)
-
-    def decode_item(k: int) -> np.ndarray:
-        try:
-            return decode(encoded[k])
-        except ValueError as error:
-            raise InputError(f"{path}: image {k} {error}.") from error
-
+    decode_item = partial(decode_image, path, encoded)
     shape, images = (len(encoded), SIZE, SIZE, 3), None
     if cache is not None:
         place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
@@ -115,6 +110,14 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
         if not isinstance(item, bytes):
             raise InputError(f"{path}: image {k} is no bytes, but {type(item).__name__}.")
     return images, np.array([bool(value) for value in same]), hashlib.sha256(raw).hexdigest()
+
+
+def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
+    """Image k (112, 112, 3) uint8, RGB, of those that `read_bin` gives; raises InputError where it cannot be used."""
+    try:
+        return decode(encoded[k])
+    except ValueError as error:
+        raise InputError(f"{path}: image {k} {error}.") from error
 
 
 def _plain(part: object) -> object:

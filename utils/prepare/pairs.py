@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.verification import FOLDS, fold_of, load_bin, read_bin
+from eval.verification import FOLDS, decode_image, fold_of, read_bin
 from utils.errors import InputError
 from utils.files import locked, not_written
 from utils.images import ending_of
@@ -151,11 +151,12 @@ def take_apart(path: Path, output: Path) -> None:
     if not path.is_file():
         raise InputError(f"There is no file {path}: set --bin to a verification set.")
     output = new_folder(output)
-    load_bin(path)  # every image can be decoded
     encoded, same, _ = read_bin(path)
     names: dict[bytes, str] = {}
     for k, content in enumerate(encoded):
-        names.setdefault(content, f"images/{k:06}{ending_of(content)}")
+        if content not in names:
+            decode_image(path, encoded, k)  # it is refused if it is none
+            names[content] = f"images/{k:06}{ending_of(content)}"
     lines = [
         f"{names[one]}\t{names[other]}\t{int(is_same)}\n"
         for one, other, is_same in zip(encoded[0::2], encoded[1::2], same, strict=True)

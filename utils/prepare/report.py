@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from eval.tables import Table
-from eval.verification import load_bin
+from eval.verification import decode_image, read_bin
 from utils.files import printable, replaced
 from utils.prepare.contents import Contents, decoded
 from utils.prepare.overlap import Match, PairsImages
@@ -168,14 +168,14 @@ def draw_samples(contents: Contents, samples: list[list[int]], path: Path) -> No
 
 def draw_pairs(contents: Contents, shared: list[Match], pairs: PairsImages, path: Path) -> None:
     """Images of the data with those of the pairs that they match, a row for each."""
-    files = {file: None for file, _ in pairs.places}
+    files: dict[Path, list[bytes]] = {}
     rows = []
     for match in shared:
         file, number = pairs.places[match.other]
-        if files[file] is None:
-            files[file] = load_bin(file).images
+        if file not in files:
+            files[file] = read_bin(file)[0]
         label = f"{printable(contents.paths[match.row])}\n{file.name} {number}\n{match.bits} bits"
-        rows.append((label, [decoded(contents, match.row), files[file][number][..., ::-1]]))
+        rows.append((label, [decoded(contents, match.row), decode_image(file, files[file], number)[..., ::-1]]))
     _draw(rows, path)
 
 
