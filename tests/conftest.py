@@ -23,6 +23,12 @@ def noise(seed: int, size: int = 112) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
+def put(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 def write_images(data: Path, counts: dict[str, dict[str, int]]) -> None:
     """`counts` gives the number of images of each identity of each group."""
     seed = 0
@@ -35,9 +41,8 @@ def write_images(data: Path, counts: dict[str, dict[str, int]]) -> None:
 
 
 def write_pairs(path: Path, pairs: int = 20, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     faces = [encode(noise(1000 * seed + k)) for k in range(2 * pairs)]
-    path.write_bytes(pickle.dumps((faces, [k % 2 == 0 for k in range(pairs)]), protocol=2))
+    put(path, pickle.dumps((faces, [k % 2 == 0 for k in range(pairs)]), protocol=2))
 
 
 def small_config(tmp_path: Path) -> Config:
@@ -73,8 +78,7 @@ def blank_pictures(monkeypatch) -> None:
     """Pictures without a drawing, for tests that look at tables: drawing takes most of an evaluation's time."""
 
     def save(figure, axes, path: Path, note: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(np.zeros((1, 1, 3), np.uint8), ".png"))
+        put(path, encode(np.zeros((1, 1, 3), np.uint8), ".png"))
 
     monkeypatch.setattr("eval.figures._save", save)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import encode, noise
+from tests.conftest import encode, noise, put
 from utils import images
 from utils.align import TEMPLATE, align
 from utils.errors import InputError, NotWritten
@@ -34,12 +34,6 @@ def picture(seed: int, width: int = 180, height: int = 170) -> np.ndarray:
     """Smooth, so that JPEG changes it little."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def put(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
 
 
 def line(path: str, points: np.ndarray = POINTS) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from config.config import Config
-from tests.conftest import encode, noise, write_images, write_pairs
+from tests.conftest import encode, noise, put, write_images, write_pairs
 from utils import recordio
 from utils.dataset import Faces
 from utils.errors import InputError
@@ -59,12 +59,6 @@ def smooth(seed: int, size: int = 112) -> np.ndarray:
     """A picture without fine detail, as photographs are: unlike noise it outlives being encoded."""
     small = np.random.default_rng(seed).integers(0, 256, (14, 14, 3), np.uint8)
     return cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def put(path: Path, content: bytes) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return content
 
 
 @pytest.fixture
