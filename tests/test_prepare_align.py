@@ -47,11 +47,11 @@ def listed(folder: Path, *paths: str) -> list[str]:
     return ["--landmarks", str(folder / "marks.txt")]
 
 
-def command(folder: Path, *given: str, output: str = "out") -> list[tuple[str, ...]]:
+def command(folder: Path, *given: str | Path, output: str = "out") -> list[tuple[str, ...]]:
     """Aligns <folder>/in and gives the rows of the list of failures."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
-    prepare.run(parser.parse_args(["--images", f"{folder}/in", "--output", f"{folder}/{output}", *given]))
+    prepare.run(parser.parse_args(["--images", f"{folder}/in", "--output", f"{folder}/{output}", *map(str, given)]))
     return failures(folder / output)
 
 
@@ -751,7 +751,7 @@ FIVE = TEMPLATE / 112 - 0.5  # the landmarks of a face of width 1 around its cen
 
 
 @pytest.fixture(scope="session")
-def yunet(tmp_path_factory) -> str:
+def yunet(tmp_path_factory) -> Path:
     """A network with the inputs and outputs of YuNet, which sees a small face in every red square of 8 x 8 pixels on
     the grid of its cells, and a large one in every blue square of 32 x 32."""
     nodes, constants, outputs = [], [], []
@@ -772,7 +772,7 @@ def yunet(tmp_path_factory) -> str:
             nodes.append(node("Transpose", [f"{name}c"], f"{name}t", perm=[0, 2, 3, 1]))
             nodes.append(node("Reshape", [f"{name}t", f"{name}s"], name))
             outputs.append(shaped(name, 1, (640 // stride) ** 2, size))
-    return str(put(tmp_path_factory.mktemp("yunet") / "yunet.onnx", network(nodes, constants, outputs)))
+    return put(tmp_path_factory.mktemp("yunet") / "yunet.onnx", network(nodes, constants, outputs))
 
 
 def scene(*squares: tuple[str, int, int], size: tuple[int, int] = (320, 192)) -> np.ndarray:
@@ -853,7 +853,7 @@ def test_what_is_no_yunet_is_refused(tmp_path, yunet):
     with pytest.raises(InputError, match=r"There is no file .*none\.onnx: set --detector"):
         command(tmp_path, "--detector", f"{tmp_path}/none.onnx")
     put(tmp_path / "noise.onnx", noise(0).tobytes())
-    put(tmp_path / "half.onnx", Path(yunet).read_bytes()[:5000])
+    put(tmp_path / "half.onnx", yunet.read_bytes()[:5000])
     other = [node("Relu", ["input"], "y")]
     put(tmp_path / "other.onnx", network(other, [], [shaped("y", 1, 3, 640, 640)]))
     for name in ("noise", "half", "other"):

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=path_of, required=True, metavar="FOLDER", help="the folder of the faces, a new one"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--landmarks", nargs="+", metavar="FILE", help="files of landmarks")
+    source.add_argument("--landmarks", type=path_of, nargs="+", metavar="FILE", help="files of landmarks")
     source.add_argument("--detector", type=path_of, metavar="FILE", help="YuNet's ONNX file")
     add_processes(parser)
 
@@ -70,7 +70,7 @@ def run(given: argparse.Namespace) -> None:
     paths = _find(source)
     points, failures, strays = None, {}, []
     if given.landmarks:
-        points, failures, strays = match(paths, [read_landmarks(Path(name)) for name in given.landmarks])
+        points, failures, strays = match(paths, map(read_landmarks, given.landmarks))
         if not points:
             example = f" {strays[0][0]}: {strays[0][1]}." if strays else ""
             raise InputError(
@@ -144,12 +144,11 @@ def _named(path: str) -> str:
     return os.path.splitext(path)[0] + ".jpg"
 
 
-def _claim(output: Path, source: Path, landmarks: list[str] | None, detector: str | None) -> None:
+def _claim(output: Path, source: Path, landmarks: list[Path] | None, detector: Path | None) -> None:
     """Notes what the faces are made from; raises InputError where the folder holds anything else."""
-    files = landmarks or [detector]
     made_from = {
         "images": str(source.resolve()),
-        "landmarks" if landmarks else "detector": sorted(sha256(Path(name)) for name in files),
+        "landmarks" if landmarks else "detector": sorted(map(sha256, landmarks or [detector])),
     }
     path = output / PARAMETERS
     if path.exists():
@@ -296,7 +295,7 @@ def _after_first(content: bytes) -> int:
 @functools.cache
 def load_detector(path: Path) -> cv2.FaceDetectorYN:
     """YuNet with OpenCV's thresholds, once in each process. Raises InputError where the file is not it."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise InputError(f"There is no file {path}: set --detector to YuNet's ONNX file.")
     try:
         content = np.fromfile(path, np.uint8)  # OpenCV ends with a segmentation fault where a name is no text
