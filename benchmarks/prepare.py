@@ -28,8 +28,9 @@ from config.config import Config
 from utils import images
 from utils.align import TEMPLATE
 from utils.files import write_json, write_text
-from utils.prepare.align import Aligner, aligned, match, read_landmarks
+from utils.prepare.align import Aligner, aligned
 from utils.prepare.contents import list_images, look_at_all
+from utils.prepare.landmarks import match, read_landmarks
 from utils.prepare.rec import pack, unpack
 from utils.prepare.work import TOGETHER
 from utils.store import ImageStore

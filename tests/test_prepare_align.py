@@ -24,6 +24,7 @@ from utils import images
 from utils.align import TEMPLATE, align
 from utils.errors import InputError, NotWritten
 from utils.prepare import align as prepare
+from utils.prepare.landmarks import MOSTLY_NO_FACES, OF_NO_FACE, Landmarks, match, read_landmarks, unlikeness
 from utils.prepare.work import TOGETHER, in_processes
 
 ROOT = Path(__file__).parents[1]
@@ -344,7 +345,7 @@ FORMS = {
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 def test_landmarks_are_read_in_every_form(tmp_path, text):
     (tmp_path / "marks.txt").write_bytes(text.encode())
-    found = prepare.read_landmarks(tmp_path / "marks.txt")
+    found = read_landmarks(tmp_path / "marks.txt")
     assert [path.endswith("m.1/a.jpg") for path in found.paths] == [True]
     assert (found.lines, found.strays) == ([f"line 1 of {tmp_path}/marks.txt"], [])
     assert found.points.shape == (1, 5, 2)
@@ -354,7 +355,7 @@ def test_landmarks_are_read_in_every_form(tmp_path, text):
 @pytest.mark.parametrize("text", ["my photo, again.jpg 3 {}", "my photo, again.jpg\t{}", "my photo, again.jpg,{}"])
 def test_paths_may_hold_separators(tmp_path, text):
     (tmp_path / "marks.txt").write_text(text.format(plain(POINTS)))
-    assert prepare.read_landmarks(tmp_path / "marks.txt").paths == ["my photo, again.jpg"]
+    assert read_landmarks(tmp_path / "marks.txt").paths == ["my photo, again.jpg"]
 
 
 def test_the_arrangement_is_that_of_most_lines(tmp_path):
@@ -363,7 +364,7 @@ def test_the_arrangement_is_that_of_most_lines(tmp_path):
     for values in (lambda points: points, lambda points: points.T):
         text = "".join(f"{k}.jpg {plain(values(points))}\n" for k, points in enumerate([lying, POINTS, POINTS]))
         (tmp_path / "marks.txt").write_text(text)
-        found = prepare.read_landmarks(tmp_path / "marks.txt").points
+        found = read_landmarks(tmp_path / "marks.txt").points
         assert np.allclose(found, [lying, POINTS, POINTS], rtol=0, atol=1e-3)
 
 
@@ -371,7 +372,7 @@ def test_the_arrangement_is_that_of_most_lines(tmp_path):
 def test_landmarks_in_another_order_are_refused(tmp_path, order):
     (tmp_path / "marks.txt").write_text("\n" + line("a.jpg") + 2 * line("b.jpg", POINTS[order]))
     with pytest.raises(InputError, match=r"The numbers in line 3 of .*marks\.txt, as in most, are neither"):
-        prepare.read_landmarks(tmp_path / "marks.txt")
+        read_landmarks(tmp_path / "marks.txt")
 
 
 @pytest.mark.parametrize("size", [(400, 400), (178, 218), (1080, 1920)])
@@ -384,7 +385,7 @@ def test_the_arrangement_is_found_wherever_the_face_lies(tmp_path, size):
         points = points + random.normal(0, 2 * scale, (5, 2))
         for values in (points, points.T):
             (tmp_path / "marks.txt").write_text(f"{k}.jpg {plain(values)}\n")
-            assert np.allclose(prepare.read_landmarks(tmp_path / "marks.txt").points[0], points, rtol=0, atol=1e-3)
+            assert np.allclose(read_landmarks(tmp_path / "marks.txt").points[0], points, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 4, 3], [2, 3, 4, 0, 1], [3, 4, 2, 0, 1]])
@@ -403,10 +404,10 @@ def test_heads_that_are_turned_are_faces():
     found = []
     for degrees in (0, 30, 60, 90):
         x, z = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-        found.append(float(prepare.unlikeness(np.column_stack([head[:, 0] * x + head[:, 2] * z, head[:, 1]]))))
+        found.append(float(unlikeness(np.column_stack([head[:, 0] * x + head[:, 2] * z, head[:, 1]]))))
     assert found == sorted(found)
-    assert found[2] < prepare.MOSTLY_NO_FACES
-    assert found[3] < prepare.OF_NO_FACE
+    assert found[2] < MOSTLY_NO_FACES
+    assert found[3] < OF_NO_FACE
 
 
 def test_lines_without_landmarks_are_listed(tmp_path):
@@ -421,7 +422,7 @@ def test_lines_without_landmarks_are_listed(tmp_path):
 def test_files_of_something_else_are_refused(tmp_path, content):
     (tmp_path / "marks.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"marks\.txt has no line of a path with ten numbers"):
-        prepare.read_landmarks(tmp_path / "marks.txt")
+        read_landmarks(tmp_path / "marks.txt")
 
 
 def matched(paths: list[str], *files: list[str], name: str = "marks.txt"):
@@ -429,9 +430,9 @@ def matched(paths: list[str], *files: list[str], name: str = "marks.txt"):
     marks, count = [], 0
     for lines in files:
         points = np.arange(count, count + len(lines))[:, None, None] + np.zeros((1, 5, 2))
-        marks.append(prepare.Landmarks(lines, [f"line {k}" for k in range(len(lines))], points, []))
+        marks.append(Landmarks(lines, [f"line {k}" for k in range(len(lines))], points, []))
         count += len(lines)
-    points, without, strays = prepare.match(paths, marks)
+    points, without, strays = match(paths, marks)
     return {path: int(value[0, 0]) for path, value in points.items()}, without, strays
 
 
@@ -465,8 +466,8 @@ def test_of_two_lines_the_one_with_more_in_common_counts():
 
 
 def test_two_lines_may_only_say_the_same():
-    file = prepare.Landmarks(["1/a.jpg"] * 2, ["line 1", "line 2"], np.array([POINTS, POINTS]), [])
-    assert list(prepare.match(["1/a.jpg"], [file])[0]) == ["1/a.jpg"]
+    file = Landmarks(["1/a.jpg"] * 2, ["line 1", "line 2"], np.array([POINTS, POINTS]), [])
+    assert list(match(["1/a.jpg"], [file])[0]) == ["1/a.jpg"]
     points, without, _ = matched(["1/a.jpg"], ["1/a.jpg"], ["1/a.jpg"])
     assert (points, without) == ({}, {"1/a.jpg": "has different landmarks in line 0 and line 0"})
 
@@ -474,8 +475,8 @@ def test_two_lines_may_only_say_the_same():
 def test_the_group_may_be_in_the_files_name(tmp_path):
     for name in ("African", "Asian"):
         (tmp_path / f"{name}_lmk.txt").write_text(f"1/a.jpg {plain(POINTS)}\n")
-    files = [prepare.read_landmarks(tmp_path / f"{name}_lmk.txt") for name in ("African", "Asian")]
-    points, without, strays = prepare.match(["African/1/a.jpg", "Asian/1/a.jpg"], files)
+    files = [read_landmarks(tmp_path / f"{name}_lmk.txt") for name in ("African", "Asian")]
+    points, without, strays = match(["African/1/a.jpg", "Asian/1/a.jpg"], files)
     assert (len(points), without, strays) == (2, {}, [])
 
 
