@@ -16,6 +16,7 @@ from utils.dataset import Faces
 from utils.distillation import build_distiller
 from utils.engine import fit, is_given
 from utils.process import announce, run, setup
+from utils.sharding import margin_loss
 
 
 def main(cfg: Config) -> None:
@@ -31,8 +32,8 @@ def main(cfg: Config) -> None:
     faces.sources |= centres
 
     def losses(image, label, target):
-        logits = header(F.normalize(student(image)), target, label)
-        return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
+        loss = margin_loss(header, F.normalize(student(image)), target, label)
+        return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
     fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))

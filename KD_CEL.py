@@ -14,8 +14,9 @@ from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
 from utils.engine import fit, is_given
-from utils.losses import ElasticArcFace
+from utils.losses import build_header
 from utils.process import announce, run, setup
+from utils.sharding import margin_loss
 
 
 def main(cfg: Config) -> None:
@@ -26,12 +27,13 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
-    header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
+    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
+    header = build_header("ElasticArcFace", *shape, cfg.s, cfg.m, cfg.std, sharding)
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))
         return {
-            "eaf": F.cross_entropy(header(embedding, label), label),
+            "eaf": margin_loss(header, embedding, label),
             "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
         }
 

@@ -26,4 +26,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

@@ -12,18 +12,20 @@ from config.config import Config
 from utils.dataset import Faces
 from utils.engine import fit
 from utils.extract import embed_targets
-from utils.losses import ElasticArcFace
+from utils.losses import build_header
 from utils.process import announce, run, setup
+from utils.sharding import margin_loss
 
 
 def main(cfg: Config) -> None:
     setup(cfg)
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor("SL", cfg)
-    header = ElasticArcFace(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
+    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
+    header = build_header("ElasticArcFace", *shape, cfg.s, cfg.m, cfg.std_fc, sharding)
 
     def losses(embedding, label):
-        return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
+        return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
 
     fit(losses, faces, cfg.adaptor_dir("SL"), cfg, adaptor, header, schedule=cfg.schedule_fc)
     embed_targets("SL", adaptor, faces, cfg)

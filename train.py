@@ -16,6 +16,7 @@ from utils.dataset import Faces
 from utils.engine import check_run, fit
 from utils.losses import build_header
 from utils.process import announce, run, setup
+from utils.sharding import margin_loss
 
 
 def main(cfg: Config) -> None:
@@ -33,12 +34,12 @@ def main(cfg: Config) -> None:
 def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pairs]) -> None:
     setup(cfg)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
-    header = build_header(cfg.loss, cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
+    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
+    header = build_header(cfg.loss, *shape, cfg.s, cfg.m, cfg.std, sharding)
     validate = validator(backbone, pairs, cfg, best_on=teacher if teacher in pairs else "")
 
     def losses(image, label):
-        embedding = F.normalize(backbone(image))
-        return {"margin": F.cross_entropy(header(embedding, label), label)}
+        return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
 
     print(f"Teacher {teacher}: {len(faces):,} images of {faces.num_classes:,} identities.")
     fit(losses, faces, cfg.teacher_dir(teacher), cfg, backbone, header, schedule=cfg.schedule, validate=validate)

@@ -7,6 +7,7 @@ import inspect
 import re
 import typing
 
+from utils.distributed import speaks
 from utils.errors import InputError
 
 
@@ -81,4 +82,4 @@ class _Parser(argparse.ArgumentParser):
         return settings
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)

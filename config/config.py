@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import arguments
+from utils.distributed import world_size
 from utils.errors import InputError
 
 
@@ -61,7 +62,9 @@ class Config:
     num_epoch_fc: int = 26  # epochs of the adaptors
     milestones_fc: tuple[int, ...] = ()  # their learning rate drops; empty: as published, scaled to the epochs
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
-    batch_size: int = 128  # images (or rows) a step
+    batch_size: int = 128  # images (or rows) a step, of each process
+    global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
+    sync_bn: bool = False  # processes share the statistics of batch normalisation, instead of each its own as published
     momentum: float = 0.9  # of stochastic gradient descent
     weight_decay: float = 5e-4  # on every parameter
     max_grad_norm: float = 5.0  # gradients of the network, not of the header, are clipped to this norm
@@ -70,6 +73,7 @@ class Config:
     # Running
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
+    header_sharding: bool = False  # spread the classes of the header over the processes: for millions of them
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
     cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
     device_cache_gb: float = -1.0  # data that stays on the device; -1: half of what a GPU has free, on a CPU none
@@ -296,16 +300,21 @@ class Config:
     # Schedules --------------------------------------------------------------------------------------------------------
 
     @property
+    def total_batch(self) -> int:
+        """Images (or rows) a step, of all processes together."""
+        return self.batch_size if self.global_batch else self.batch_size * world_size()
+
+    @property
     def schedule(self) -> "Schedule":
         """Of teachers and students."""
         milestones = self.milestones or scaled_milestones(self.num_epoch)
-        return Schedule(self.num_epoch, self.lr * self.batch_size / 512, milestones)
+        return Schedule(self.num_epoch, self.lr * self.total_batch / 512, milestones)
 
     @property
     def schedule_fc(self) -> "Schedule":
         """Of adaptors."""
         milestones = self.milestones_fc or scaled_milestones(self.num_epoch_fc)
-        return Schedule(self.num_epoch_fc, self.lr_fc * self.batch_size / 512, milestones)
+        return Schedule(self.num_epoch_fc, self.lr_fc * self.total_batch / 512, milestones)
 
     @property
     def changed(self) -> list[str]:
@@ -326,7 +335,9 @@ class Config:
     def decisive(self, kind: str) -> dict[str, Any]:
         """The settings that decide what a run computes; `kind` is a key of DECISIVE."""
         names = (*DECISIVE["every run"], *DECISIVE[kind])
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        found["batch_size"] = self.total_batch  # on how many processes, a run may change
+        return found
 
 
 @dataclass(frozen=True)
@@ -375,6 +386,7 @@ DECISIVE = {
     "every run": (
         "seed",
         "batch_size",
+        "sync_bn",
         "momentum",
         "weight_decay",
         "max_grad_norm",

@@ -175,4 +175,4 @@ def _logs(cfg: Config) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, alone=True)

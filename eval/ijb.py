@@ -314,7 +314,11 @@ def command(argv: list[str] | None = None) -> None:
     parser.add_argument("--no_detector_score", action="store_true", help="images count whatever the detector's score")
     parser.add_argument("--no_norm", action="store_true", help="features are scaled to unit length before pooling")
     own, settings = parser.parse_known_args(argv)
-    run(lambda cfg: main(own.folder, own.checkpoint, cfg, not own.no_detector_score, not own.no_norm), settings)
+    run(
+        lambda cfg: main(own.folder, own.checkpoint, cfg, not own.no_detector_score, not own.no_norm),
+        settings,
+        alone=True,
+    )
 
 
 if __name__ == "__main__":

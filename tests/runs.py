@@ -1,6 +1,8 @@
 """What tests of several modules start from: scripts, a small run, random embeddings, whether two runs are equal."""
 
+import os
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,16 @@ def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
     finally:
         sys.argv = before
     assert status == expect, f"{script} ended with {status}"
+
+
+def torchrun(processes: int, *command: str, options: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
+    """Runs a module or script with its arguments under torchrun on this machine: exit status, what was printed."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    what = list(command) if command[0].endswith(".py") else ["-m", *command]
+    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    out = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run([*start, *options, "--", *what], cwd=ROOT, env=given, stdout=out[0], stderr=out[1], text=True)
+    return done.returncode, done.stdout
 
 
 def arguments(faces: Path, output: Path) -> list[str]:

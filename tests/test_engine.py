@@ -26,6 +26,7 @@ from utils.checkpoint import save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
 from utils.engine import _seed, arithmetic, fit, infer
 from utils.errors import InputError
+from utils.extract import Sink
 from utils.losses import CurricularFace, ElasticArcFace
 from utils.process import Interrupted, run, setup
 from utils.progress import Progress, Watch
@@ -643,7 +644,8 @@ def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg)
 
     with Filling(*forms[0]) as one, Filling(*forms[1]) as other:
         given = replace(cfg, infer_batch_size=3)
-        infer(both, network, {"embedding": Column((rows,))}, given, "test", [one, other])
+        sink = Sink()
+        infer(both, network, {"embedding": Column((rows,))}, given, "test", sink.open([one, other]), sink.receive)
     assert calls == [rows[3:6, 0].tolist(), rows[6:9, 0].tolist(), rows[9:, 0].tolist()]
     assert np.array_equal(np.load(forms[0][0]), rows)
     assert np.array_equal(np.load(forms[1][0]), 2 * rows)

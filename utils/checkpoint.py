@@ -13,11 +13,13 @@ The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked w
 
 import contextlib
 import functools
+import json
 import os
 import pickle
 import platform
 import re
 import subprocess
+from collections import OrderedDict
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +28,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from config.config import Config
+from utils.distributed import is_first, on_first, world_size
 from utils.errors import Damaged, InputError
 from utils.files import check_seal, replaced, seal, sha256, sha256_of, write_json, write_text
 
@@ -151,7 +153,10 @@ def weights_with_digest(folder: Path, digest: str) -> Path | None:
 
 
 class Run:
-    """One run folder: belongs to the settings and data that its first checkpoint was made with."""
+    """One run folder: belongs to the settings and data that its first checkpoint was made with.
+
+    Of several processes, all of which call its methods, rank 0 reads and writes it.
+    """
 
     def __init__(self, folder: Path, cfg: Config, sources: dict, identities: tuple[str, ...]):
         """Raises InputError where the folder holds a run of other settings or data."""
@@ -159,16 +164,21 @@ class Run:
         self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
         self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
         self._is_described = False
-        self._state, self._damage = _newest(folder)  # read once: it is as large as the networks and the optimizer
-        self.has_checkpoint = self._state is not None
-        if self._state and (different := _differences(self._state["decided_by"], self.decided_by)):
+        self._state, self._damage = None, ""
+        self.has_checkpoint = on_first(self._read)
+
+    def _read(self) -> bool:
+        """Whether there is a checkpoint, which is read once: it is as large as the networks and the optimizer."""
+        self._state, self._damage = _newest(self.folder)
+        if self._state and (different := _differences(_completed(self._state["decided_by"]), self.decided_by)):
             raise InputError(
                 f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
+        return self._state is not None
 
     def load(self) -> dict | None:
-        """Hands over the state of the newest good checkpoint, or None where the run has none.
+        """Hands over the state of the newest good checkpoint, or None where the run has none, and on other ranks.
 
         Says what is damaged, and what is other than when the run was left: it decides the last bits of the numbers.
         """
@@ -182,7 +192,7 @@ class Run:
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
-        before, now = self.sessions[-1]["versions"], versions(self.cfg)
+        before, now = {"processes": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
         return state
@@ -192,6 +202,9 @@ class Run:
         self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
 
     def save(self, state: dict) -> None:
+        self.has_checkpoint = True
+        if not is_first():
+            return
         if not self._is_described:  # not before there is something to be described
             write_text(self.folder / "identities.txt", "".join(f"{name}\n" for name in self.identities))
             about = {**self.decided_by, "all settings": asdict(self.cfg), "sessions": self.sessions}
@@ -199,15 +212,27 @@ class Run:
             self._is_described = True
         checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
         save(checkpoint, {**state, "decided_by": self.decided_by, "sessions": self.sessions}, previous)
-        self.has_checkpoint = True
 
-    def save_weights(self, which: str, backbone: nn.Module, header: nn.Module | None) -> dict[str, str]:
-        """Writes the state dicts; gives the digests of the files by name."""
-        states = {f"{which}_backbone.pth": backbone.state_dict()}
-        if header is not None:
-            states[f"{which}_header.pth"] = header.state_dict()
-            states[f"{which}_header.pth"]._metadata[""][IDENTITIES] = [*self.identities]
+    def save_weights(self, which: str, backbone: dict, header: dict) -> dict[str, str]:
+        """Writes the state dicts, that of a header if it is not empty; gives the digests of the files by name."""
+        if not is_first():
+            return {}
+        states = {f"{which}_backbone.pth": backbone}
+        if header:
+            states[f"{which}_header.pth"] = _named(header, self.identities)
         return {name: save(self.folder / name, state) for name, state in states.items()}
+
+    def write_log(self, entries: list[dict]) -> None:
+        """Written as a whole: an epoch that is repeated after a crash does not appear twice."""
+        if is_first():
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
+    """A header's state dict that says which identity each class is."""
+    state, about = OrderedDict(header), getattr(header, "_metadata", {})
+    state._metadata = {**about, "": {**about.get("", {}), IDENTITIES: [*identities]}}
+    return state
 
 
 def decided_by(folder: Path) -> dict | None:
@@ -257,6 +282,7 @@ def versions(cfg: Config) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()),
         "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
+        "processes": str(world_size()),
         "compile": str(cfg.compile),
         "cudnn_benchmark": str(cfg.cudnn_benchmark),
         "commit": _commit(),
@@ -297,6 +323,11 @@ def _processor() -> str:
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as config.json shows them: tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def _completed(stored: dict) -> dict:
+    """What decided a run, of which an earlier version of this code did not know all."""
+    return {**stored, "settings": {"sync_bn": False, **stored.get("settings", {})}}
 
 
 def _differences(stored: dict, now: dict) -> list[str]:

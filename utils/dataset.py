@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from config.config import Config
+from utils.distributed import rank, world_size
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.files import sha256
@@ -191,14 +192,17 @@ class Faces:
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """The batches of one epoch from step `first`: all rows in a random order, without the incomplete last batch.
 
-        Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch.
+        Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch. Where
+        there are several processes, each gets its part of every batch.
         """
-        seed, size = self.cfg.seed, self.cfg.batch_size
+        seed, size = self.cfg.seed, self.cfg.total_batch
         order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
+        each = size // world_size()
+        part = slice(rank() * each, (rank() + 1) * each)
         for step in range(first, len(self.rows) // size):
             rows = order[step * size : (step + 1) * size]
             flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
-            yield rows, flips
+            yield rows[part], flips if flips is None else flips[part]
 
 
 def cut(rows: range, batch_size: int) -> list[range]:

@@ -9,6 +9,7 @@ from utils.checkpoint import load_centres, need_weights
 from utils.dataset import Faces
 from utils.errors import InputError
 from utils.losses import AdaDistill, ArcDistill, CosDistill
+from utils.sharding import spread
 
 LOOKED_AT = 1000  # identities whose targets are compared with their centres
 
@@ -23,10 +24,11 @@ def build_distiller(cfg: Config, faces: Faces) -> tuple[AdaDistill, dict[str, st
     frozen = {"ArcDistill": ArcDistill, "CosDistill": CosDistill}.get(cfg.ada_loss)
     if frozen is None:
         margin = "arc" if cfg.ada_loss == "AdaArcDistill" else "cos"
-        return AdaDistill(*shape, cfg.s, cfg.ada_margin, margin, cfg.ada_weighted), {}
-    header = frozen(*shape, cfg.s, cfg.ada_margin)
+        kind = spread(AdaDistill, cfg.header_sharding)
+        return kind(*shape, cfg.s, cfg.ada_margin, margin, cfg.ada_weighted), {}
+    header = spread(frozen, cfg.header_sharding)(*shape, cfg.s, cfg.ada_margin)
     centres, digest = _centres_of_source(cfg, faces)
-    header.kernel.copy_(centres)
+    header.set_centres(centres)
     return header, {"centres": digest}
 
 

@@ -3,22 +3,26 @@
 import contextlib
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config.config import Config, Schedule
-from utils.arrays import Filling
+from utils import distributed
+from utils.batchnorm import share_statistics
 from utils.checkpoint import CHECKPOINTS, Run, device_of, find_weights
 from utils.dataset import STEP, Column, Faces, cache, cut, stream
 from utils.errors import InputError
 from utils.files import locked, refuse_if_locked
 from utils.process import Interrupted, StopSignals
 from utils.progress import Losses, Progress, events, listed
+from utils.sharding import ShardedHeader
 
 Validate = Callable[[], tuple[dict[str, float], float]]
 """Scores to log, and the one that decides which epoch is best (higher is better)."""
@@ -86,19 +90,20 @@ def fit(
     Raises InputError where `check_run` does, and where a loss or gradient is not finite: that step is not taken.
     """
     _need_a_batch(faces, cfg)
-    with locked(folder):
+    with _held(folder):
         run = Run(folder, cfg, faces.sources, faces.identities)
-        state = run.load()
-        if state is None and is_given(folder):
+        if not run.has_checkpoint and is_given(folder):
             return
         device = device_of(cfg)
         backbone.to(device, memory_format=torch.channels_last)
+        if cfg.sync_bn and distributed.world_size() > 1:
+            share_statistics(backbone)
         modules = [backbone] if header is None else [backbone, header.to(device)]
         parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
         sgd = {"momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "fused": True}
         progress = Progress(run, backbone, header, torch.optim.SGD(parameters, schedule.base_lr, **sgd), schedule)
-        if state is not None:
-            progress.restore(state)
+        if run.has_checkpoint:
+            progress.restore(run.load())
         if progress.epoch >= schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
@@ -109,11 +114,17 @@ def fit(
 
 def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, validate: Validate | None) -> None:
     """From where the run stands to its last epoch."""
-    schedule, steps, device = progress.schedule, len(faces) // cfg.batch_size, device_of(cfg)
+    schedule, batch_size, device = progress.schedule, cfg.total_batch, device_of(cfg)
+    steps = len(faces) // batch_size
     read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     columns = cache(read, faces.rows, device, cfg.device_cache_gb)
-    replayed = device.type == "cuda" and "image" not in read  # such a step is shorter than launching its kernels
-    take_step = progress.stepper(losses, cfg.max_grad_norm, replayed)
+    several = distributed.world_size() > 1
+    place = () if distributed.is_first() else (distributed.rank(),)  # other processes' dropout is another
+    # Such a step is shorter than launching its kernels.
+    replayed = device.type == "cuda" and "image" not in read and not several
+    modules = [progress.backbone] if progress.header is None else [progress.backbone, progress.header]
+    take_step = progress.stepper(_averaging(losses, modules, device), cfg.max_grad_norm, replayed)
+    agreement = distributed.Agreement()
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
     with StopSignals() as stop:
@@ -123,20 +134,27 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
             # Closed here whatever happens: a reader whose threads end when it is garbage may never end.
             reader = contextlib.closing(stream(columns, faces.batches(epoch, first), device, cfg.num_workers))
             title = f"epoch {epoch + 1}/{schedule.epochs}"
-            with reader as batches, _Bar(title, steps * cfg.batch_size, first * cfg.batch_size) as bar:
+            with reader as batches, _Bar(title, steps * batch_size, first * batch_size) as bar:
                 for batch in batches:
-                    take_step(batch, _seed(STEP, cfg.seed, epoch, progress.step))  # margins and dropout
+                    take_step(batch, _seed(STEP, cfg.seed, epoch, progress.step, *place))  # margins and dropout
                     progress.step += 1
-                    bar.update(cfg.batch_size)
+                    bar.update(batch_size)
                     if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
                         bar.set_postfix_str(listed(progress.means()), refresh=False)
-                    if stop.received or progress.due(cfg.checkpoint_minutes):
+                    due = progress.due(cfg.checkpoint_minutes)
+                    signal, due = agreement.after_step(stop.received, due)
+                    if signal or due:
                         progress.save()
-                        stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}")
+                        stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}", signal)
             means = progress.means()  # waits for a GPU to have taken its steps
             trained = time.monotonic()
             try:
-                with stop.at_once():
+                if several:
+                    stop.leave("stopped before verifying", agreement.now(stop.received))
+                    for value in progress.backbone.buffers():  # rank 0's are those that are saved, and verified
+                        distributed.from_first(value)
+                # Processes wait for each other while they verify: none leaves the others.
+                with contextlib.nullcontext() if several else stop.at_once():
                     scores, value = validate() if validate else ({}, -progress.loss(means))
             except Interrupted:
                 progress.save()
@@ -145,9 +163,35 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
             if steps > first:  # an epoch that was stopped while verifying has no steps left to measure
                 seconds = (trained - started) / (steps - first)
                 left = (schedule.epochs - epoch - 1) * (seconds * steps + time.monotonic() - trained)
-                line += f"  {cfg.batch_size / seconds:,.0f} images/s, {_duration(left)} left"
+                line += f"  {batch_size / seconds:,.0f} images/s, {_duration(left)} left"
             tqdm.write(line)
-        stop.leave("stopped after the last epoch")
+        stop.leave("stopped after the last epoch", agreement.now(stop.received))
+
+
+def _averaging(losses: Losses, modules: list[nn.Module], device: torch.device) -> Losses:
+    """`losses` whose gradients, of several processes, are averaged over them; but not those of a sharded header."""
+    if distributed.world_size() == 1:
+        return losses
+    whole = _Together(losses, [module for module in modules if not isinstance(module, ShardedHeader)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
+        return DistributedDataParallel(whole, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+class _Together(nn.Module):
+    """Losses, and the modules that they use, as the one module that DistributedDataParallel wants."""
+
+    def __init__(self, losses: Losses, modules: list[nn.Module]):
+        super().__init__()
+        self.used, self.losses = nn.ModuleList(modules), losses
+
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.losses(**batch)
+
+
+def _held(folder: Path) -> contextlib.AbstractContextManager:
+    """The run folder, for rank 0, which writes it."""
+    return locked(folder) if distributed.is_first() else contextlib.nullcontext()
 
 
 def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
@@ -157,22 +201,29 @@ def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
     one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
     _need_a_batch(faces, cfg)
-    refuse_if_locked(folder)
+    distributed.on_first(lambda: refuse_if_locked(folder))
     Run(folder, cfg, faces.sources, faces.identities)
 
 
 def is_given(folder: Path) -> bool:
     """Whether a run folder holds weights and no checkpoint, a released model: says that it is used as it is."""
+    given = distributed.on_first(lambda: _given(folder))
+    if given:
+        print(f"{folder} holds {given} and no checkpoint of a run: used as it is, nothing to train.")
+    return bool(given)
+
+
+def _given(folder: Path) -> str:
     given = find_weights(folder, "best") or find_weights(folder, "last")
-    if given is None or any((folder / name).exists() for name in CHECKPOINTS):
-        return False
-    print(f"{folder} holds {given.name} and no checkpoint of a run: used as it is, nothing to train.")
-    return True
+    return "" if given is None or any((folder / name).exists() for name in CHECKPOINTS) else given.name
 
 
 def _need_a_batch(faces: Faces, cfg: Config) -> None:
-    if len(faces) < cfg.batch_size:
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {len(faces)} or less.")
+    """Raises InputError where there is none, and where processes that belong together would read other data."""
+    distributed.require_same(faces.sources, "Give all processes the same data, pairs and output.")
+    if len(faces) < cfg.total_batch:
+        each = len(faces) // (1 if cfg.global_batch else distributed.world_size())
+        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -185,45 +236,50 @@ def infer(
     columns: dict[str, Column],
     cfg: Config,
     title: str,
-    fillings: Sequence[Filling] = (),
+    parts: Sequence[range] | None = None,
+    receive: Callable[[range, np.ndarray], None] | None = None,
 ) -> np.ndarray | None:
     """`function` of all rows of `columns` in order, with `network` in eval mode: array (N, ...) float32.
 
-    With `fillings`, all in blocks of the same rows, `function` gives (B, as many, ...), one part for the array of each:
-    only the blocks that are missing in one are computed, and nothing is returned.
+    With `parts` those rows only; with `receive` that is told the rows and results of each batch, in order, and nothing
+    is returned. Several processes share the batches, and all of them have all results.
     """
     device = device_of(cfg)
     count = len(next(iter(columns.values())).arrays[0])
-    blocks = sorted({block for filling in fillings for block in filling.missing})
-    parts = [fillings[0].rows(block) for block in blocks] if fillings else [range(count)]
+    parts = [range(count)] if parts is None else parts
     batches = [rows for part in parts for rows in cut(part, cfg.infer_batch_size)]
-    block_of = {part.stop: block for part, block in zip(parts, blocks, strict=False)}
-    out = None
+    ranks, out = distributed.world_size(), None
+    mine = batches[distributed.rank() :: ranks]
+    if len(mine) * ranks < len(batches):
+        mine.append(batches[-1])  # others have one more, and wait for what this process says of it
     was_training = network.training
     network.to(device, memory_format=torch.channels_last).eval()
     try:
         # Always in fp32: embeddings and scores do not depend on how the network was trained.
-        ahead = stream(columns, ((np.asarray(rows), None) for rows in batches), device, cfg.num_workers)
+        ahead = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)
         bar = _Bar(title, count, count - sum(map(len, parts)))
         with arithmetic(network, "fp32", device), contextlib.closing(ahead), bar:
-            for rows, batch in zip(batches, ahead, strict=True):
-                result = function(**batch).float().cpu().numpy()
-                if fillings:
-                    _fill(fillings, rows, result, block_of.get(rows.stop))
-                else:
-                    out = np.empty((count, *result.shape[1:]), np.float32) if out is None else out
-                    out[rows.start : rows.stop] = result
-                bar.update(len(result))
+            for k, batch in enumerate(ahead):
+                results = _of_all(function(**batch).float(), cfg.infer_batch_size).cpu().numpy()
+                # Of several processes each has filled up its part to a whole batch.
+                for rows, result in zip(batches[k * ranks : (k + 1) * ranks], np.split(results, ranks), strict=False):
+                    result = result[: len(rows)]
+                    if receive:
+                        receive(rows, result)
+                    else:
+                        out = np.empty((count, *result.shape[1:]), np.float32) if out is None else out
+                        out[rows.start : rows.stop] = result
+                    bar.update(len(rows))
     finally:
         network.train(was_training)
     return out
 
 
-def _fill(fillings: Sequence[Filling], rows: range, result: np.ndarray, finished: int | None) -> None:
-    for filling, part in zip(fillings, result.swapaxes(0, 1), strict=True):
-        filling.array[rows.start : rows.stop] = part
-        if finished is not None:
-            filling.finish(finished, filling.digest(finished))
+def _of_all(result: torch.Tensor, most: int) -> torch.Tensor:
+    """The results (at most `most`, ...) of each process, one after another; of several each filled up to `most`."""
+    if distributed.world_size() == 1:
+        return result
+    return distributed.gathered(torch.cat((result, result.new_zeros(most - len(result), *result.shape[1:]))))
 
 
 # Progress ------------------------------------------------------------------------------------------------------------

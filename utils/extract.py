@@ -15,6 +15,7 @@ from config.config import Config
 from utils.arrays import Filling, outdated
 from utils.checkpoint import need_weights, numerics
 from utils.dataset import Column, Faces
+from utils.distributed import on_first, require_same, wait_for_all
 from utils.embeddings import origin
 from utils.engine import infer
 from utils.files import locked
@@ -34,24 +35,14 @@ class Output:
 def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
     """Writes the functions of all rows of `columns`, each (N, D), that are not there already and made from the same.
 
-    All in one pass, which goes on where an earlier attempt at the same stopped. Raises InputError where another process
-    writes one of them.
+    All in one pass, which goes on where an earlier attempt at the same stopped. Of several processes each computes its
+    share, and rank 0 writes. Raises InputError where another process writes one of them.
     """
     shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
-    block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
-    with contextlib.ExitStack() as stack:
-        stale = []
-        for output in outputs:
-            with contextlib.ExitStack() as lock:
-                lock.enter_context(locked(output.path))
-                reason = outdated(output.path, shape, np.float32, output.made_from)
-                if reason is None:
-                    print(f"{output.path} is up to date.")
-                    continue
-                if reason:
-                    print(reason)
-                stale.append(output)
-                stack.enter_context(lock.pop_all())
+    require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
+    with contextlib.ExitStack() as locks:
+        which = on_first(lambda: _stale(outputs, shape, locks))
+        stale = [outputs[k] for k in which]
         if not stale:
             return
 
@@ -59,11 +50,55 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
             return torch.stack([output.function(**batch) for output in stale], 1)
 
         with contextlib.ExitStack() as filled:
-            forms = [(output.path, shape, np.float32, output.made_from) for output in stale]
-            fillings = [filled.enter_context(Filling(*form, block_rows, numerics(cfg))) for form in forms]
-            infer(together, network, columns, cfg, f"embed {stale[0].path.stem}", fillings)
+            block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
+            forms = [(output.path, shape, np.float32, output.made_from, block_rows, numerics(cfg)) for output in stale]
+            sink = Sink()
+            parts = on_first(lambda: sink.open([filled.enter_context(Filling(*form)) for form in forms]))
+            infer(together, network, columns, cfg, f"embed {stale[0].path.stem}", parts, sink.receive)
+    wait_for_all()
     for output in stale:
         print(f"{output.path}: {shape[0]:,} embeddings.")
+
+
+def _stale(outputs: list[Output], shape: tuple[int, int], locks: contextlib.ExitStack) -> list[int]:
+    """Which of the arrays are to be written; they are locked until `locks` are closed."""
+    stale = []
+    for k, output in enumerate(outputs):
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(locked(output.path))
+            reason = outdated(output.path, shape, np.float32, output.made_from)
+            if reason is None:
+                print(f"{output.path} is up to date.")
+                continue
+            if reason:
+                print(reason)
+            stale.append(k)
+            locks.enter_context(lock.pop_all())
+    return stale
+
+
+class Sink:
+    """Arrays in blocks of the same rows that are filled together; on other ranks than 0 there are none."""
+
+    def __init__(self) -> None:
+        self.fillings: list[Filling] = []
+        self._block_of: dict[int, int] = {}  # by its end
+
+    def open(self, fillings: list[Filling]) -> list[range]:
+        """The rows of the blocks that are missing in any of the arrays."""
+        self.fillings = fillings
+        blocks = sorted({block for filling in fillings for block in filling.missing})
+        parts = [fillings[0].rows(block) for block in blocks]
+        self._block_of = {part.stop: block for part, block in zip(parts, blocks, strict=True)}
+        return parts
+
+    def receive(self, rows: range, result: np.ndarray) -> None:
+        """Writes (B, as many as there are arrays, ...); a block is finished by the batch at its end."""
+        for filling, part in zip(self.fillings, result.swapaxes(0, 1), strict=bool(self.fillings)):
+            filling.array[rows.start : rows.stop] = part
+            if rows.stop in self._block_of:
+                block = self._block_of[rows.stop]
+                filling.finish(block, filling.digest(block))
 
 
 def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> None:

@@ -11,10 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import distributed
 from utils.errors import InputError
+from utils.sharding import spread
 
 
-class MarginHeader(nn.Module):
+class Header(nn.Module):
+    """What is common to all: of several processes each has b samples of a batch, B in all, and the whole `kernel`."""
+
+    def of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Those of this process's samples (b, ...) -> those of all (B, ...), for what depends on all."""
+        return distributed.gathered(values)
+
+    def own(self, values: torch.Tensor) -> torch.Tensor:
+        """The other way."""
+        return distributed.own(values)
+
+    def set_centres(self, kernel: torch.Tensor) -> None:
+        """Takes the class centres (D, C)."""
+        with torch.no_grad():
+            self.kernel.copy_(kernel)
+
+
+class MarginHeader(Header):
     """Scaled cosines of embeddings and class centres; subclasses say what becomes of the target's cosine."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0):
@@ -109,12 +128,14 @@ class ElasticHeader(MarginHeader):
         self.m, self.std, self.plus = m, std, plus
 
     def margins(self, target: torch.Tensor) -> torch.Tensor:
-        """One margin per target cosine, both (B, 1)."""
+        """One margin per target cosine, both (B, 1); they are drawn, and dealt, for the samples of all processes."""
+        target = self.of_all(target.detach())
         drawn = torch.normal(self.m, self.std, target.shape, device=target.device, dtype=target.dtype)
-        if not self.plus:
-            return drawn
-        easiest_first = target.detach().argsort(0, descending=True)
-        return torch.empty_like(drawn).scatter_(0, easiest_first, drawn.sort(0).values)
+        drawn = distributed.from_first(drawn)  # the others' generators may have made more of dropout
+        if self.plus:
+            easiest_first = target.argsort(0, descending=True)
+            drawn = torch.empty_like(drawn).scatter_(0, easiest_first, drawn.sort(0).values)
+        return self.own(drawn)
 
 
 class ElasticArcFace(ElasticHeader):
@@ -157,11 +178,11 @@ class CurricularFace(MarginHeader):
         with torch.no_grad():
             hard = (logits > self.s * cos_of_sum(target, self.m)).scatter_(1, column, False)
             if self.training:
-                self.t.lerp_(target.mean().to(self.t.dtype), 0.01)
+                self.t.lerp_(self.of_all(target).mean().to(self.t.dtype), 0.01)
         return torch.where(hard, logits * (self.t + logits / self.s), logits)
 
 
-class AdaDistill(nn.Module):
+class AdaDistill(Header):
     """A margin softmax whose class centres follow the teacher's embeddings (Boutros et al., ECCV 2024, Eq. 6-8).
 
     Before the logits are computed, every sample of the batch moves the centre of its class: w = alpha * w +
@@ -194,7 +215,7 @@ class AdaDistill(nn.Module):
         """Both embeddings (B, D), labels (B,) int64 -> logits (B, C) of the student; all are normalised here."""
         student, column = F.normalize(student_embeddings), label.unsqueeze(1)
         if self.training:
-            self.update(student.detach(), F.normalize(teacher_embeddings), label)
+            self.update(*map(self.of_all, (student.detach(), F.normalize(teacher_embeddings), label)))
         logits, _ = _MarginLogits.apply(student, self.kernel, column, self.s, self.target_logit)
         return logits
 
@@ -204,7 +225,7 @@ class AdaDistill(nn.Module):
 
     @torch.no_grad()
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
-        """Moves the centres by unit-length embeddings (B, D)."""
+        """Moves the centres by unit-length embeddings (B, D) of all processes, in their order."""
         agreement = (student * teacher).sum(1)
         turn = (label.unsqueeze(1) == label).tril(-1).sum(1)  # how many samples of its class come before
         alpha = torch.zeros_like(agreement)
@@ -247,14 +268,18 @@ def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     return cosine * cos_m - sine * sin_m
 
 
-def build_header(name: str, in_features: int, out_features: int, s: float, m: float, std: float) -> MarginHeader:
-    """The header that the setting `loss` names; a '+' after an elastic one deals margins by difficulty."""
+def build_header(
+    name: str, in_features: int, out_features: int, s: float, m: float, std: float, sharding: bool = False
+) -> MarginHeader:
+    """The header that the setting `loss` names; a '+' after an elastic one deals margins by difficulty.
+
+    With `sharding` its classes are spread over the processes, if there are several.
+    """
     known = (ElasticArcFace, ElasticCosFace, ArcFace, CosFace, CurricularFace)
     header = {kind.__name__: kind for kind in known}.get(name.removesuffix("+"))
     plus = name.endswith("+")
     if header is None or (plus and not issubclass(header, ElasticHeader)):
         names = ", ".join(kind.__name__ for kind in known)
         raise InputError(f"loss = {name!r} must be one of {names}, or an elastic one followed by '+'.")
-    if issubclass(header, ElasticHeader):
-        return header(in_features, out_features, s=s, m=m, std=std, plus=plus)
-    return header(in_features, out_features, s=s, m=m)
+    settings = {"std": std, "plus": plus} if issubclass(header, ElasticHeader) else {}
+    return spread(header, sharding)(in_features, out_features, s=s, m=m, **settings)

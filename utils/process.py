@@ -2,29 +2,45 @@
 
 import contextlib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import cv2
 import numpy as np
 import torch
 
 from config.config import Config
+from utils import distributed
 from utils.checkpoint import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
 
 
-def run(main: Callable[[Config], None], argv: list[str] | None = None) -> None:
-    """Calls a script's `main` with the settings of the command line or `argv`, `guarded`."""
-    guarded(lambda: main(Config.from_args(argv)))
+def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bool = False) -> None:
+    """Calls a script's `main` with the settings of the command line or `argv`, `guarded`.
+
+    One that is to be `alone` is refused under torchrun.
+    """
+
+    def work() -> None:
+        if alone and distributed.is_launched():
+            raise InputError("This is the work of one process: start it with python, not with torchrun.")
+        main(Config.from_args(argv))
+
+    guarded(work)
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on."""
+    """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on.
+
+    Of several processes the first that ends so says why, and all end.
+    """
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     script = Path(sys.argv[0]).name
@@ -33,30 +49,49 @@ def guarded(work: Callable[[], None]) -> None:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         work()
+        distributed.leave()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        print(f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.")
     except (InputError, OSError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"{script}: {error}")
     except Interrupted as stop:
-        print(f"{script}: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        _end(128 + stop.signal, f"{script}: {stop}")
+    except Exception as error:
+        if distributed.world_size() == 1:
+            raise
+        if distributed.is_lost(error):
+            what = "another process of this run has ended; what was saved last is kept"
+            _end(1, f"{script}: {what}; continue with: {_this_command()}")
+        traceback.print_exc()
+        _end(1, f"{script}: process {distributed.rank()} ended by the error above")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _end(status: int, sentence: str) -> NoReturn:
+    if distributed.speaks():
+        print(sentence, file=sys.stderr, flush=True)
+    if distributed.world_size() > 1:
+        os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
+    sys.exit(status)
+
+
 def setup(cfg: Config) -> None:
-    """Seeds the generators and sets up the CPU and the device; raises InputError for a device that is not there."""
+    """Joins the other processes, if there are any, seeds the generators and sets up the CPU and the device.
+
+    Raises InputError for a device that is not there, and where processes that belong together have other settings.
+    """
+    distributed.meet()
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or auto.")
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
+    distributed.join(cfg, device_of(cfg))
     torch.manual_seed(cfg.seed)
-    if cfg.num_threads:
-        torch.set_num_threads(cfg.num_threads)
+    if threads := cfg.num_threads or distributed.threads():
+        torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # NumPy 1 measures denormals when first asked, and warns where they are flushed
     torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
@@ -110,18 +145,18 @@ class StopSignals:
     def _handle(self, number: int, _) -> None:
         self.received = number
         if self._at_once:
-            self.leave("stopped while verifying")
+            self.leave("stopped while verifying", number)
 
-    def leave(self, what: str) -> None:
-        """Raises Interrupted if a signal has come."""
-        if self.received:
-            raise Interrupted(what, self.received)
+    def leave(self, what: str, number: int) -> None:
+        """Raises Interrupted by this signal; 0 is none."""
+        if number:
+            raise Interrupted(what, number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         self._at_once = True
         try:
-            self.leave("stopped before verifying")
+            self.leave("stopped before verifying", self.received)
             yield
         finally:
             self._at_once = False
@@ -130,7 +165,7 @@ class StopSignals:
 def _this_command() -> str:
     module = _module_name()
     script = ["-m", module] if module else [sys.argv[0]]
-    return "python " + shlex.join([*script, *sys.argv[1:]])
+    return f"{distributed.launcher()} {shlex.join([*script, *sys.argv[1:]])}"
 
 
 def _module_name() -> str:

@@ -1,7 +1,6 @@
 """Where a run of training stands: its networks, optimizer, position, losses and log, all that a checkpoint holds."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,9 @@ from torch import nn
 from config.config import Config, Schedule
 from utils.capture import Replayed
 from utils.checkpoint import Run, wrong_with
+from utils.distributed import averaged, from_first, is_first, on_first, wait_for_all, world_size
 from utils.errors import InputError
-from utils.files import write_text
+from utils.sharding import ShardedHeader, dense_state_dict
 
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Named losses of a batch; the parameters are named after the columns that it reads (see utils.dataset).
@@ -52,25 +52,71 @@ class Progress:
         self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
 
-    def restore(self, state: dict) -> None:
-        try:
-            self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
-            self.weights = state["weights"]
-            self.names, self.measures = list(state["sums"]), state.get("measures", [])  # none before there were some
-            for k, total in enumerate(state["sums"].values()):
-                self.sums[k] = total
-            self.backbone.load_state_dict(state["backbone"])
-            if self.header is not None:
-                self.header.load_state_dict(state["header"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"{self.run.folder} holds a checkpoint of another version ({error}): move it away to train anew."
-            ) from error
-        if self.log:
-            self._mend()
+    def restore(self, state: dict | None) -> None:
+        """Takes the state that rank 0 has read; all call it."""
 
-    def _mend(self) -> None:
+        def take() -> tuple:
+            try:
+                self._take(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise InputError(
+                    f"{self.run.folder} holds a checkpoint of another version ({error}): move it away to train anew."
+                ) from error
+            if self.log:
+                self._mend(state)
+            return self.epoch, self.step, self.best, self.names, self.measures, self.log, self.weights
+
+        taken = on_first(take)
+        self.epoch, self.step, self.best, self.names, self.measures, self.log, self.weights = taken
+        if world_size() > 1:
+            self._hand_out(state)
+
+    def _take(self, state: dict) -> None:
+        self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
+        self.weights = state["weights"]
+        self.names, self.measures = list(state["sums"]), state.get("measures", [])  # none before there were some
+        for k, total in enumerate(state["sums"].values()):
+            self.sums[k] = total
+        self.backbone.load_state_dict(state["backbone"])
+        optimizer = state["optimizer"]
+        if isinstance(self.header, ShardedHeader):
+            self.header.require_fit(state["header"])
+            parts = {k: own for k, own in optimizer["state"].items() if k != self._sharded}
+            optimizer = {**optimizer, "state": parts}  # a device need not hold the whole of it
+        elif self.header is not None:
+            self.header.load_state_dict(state["header"])
+        self.optimizer.load_state_dict(optimizer)
+
+    def _hand_out(self, state: dict | None) -> None:
+        """What rank 0 has taken, to all ranks; of a sharded header, and of its momentum, each gets its part."""
+        for value in [self.sums, *self.backbone.state_dict().values()]:
+            from_first(value)
+        if isinstance(self.header, ShardedHeader):
+            self.header.load_dense_state_dict(state and state["header"])
+        elif self.header is not None:
+            for value in self.header.state_dict().values():
+                from_first(value)
+        given = state["optimizer"]["state"] if state else {}
+        with_momentum = on_first(lambda: [*given])
+        for k in with_momentum:
+            parameter = self._parameters[k]
+            momentum = self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if k == self._sharded:
+                self.header.scatter(given[k]["momentum_buffer"] if given else None, momentum)
+            else:
+                from_first(momentum)
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return self.optimizer.param_groups[0]["params"]
+
+    @property
+    def _sharded(self) -> int | None:
+        """Which of the parameters differs from rank to rank."""
+        kernel = self.header.kernel if isinstance(self.header, ShardedHeader) else None
+        return next((k for k, one in enumerate(self._parameters) if one is kernel), None)
+
+    def _mend(self, state: dict) -> None:
         """Writes weights anew that are lost, or newer than the checkpoint, if they are those of the checkpoint."""
         for which in ("last", "best"):
             lost = [
@@ -81,7 +127,7 @@ class Progress:
             if not lost:
                 continue
             if self.step == 0 and (which == "last" or self.log[-1]["best"]):
-                self.weights |= self.run.save_weights(which, self.backbone, self.header)
+                self.weights |= self.run.save_weights(which, state["backbone"], state["header"])
                 print(f"{lost[0]}: written anew from the checkpoint.")
             elif which == "best" and self.epoch < self.schedule.epochs:
                 # Where they are of a later epoch, this one is trained again, and as good as it was.
@@ -121,7 +167,7 @@ class Progress:
         Whatever it changes is among `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
-        sum(value for value in named.values() if value.requires_grad).backward()
+        sum(value for value in named.values() if value.requires_grad).backward()  # and gradients are averaged
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
         of_header = [] if self.header is None else [one.grad for one in self.header.parameters()]
         if of_header := [grad for grad in of_header if grad is not None]:
@@ -132,6 +178,7 @@ class Progress:
             raise InputError(f"{', '.join(values)} are {len(values)} numbers: utils.progress.NUMBERS must be as large.")
         seen = torch.zeros_like(self.sums)
         seen[: len(values)] = torch.stack([value.detach().double() for value in values.values()])
+        seen = averaged(seen)  # what is not finite on one rank is not on all
         self._watch.look(seen)
         self.optimizer.step()
         self.sums += seen
@@ -162,15 +209,25 @@ class Progress:
         return sum(value for name, value in means.items() if name not in self.measures)
 
     def save(self) -> None:
+        """Writes the checkpoint; all ranks call it, and wait for rank 0 to have written."""
         self.means()  # a checkpoint of a run that has gone wrong would be no good
         state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log}
         state["weights"] = self.weights
         state["sums"] = dict(zip(self.names, self.sums.cpu(), strict=False))
         state["measures"] = self.measures
         state["backbone"] = self.backbone.state_dict()
-        state["header"] = self.header.state_dict() if self.header is not None else {}
-        self.run.save({**state, "optimizer": self.optimizer.state_dict()})
+        state["header"] = dense_state_dict(self.header)
+        self.run.save({**state, "optimizer": self._optimizer_state()})
         self.saved_at = time.monotonic()
+        wait_for_all()
+
+    def _optimizer_state(self) -> dict:
+        """That of the dense header's optimizer, whole on rank 0."""
+        state = self.optimizer.state_dict()
+        if self._sharded in state["state"]:
+            own = state["state"][self._sharded]
+            state["state"][self._sharded] = {**own, "momentum_buffer": self.header.gather(own["momentum_buffer"])}
+        return state
 
     def due(self, minutes: float) -> bool:
         return time.monotonic() - self.saved_at > 60 * minutes
@@ -185,10 +242,10 @@ class Progress:
         entry["measures"] = {name: means[name] for name in self.measures}
         self.log.append({**entry, "scores": scores, "best": is_best})
         self.best = max(self.best, value)
+        header = dense_state_dict(self.header)
         for which in ("best", "last") if is_best else ("last",):
-            self.weights |= self.run.save_weights(which, self.backbone, self.header)
-        # The log is written as a whole: an epoch that is repeated after a crash does not appear twice.
-        write_text(self.run.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log))
+            self.weights |= self.run.save_weights(which, self.backbone.state_dict(), header)
+        self.run.write_log(self.log)
         if self.note:
             self.note(self.log[-1])
         self.epoch, self.step, self.names = self.epoch + 1, 0, []
@@ -201,7 +258,7 @@ class Progress:
 @contextlib.contextmanager
 def events(cfg: Config, progress: Progress) -> Iterator[None]:
     """With `cfg.tensorboard` the log is written as TensorBoard events too; a repeated epoch replaces its own."""
-    if not cfg.tensorboard:
+    if not cfg.tensorboard or not is_first():
         yield
         return
     from torch.utils.tensorboard import SummaryWriter  # an optional package

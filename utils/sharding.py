@@ -20,10 +20,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from utils.distributed import gathered, is_first, own, rank, reduced, world_size
+
 
 def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy of what a header, dense or sharded, is given: embeddings (b, D) and labels (b,) last."""
     return header(*given) if isinstance(header, ShardedHeader) else F.cross_entropy(header(*given), given[-1])
+
+
+def spread(kind: type[nn.Module], sharding: bool) -> type[nn.Module]:
+    """The header class `kind`, with `sharding` spread over the processes, if there are several."""
+    return sharded(kind) if sharding and world_size() > 1 else kind
+
+
+def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
+    """What a file holds of a header, dense or sharded, or of none: that of the dense one. All ranks call it.
+
+    On other ranks than 0 it may be empty.
+    """
+    if isinstance(header, ShardedHeader):
+        return header.dense_state_dict() or {}
+    return header.state_dict() if header is not None else {}
 
 
 @functools.cache
@@ -35,22 +52,28 @@ def sharded(kind: type[nn.Module]) -> type["ShardedHeader"]:
 class ShardedHeader(nn.Module):
     """What comes before a header's class in those that `sharded` makes: each of its methods sees all ranks.
 
-    Random margins are drawn for the whole batch on every rank: with the default generator in the same state on all of
-    them, they do not depend on how many there are. Otherwise a sample's is the one that its owner has drawn.
+    Of what is computed here, all samples are those of all ranks already.
     """
 
     dense: type[nn.Module]
 
     def __init__(self, in_features: int, out_features: int, *settings, **named):
         """The kernel, and the state of the CPU's generator, are those after building the dense header."""
-        own = columns_of(dist.get_rank(), out_features)
+        columns = columns_of(rank(), out_features)
+        here = slice(columns.start, columns.stop)
         with torch.random.fork_rng(devices=[]):
-            super().__init__(in_features, len(own) + 1, *settings, **named)
-        self.classes, self.own = out_features, own
+            super().__init__(in_features, len(columns) + 1, *settings, **named)
+        self.classes, self.columns = out_features, columns
         with torch.no_grad():
             self.kernel[:, -1] = 0
             for rows in self.kernel[:, :-1].split(16):  # PyTorch draws in sixteens: in parts it is the same as at once
-                rows.copy_(self.dense(len(rows), out_features, *settings, **named).kernel[:, own.start : own.stop])
+                rows.copy_(self.dense(len(rows), out_features, *settings, **named).kernel[:, here])
+
+    def of_all(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def own(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
         """Embeddings (b, D), AdaDistill's teacher's too, and labels (b,) int64 -> mean loss of all B, on every rank.
@@ -58,27 +81,32 @@ class ShardedHeader(nn.Module):
         It is infinite where a label is not in range(C).
         """
         *embeddings, label = given
-        label = _gathered(label) - self.own.start
-        label = torch.where((label >= 0) & (label < len(self.own)), label, len(self.own))
+        label = gathered(label) - self.columns.start
+        label = torch.where((label >= 0) & (label < len(self.columns)), label, len(self.columns))
         logits = super().forward(*map(_Gathered.apply, embeddings), label)
         return _CrossEntropy.apply(logits, label.unsqueeze(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
         """The cosines (B, 1) of the targets here -> what the header makes of all; the slope is that of those here."""
-        return super().target_logit(target + (_reduced(target.detach()) - target.detach()))
+        return super().target_logit(target + (reduced(target.detach()) - target.detach()))
 
     def adjusted(self, logits: torch.Tensor, column: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Of the logits (B, W + 1) here, with all targets' cosines; no gradient of a negative reaches a target."""
-        return super().adjusted(logits, column, _reduced(target))
+        return super().adjusted(logits, column, reduced(target))
 
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
         """Moves the centres here by the samples (B, D) of their classes, rank 0's first; `alpha` is the mean of all."""
-        own = label < len(self.own)
+        mine = label < len(self.columns)
         total = student.new_zeros(())
-        if own.any():
-            super().update(student[own], teacher[own], label[own])
-            total = self.alpha * own.sum()
-        self.alpha = _reduced(total) / len(label)
+        if mine.any():
+            super().update(student[mine], teacher[mine], label[mine])
+            total = self.alpha * mine.sum()
+        self.alpha = reduced(total) / len(label)
+
+    @torch.no_grad()
+    def set_centres(self, kernel: torch.Tensor) -> None:
+        """Takes those of the classes here."""
+        self.kernel[:, :-1] = kernel[:, self.columns.start : self.columns.stop]
 
     # Files --------------------------------------------------------------------------------------------------------
 
@@ -98,28 +126,32 @@ class ShardedHeader(nn.Module):
         """
         mine = self.state_dict()
         if state is not None:
-            shapes = {name: value.shape for name, value in mine.items()}
-            shapes["kernel"] = torch.Size((len(self.kernel), self.classes))
-            if {name: value.shape for name, value in state.items()} != shapes:
-                raise RuntimeError(f"a header's state dict that is not {shapes}")
+            self.require_fit(state)
         self.scatter(state and state["kernel"], mine.pop("kernel"))
         for name, value in mine.items():
             if state is not None:
                 value.copy_(state[name])
             dist.broadcast(value, 0)
 
+    def require_fit(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises RuntimeError where the state dict is not that of the dense header."""
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        shapes["kernel"] = torch.Size((len(self.kernel), self.classes))
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise RuntimeError(f"a header's state dict that is not {shapes}")
+
     @torch.no_grad()
     def gather(self, columns: torch.Tensor) -> torch.Tensor | None:
         """The kernel, its gradient or its momentum (D, W + 1) of all ranks: (D, C) on the CPU of rank 0, else None."""
-        if dist.get_rank():
-            if self.own:
+        if not is_first():
+            if self.columns:
                 dist.send(columns[:, :-1].contiguous(), 0)
             return None
         whole = torch.empty(len(columns), self.classes, dtype=columns.dtype)
-        whole[:, : len(self.own)] = columns[:, :-1]
-        for rank, theirs in self._others():
+        whole[:, : len(self.columns)] = columns[:, :-1]
+        for other, theirs in self._others():
             part = columns.new_empty(len(columns), len(theirs))
-            dist.recv(part, rank)
+            dist.recv(part, other)
             whole[:, theirs.start : theirs.stop] = part
         return whole
 
@@ -127,26 +159,26 @@ class ShardedHeader(nn.Module):
     def scatter(self, whole: torch.Tensor | None, columns: torch.Tensor) -> None:
         """The opposite: fills `columns` (D, W + 1) of each rank from rank 0's `whole` (D, C)."""
         columns[:, -1] = 0
-        if dist.get_rank():
-            if self.own:
-                part = columns.new_empty(len(columns), len(self.own))
+        if not is_first():
+            if self.columns:
+                part = columns.new_empty(len(columns), len(self.columns))
                 dist.recv(part, 0)
                 columns[:, :-1] = part
             return
-        columns[:, :-1] = whole[:, : len(self.own)]
-        for rank, theirs in self._others():
-            dist.send(whole[:, theirs.start : theirs.stop].to(columns).contiguous(), rank)
+        columns[:, :-1] = whole[:, : len(self.columns)]
+        for other, theirs in self._others():
+            dist.send(whole[:, theirs.start : theirs.stop].to(columns).contiguous(), other)
 
     def _others(self) -> list[tuple[int, range]]:
         """The ranks but 0 that hold classes, and which."""
-        parts = [(rank, columns_of(rank, self.classes)) for rank in range(1, dist.get_world_size())]
-        return [(rank, columns) for rank, columns in parts if columns]
+        parts = [(other, columns_of(other, self.classes)) for other in range(1, world_size())]
+        return [(other, columns) for other, columns in parts if columns]
 
 
-def columns_of(rank: int, classes: int) -> range:
+def columns_of(holder: int, classes: int) -> range:
     """The classes that a rank holds."""
-    most = -(-classes // dist.get_world_size())
-    return range(min(rank * most, classes), min((rank + 1) * most, classes))
+    most = -(-classes // world_size())
+    return range(min(holder * most, classes), min((holder + 1) * most, classes))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -158,8 +190,8 @@ class _CrossEntropy(torch.autograd.Function):
         here = column < logits.shape[1] - 1
         summed = logits[:, :-1].logsumexp(1, keepdim=True)  # -inf on a rank without classes
         target = logits.gather(1, column).masked_fill_(~here, -torch.inf)
-        highest, target = _reduced(torch.stack((summed, target)), dist.ReduceOp.MAX)
-        summed = _reduced((summed - highest).exp_()).log_().add_(highest)
+        highest, target = reduced(torch.stack((summed, target)), dist.ReduceOp.MAX)
+        summed = reduced((summed - highest).exp_()).log_().add_(highest)
         ctx.save_for_backward(logits, column, here, summed)
         return (summed - target).mean()
 
@@ -178,23 +210,9 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        return _gathered(rows)
+        return gathered(rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        ranks = dist.get_world_size()
-        return _reduced(grad).chunk(ranks)[dist.get_rank()] * ranks
-
-
-def _gathered(rows: torch.Tensor) -> torch.Tensor:
-    whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, rows.contiguous())
-    return whole
-
-
-def _reduced(tensor: torch.Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
-    """The sum over the ranks, or what `operation` says; the same bits on each."""
-    tensor = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(tensor, operation)
-    return tensor
+        return own(reduced(grad)) * world_size()

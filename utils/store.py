@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config.config import Config
 from utils import images
 from utils.arrays import Filling, about, provide
+from utils.distributed import first_of_machine_before
 from utils.errors import Damaged, InputError
 from utils.files import printable, write_text
 from utils.index import Index, find_images
@@ -60,7 +61,8 @@ class ImageStore:
             _make_room(path, made_from)
             _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
 
-        self.images = provide(path, *form, made_from, fill, checked)
+        with first_of_machine_before() as is_one:  # who checks, and decodes
+            self.images = provide(path, *form, made_from, fill, checked and is_one)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
         bad = _bad_of(blocks)

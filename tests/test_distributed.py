@@ -1,0 +1,243 @@
+"""Several processes under torchrun, with gloo on the CPU, against one."""
+
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from config.config import Config
+from tests.conftest import small_config, write_images
+from tests.runs import GROUPS, arguments, difference, run_script, torchrun
+from tests.worlds import CASES, folder_of, inference, settings, train, train_and_stop
+from utils import distributed
+from utils.batchnorm import _SharedBatchNorm, share_statistics
+from utils.engine import infer
+
+DIVIDED = ("--global_batch", "--sync_bn")
+
+
+def weights(folder: Path, which: str = "best_backbone") -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{which}.pth", weights_only=True)
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference, relative to the largest entry of its tensor."""
+    assert one.keys() == other.keys()
+    pairs = [(one[name].double(), other[name].double()) for name in one]
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-3)) for a, b in pairs)
+
+
+# Every stage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_two(faces, trained, tmp_path_factory) -> Path:
+    """The output of all stages by two processes."""
+    output = tmp_path_factory.mktemp("by two")
+    shutil.copytree(trained[0].split_dir, output / "baseline" / "split")
+    status, said = torchrun(2, "tests.worlds", "stages", *arguments(faces, output), *DIVIDED)
+    assert status == 0, said
+    return output
+
+
+@pytest.fixture(scope="module")
+def by_one(trained, tmp_path_factory) -> Path:
+    """The output of all stages by one process, with the student that only the other one has."""
+    cfg, given = trained
+    output = tmp_path_factory.mktemp("by one") / "output"
+    shutil.copytree(cfg.output, output)
+    run_script("KD_CEL.py", [*given, "--output", str(output), "--is_dual_layer"])
+    return output
+
+
+@pytest.mark.parametrize(
+    ("run", "tolerance"),
+    [
+        *((f"teachers/{group}", 1e-3) for group in GROUPS),
+        ("adaptors/SL", 1e-3),
+        ("adaptors/DuL", 1e-3),
+        ("students/iresnet_tiny/SL-a-KD", 5e-2),
+        ("students/iresnet_tiny/DuL-EAF-KD", 5e-2),
+        ("students/iresnet_tiny/SL-AdaArcDistill", 5e-2),
+    ],
+)
+def test_two_processes_train_what_one_does(by_one, by_two, run, tolerance):
+    """But for rounding, which 16 steps with clipped gradients amplify, and targets that are rounded already."""
+    one, two = (output / "specialized" / "iresnet_tiny" / run for output in (by_one, by_two))
+    files = sorted(path.name for path in one.glob("*.pth"))
+    assert files == sorted(path.name for path in two.glob("*.pth"))
+    for which in ("last_backbone", "last_header") if "last_header.pth" in files else ("last_backbone",):
+        assert apart(weights(one, which), weights(two, which)) < tolerance
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
+    for here, there in zip(*logs, strict=True):
+        assert here["lr"] == there["lr"]
+        assert {**here["loss"], **here["measures"]} == pytest.approx({**there["loss"], **there["measures"]}, rel=1e-3)
+        assert here["scores"].keys() == there["scores"].keys()
+
+
+def test_two_processes_extract_what_one_does(by_one, by_two):
+    arrays = sorted(path.relative_to(by_one) for path in by_one.rglob("*.npy") if "evaluation" not in path.parts)
+    assert len(arrays) == 2 * len(GROUPS) + 4
+    for path in arrays:
+        if "DLDPO" not in path.parts:  # has dropout, which is drawn otherwise
+            assert np.abs(np.load(by_one / path) - np.load(by_two / path)).max() < 1e-3, path
+
+
+def test_a_stage_of_two_processes_is_read_by_one(by_two, faces, tmp_path, capsys):
+    """Files are those of one process: it finds the embeddings up to date, and the teachers trained."""
+    output = tmp_path / "output"
+    shutil.copytree(by_two, output)
+    given = [*arguments(faces, output), *DIVIDED, "--flip_targets"]
+    run_script("train.py", given)
+    run_script("extract_all.py", given)
+    said = capsys.readouterr().out
+    assert said.count("is already trained") == len(GROUPS)
+    assert said.count("is up to date") == 2 * len(GROUPS)
+
+
+# A process that dies --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_after_one_process_was_killed(by_two, faces, tmp_path):
+    given = [*arguments(faces, tmp_path), *DIVIDED, "--ethnicity", "Asian", "--checkpoint_minutes", "0"]
+    status, said = torchrun(2, "tests.worlds", "dies", "4", *given, options=("--max-restarts", "1"))
+    assert status == 0, said
+    assert said.count("train.py: another process of this run has ended; what was saved last is kept") <= 1
+    assert "continuing in epoch 2 after step 0 of 2" in said
+    base = Path("specialized/iresnet_tiny/teachers/Asian")
+    assert difference(by_two / base, tmp_path / base) == ""
+
+
+def test_one_process_says_for_all_what_is_wrong(faces, tmp_path):
+    status, said = torchrun(2, "train.py", *arguments(faces, tmp_path), "--pairs", "nowhere")
+    assert status == 1
+    assert said.count("train.py: Missing: nowhere/African_test.bin") == 1
+    assert "another process" not in said
+    assert said.count("Traceback") == 1  # torchrun's own, that a process has ended
+
+
+# Small runs on one, two and three processes ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> Config:
+    """Settings of runs that one, two and three processes have finished, and that have moved between them."""
+    folder = tmp_path_factory.mktemp("worlds")
+    small_config(folder)
+    write_images(folder / "data 2", {"A": {"a1": 8}, "B": {"b1": 8}})
+    cfg = settings(folder)
+    for case in CASES:
+        train(cfg, "one", *case)
+        train_and_stop(cfg, "from one", *case)
+    for program, processes in (("two", 2), ("three", 3)):
+        status, said = torchrun(processes, "tests.worlds", program, str(folder))
+        assert status == 0, said
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["two", "from one", "moved"])
+@pytest.mark.parametrize(("header", "sharding"), CASES)
+def test_a_run_is_the_same_on_any_number_of_processes(worlds, name, header, sharding):
+    """`two` is that of two processes, `from one` was stopped on one, `moved` on two and went on on three."""
+    one, other = (folder_of(worlds, which, header, sharding) for which in ("one", name))
+    for which in ("last_backbone", "last_header"):
+        assert apart(weights(one, which), weights(other, which)) < 1e-5
+    here, there = (weights(folder, "checkpoint") for folder in (one, other))
+    assert here["epoch"] == there["epoch"] == 3
+    momentum = [{str(k): own["momentum_buffer"] for k, own in s["optimizer"]["state"].items()} for s in (here, there)]
+    assert apart(*momentum) < 1e-5
+    for one_epoch, other_epoch in zip(here["log"], there["log"], strict=True):
+        assert one_epoch["loss"] == pytest.approx(other_epoch["loss"], rel=1e-5)
+        assert one_epoch["measures"] == pytest.approx(other_epoch["measures"], rel=1e-5)
+
+
+def test_the_processes_of_a_run_are_noted(worlds):
+    about = json.loads((folder_of(worlds, "moved", "ElasticArcFace", False) / "config.json").read_text())
+    assert [session["versions"]["processes"] for session in about["sessions"]] == ["2", "3"]
+
+
+@pytest.mark.parametrize(("world", "processes"), [("two", 2), ("three", 3)])
+def test_inference_is_shared_and_gives_the_same_bits(worlds, world, processes):
+    for count in (20, 2):  # batches of three rows: as many for all but one process, and fewer than processes
+        wanted = infer(**inference(count), cfg=worlds, title="test")
+        for rank in range(processes):
+            assert np.array_equal(np.load(Path(worlds.output) / f"{world} {rank}.npz")[str(count)], wanted)
+    wanted = infer(**inference(20), cfg=worlds, title="test")
+    for k in range(2):
+        assert np.array_equal(np.load(Path(worlds.output) / f"{world}{k}.npy"), wanted)
+
+
+def test_what_differs_between_processes_is_refused_by_all(worlds):
+    said = [(Path(worlds.output) / f"said {rank}.txt").read_text().splitlines() for rank in range(3)]
+    assert said[0] == said[1] == said[2]
+    wanted = [
+        "lr is 0.1 on process 0 and 0.2 on process 2. Start all with the same settings.",
+        "batch_size = 4 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
+        "batch_size = 3 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
+        "images is '[0-9a-f]{64}' on process 0 and '[0-9a-f]{64}' on process 2. Give all processes the same data, .*",
+        "rank 0 is not content",
+    ]
+    for line, pattern in zip(said[0], wanted, strict=True):
+        assert re.fullmatch(pattern, line)
+
+
+# Alone ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_that_is_in_use_is_said(monkeypatch, capsys, faces, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        run_script("train.py", arguments(faces, tmp_path), expect=2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"train.py: The processes cannot meet at 127.0.0.1:{port} (")
+    assert said.rstrip().endswith("give torchrun another --master_port, or --standalone.")
+
+
+def test_work_of_one_process_is_refused_under_torchrun(monkeypatch, capsys, faces, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "start it with python, not with torchrun."), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        for script in ("baseline_data_split.py", "eval.evaluation"):
+            run_script(script, arguments(faces, tmp_path), expect=2)
+            assert capsys.readouterr().err.rstrip().endswith(said)
+
+
+def test_alone_there_is_nobody_to_tell():
+    numbers = torch.arange(3.0)
+    assert distributed.gathered(numbers) is distributed.own(numbers) is numbers or torch.equal(
+        distributed.own(numbers), numbers
+    )
+    assert distributed.Agreement().after_step(15, 0) == [15, 0]
+    assert distributed.launcher() == "python"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 3)])
+def test_shared_batch_normalisation_of_one_process_is_pytorchs(shape, affine):
+    torch.manual_seed(0)
+    kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    plain, shared = (nn.Sequential(kind(5, affine=affine).double(), nn.PReLU().double()) for _ in range(2))
+    share_statistics(shared)
+    assert isinstance(shared[0], _SharedBatchNorm)
+    for _ in range(2):
+        x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [network(one) for network, one in zip((plain, shared), inputs, strict=True)]
+        for output in outputs:
+            (output * weight).sum().backward()
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(plain.state_dict(), shared.state_dict())
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(plain.eval()(x), shared.eval()(x))

@@ -1,0 +1,198 @@
+"""What the tests of several processes run under torchrun, which starts this module with the name of a program below."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config.config import Config
+from tests.runs import FEATURES, run_script
+from utils import distributed
+from utils.dataset import Column, Faces
+from utils.engine import fit, infer
+from utils.errors import InputError
+from utils.extract import Output, embed_all
+from utils.losses import AdaDistill, ArcDistill, build_header
+from utils.process import Interrupted, guarded, setup
+from utils.progress import Progress
+from utils.sharding import margin_loss, spread
+
+HEADERS = ("ElasticArcFace", "ElasticArcFace+", "CurricularFace", "AdaDistill", "ArcDistill")
+CASES = [(header, sharding) for header in HEADERS for sharding in (False, True)]
+STOPPED_AFTER = 5  # steps, of three in an epoch
+DATA = ("data", "pairs", "cache")
+
+
+def stages(given: list[str]) -> list[tuple[str, list[str]]]:
+    """Scripts and arguments of the stages that train, or extract, in order."""
+    both, dual = [*given, "--flip_targets"], [*given, "--is_dual_layer"]
+    return [
+        ("train.py", given),
+        ("extract_all.py", both),
+        ("fc_EArc.py", both),
+        ("dual_layer_EAF-Fusion.py", given),
+        ("dual_layer_EAF-Fusion.py", [*given, "--has_dropout"]),
+        ("KD_alone.py", given),
+        ("KD_CEL.py", dual),
+        ("KD_AdaDistill.py", given),
+        ("train.py", [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"]),
+    ]
+
+
+def run_stages(*given: str) -> None:
+    for script, arguments in stages([*given]):
+        run_script(script, arguments)
+
+
+def run_until_one_dies(step: str, *given: str) -> None:
+    """train.py, whose second process is killed before a step, the first time."""
+    take = Progress._take_step
+    taken = []
+
+    def take_or_die(self, *values):
+        taken.append(self)
+        doomed = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if doomed and len(taken) == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        take(self, *values)
+
+    Progress._take_step = take_or_die
+    run_script("train.py", [*given])
+
+
+# Small runs ----------------------------------------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A network whose outputs depend on the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(FEATURES, 16, bias=False)  # it would have no effect
+        self.bn = nn.BatchNorm1d(16)
+
+    def forward(self, image):
+        return self.bn(self.fc(image.flatten(1) / 100))
+
+
+def settings(folder: str | Path) -> Config:
+    """Those of `tests.conftest.small_config`, whose files lie in `folder`."""
+    paths = {name: f"{folder}/{name}" for name in (*DATA, "output")}
+    small = {"ethnicities": ("A", "B"), "embedding_size": 16, "batch_size": 6, "device": "cpu", "s": 8.0, "m": 0.2}
+    return Config(**paths, **small, global_batch=True, sync_bn=True, infer_batch_size=3)
+
+
+def folder_of(cfg: Config, name: str, header: str, sharding: bool) -> Path:
+    return cfg.teacher_dir(f"{name} {header}{' sharded' if sharding else ''}")
+
+
+def train(cfg: Config, name: str, kind: str, sharding: bool, before_step: Callable[[int], None] | None = None) -> None:
+    """Three epochs of three steps in a run folder; `before_step` is called with a step's number in this process."""
+    setup(cfg)
+    faces, network = Faces(cfg, flip=True), Normalised()
+    shape, calls = (16, faces.num_classes), []
+    if kind == "AdaDistill":
+        header = spread(AdaDistill, sharding)(*shape, s=8.0)
+    elif kind == "ArcDistill":
+        header = spread(ArcDistill, sharding)(*shape, s=8.0)
+        header.set_centres(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    else:
+        header = build_header(kind, *shape, 8.0, 0.2, 0.05, sharding)
+
+    def losses(image, label):
+        calls.append(label)
+        if before_step:
+            before_step(len(calls))
+        embedding = F.normalize(network(image))
+        teacher = F.normalize(image.flatten(1)[:, :16])
+        teachers = [teacher] if isinstance(header, AdaDistill) else []
+        loss = {"margin": margin_loss(header, embedding, *teachers, label), "kd": F.mse_loss(embedding, teacher)}
+        return loss | ({"alpha": header.alpha} if kind == "AdaDistill" else {})
+
+    schedule = replace(cfg, num_epoch=3, lr=0.5).schedule
+    fit(losses, faces, folder_of(cfg, name, kind, sharding), cfg, network, header, schedule=schedule)
+
+
+def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool) -> None:
+    """A signal comes to the last process only; all stop together."""
+
+    def stop(number: int) -> None:
+        late = distributed.world_size() > 1  # a step later the others have heard of it
+        if distributed.rank() == distributed.world_size() - 1 and number == STOPPED_AFTER - late:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        train(cfg, name, kind, sharding, stop)
+    except Interrupted as stopped:
+        assert f"after step {STOPPED_AFTER - 3} of 3" in str(stopped), stopped
+        return
+    raise AssertionError("it was not stopped")
+
+
+def two(folder: str) -> None:
+    cfg = settings(folder)
+    for case in CASES:
+        train(cfg, "two", *case)
+        train(cfg, "from one", *case)
+        train_and_stop(cfg, "moved", *case)
+    _infer(cfg, "two")
+
+
+def three(folder: str) -> None:
+    cfg = settings(folder)
+    for case in CASES:
+        train(cfg, "moved", *case)
+    _infer(cfg, "three")
+    _refusals(cfg)
+
+
+def _infer(cfg: Config, world: str) -> None:
+    """What each process gets, and what rank 0 writes."""
+    output, found = Path(cfg.output), {}
+    for count in (20, 2):
+        found[str(count)] = infer(**inference(count), cfg=cfg, title="test")
+    np.savez(output / f"{world} {distributed.rank()}.npz", **found)
+    given = inference(20)
+    outputs = [Output(output / f"{world}{k}.npy", {"images": world}, given["function"]) for k in range(2)]
+    embed_all(outputs, given["network"], given["columns"], cfg)
+
+
+def inference(count: int) -> dict:
+    """Arguments of `infer`: a network and as many rows."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 16)
+    rows = np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32)
+    return {"function": lambda x: network(x), "network": network, "columns": {"x": Column((rows,))}}
+
+
+def _refusals(cfg: Config) -> None:
+    """What is raised, on each process, for settings and data of which one process has others."""
+    rank, said = distributed.rank(), []
+    moved = replace(cfg, data=cfg.data if rank < 2 else f"{cfg.data} 2", cache=f"{cfg.cache} {rank}")
+    attempts = [
+        lambda: setup(replace(cfg, lr=0.2 if rank == 2 else 0.1)),
+        lambda: setup(replace(cfg, batch_size=4)),
+        lambda: setup(replace(cfg, batch_size=3)),
+        lambda: train(moved, "refused", "ElasticArcFace", False),
+        lambda: distributed.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+        except InputError as error:
+            said.append(str(error))
+    (Path(cfg.output) / f"said {rank}.txt").write_text("\n".join(said))
+
+
+PROGRAMS = {"stages": run_stages, "dies": run_until_one_dies, "two": two, "three": three}
+
+
+if __name__ == "__main__":
+    guarded(lambda: PROGRAMS[sys.argv[1]](*sys.argv[2:]))

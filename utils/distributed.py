@@ -1,0 +1,287 @@
+"""The processes of one training under torchrun, and what they tell each other; without torchrun there is one.
+
+Each is a rank of torch.distributed's default group, with NCCL on GPUs and gloo on CPUs. Rank 0 prints and writes. Every
+function here that exchanges something must be called by all ranks, in the same order; alone it changes nothing.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import InputError
+
+if TYPE_CHECKING:
+    from config.config import Config
+
+BY_MACHINE = ("data", "pairs", "cache", "num_threads", "num_workers", "device_cache_gb")
+"""Settings that may differ from machine to machine; of `data` and `pairs` the content is compared."""
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for another in a step; one that has died is noticed at once, by torchrun."""
+
+LONG = timedelta(days=7)
+"""The same where one rank works for all: it may decode millions of images."""
+
+_store: dist.Store | None = None  # where the ranks meet
+_meetings = 0  # of this process: what it left in the store at one does not disturb the next
+_control: dist.ProcessGroup | None = None  # for what the CPUs tell each other, in no GPU's way
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or whoever sets the environment as it does, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def launcher() -> str:
+    """What starts as many processes as there are, before a script's name."""
+    if not is_launched():
+        return "python"
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    several = [] if machines == "1" else ["--nnodes", machines]
+    # Without the dashes it takes settings that begin as its own do for its own.
+    return " ".join(["torchrun", *several, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"])
+
+
+def threads() -> int:
+    """This process's share of the machine's cores, where torchrun has allowed it one because nobody has said better.
+
+    0 where there is nothing to change.
+    """
+    if not is_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
+        return 0
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+# From meeting to leaving ----------------------------------------------------------------------------------------------
+
+
+def meet() -> None:
+    """Finds the other processes that torchrun has started; from here on one of them speaks for all.
+
+    Raises InputError where the place to meet is taken or not given.
+    """
+    global _store, _meetings
+    if not is_launched() or _store is not None:
+        return
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise InputError(
+            f"The processes cannot meet at {where} ({reason}): give torchrun another --master_port, or --standalone."
+        ) from error
+    # torchrun keeps its store when it starts all anew.
+    _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, {_meetings}", store)
+    _meetings += 1
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = _NoTerminal(sys.stderr)
+
+
+class _NoTerminal:
+    """A stream for messages only: progress bars are silent where there is no terminal."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def join(cfg: "Config", device: torch.device) -> None:
+    """Makes the processes that have met the default group, on `device`'s kind.
+
+    Raises InputError where they have not the same settings or devices, or where the batch cannot be divided.
+    """
+    global _control
+    if _store is None:
+        return
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda":
+        if not dist.is_nccl_available():
+            raise InputError("device = 'cuda' under torchrun needs NCCL, which this PyTorch lacks: set device to cpu.")
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"Process {local} of this machine has no GPU, of which it has {torch.cuda.device_count()}: "
+                "set torchrun's --nproc_per_node to as many, or device to cpu."
+            )
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), timeout=PATIENCE, **place)
+        _control = dist.new_group(backend="gloo", timeout=LONG)
+    settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
+    require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
+    ranks, size = world_size(), cfg.batch_size
+    if cfg.global_batch and (size % ranks or size < 2 * ranks):
+        raise InputError(
+            f"batch_size = {size} cannot be divided among {ranks} processes with global_batch: set it to a multiple of "
+            f"{ranks}, {2 * ranks} or more."
+        )
+
+
+def leave() -> None:
+    """Waits for the others, so that none sees an end before its own, and leaves the group."""
+    global _store, _control
+    if dist.is_initialized():
+        wait_for_all()
+        dist.destroy_process_group()
+    _store = _control = None
+
+
+def speaks() -> bool:
+    """Whether this process is the first of all to say how the run ends; True once, for one."""
+    if _store is None:
+        return not is_launched() or os.environ["RANK"] == "0"
+    mine = os.environ["RANK"]
+    try:
+        return _store.compare_set("speaker", "", mine).decode() == mine
+    except (dist.DistError, RuntimeError):  # the store has ended with the process that kept it
+        return True
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another rank has gone: gloo raises a RuntimeError, in words of its own."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "by peer", "NCCL"))
+
+
+# Agreement ------------------------------------------------------------------------------------------------------------
+
+
+def wait_for_all() -> None:
+    if world_size() > 1:
+        dist.barrier(_control)
+
+
+def on_first(function: Callable[[], Any]) -> Any:
+    """What `function` gives on rank 0, on every rank; the others do not call it. An InputError is raised on all."""
+    if world_size() == 1:
+        return function()
+    said: list[Any] = [None, None]
+    if is_first():
+        try:
+            said[0] = function()
+        except InputError as error:
+            said[1] = error
+    dist.broadcast_object_list(said, 0, _control)
+    if said[1] is not None:
+        raise said[1]
+    return said[0]
+
+
+@contextlib.contextmanager
+def first_of_machine_before() -> Iterator[bool]:
+    """The first process of each machine goes through the block before the others; yields whether this is one."""
+    is_one = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_one:
+        wait_for_all()
+    yield is_one
+    if is_one:
+        wait_for_all()
+
+
+def require_same(values: dict[str, Any], advice: str) -> None:
+    """Raises InputError on all ranks where one has another value, and names it."""
+    if world_size() == 1:
+        return
+    everybodys: list[dict[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(everybodys, values, _control)
+    for other, theirs in enumerate(everybodys):
+        for name in (*everybodys[0], *theirs):
+            one, another = everybodys[0].get(name), theirs.get(name)
+            if one != another:
+                raise InputError(f"{name} is {one!r} on process 0 and {another!r} on process {other}. {advice}")
+
+
+class Agreement:
+    """Numbers that the ranks tell each other after each step, without waiting for each other."""
+
+    def __init__(self) -> None:
+        self._under_way: tuple[torch.Tensor, dist.Work] | None = None
+
+    def after_step(self, *numbers: int) -> list[int]:
+        """The largest of each over the ranks; of several they are those of the step before, before the first zeros."""
+        if world_size() == 1:
+            return [*numbers]
+        mine = torch.tensor(numbers)
+        before, self._under_way = self._under_way, (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, _control, True))
+        if before is None:
+            return [0] * len(numbers)
+        before[1].wait()
+        return before[0].tolist()
+
+    def now(self, number: int) -> int:
+        """The largest over the ranks."""
+        if world_size() == 1:
+            return number
+        if self._under_way:
+            self._under_way[1].wait()
+            self._under_way = None
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, _control)
+        return int(largest)
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """(b, ...) of every rank, as many on each -> (B, ...), rank 0's first."""
+    if world_size() == 1:
+        return rows
+    whole = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, rows.contiguous())
+    return whole
+
+
+def own(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's (b, ...) of (B, ...)."""
+    return rows.chunk(world_size())[rank()]
+
+
+def reduced(tensor: torch.Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum over the ranks, or what `operation` says; the same bits on each."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def averaged(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over the ranks."""
+    return reduced(tensor) / world_size()
+
+
+def from_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Takes rank 0's values, in place."""
+    if world_size() > 1:
+        whole = tensor.detach().contiguous()  # a copy where it is not contiguous
+        dist.broadcast(whole, 0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(whole)
+    return tensor
