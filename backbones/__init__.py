@@ -70,6 +70,8 @@ def load_weights(module: nn.Module, path: Path) -> str:
         state, digest = load_with_digest(Path(path))
     except Damaged as error:
         raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
+    if isinstance(state, dict) and "decided_by" in state:
+        raise InputError(f"{path} is the checkpoint of a run: its weights are in best_backbone.pth beside it.")
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is no state dict: expected the parameters of one network.")
     if isinstance(module, DualLayerAdaptor):

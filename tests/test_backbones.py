@@ -17,6 +17,7 @@ from backbones import (
 )
 from backbones.iresnet import SqueezeExcitation
 from config.config import Config
+from utils.checkpoint import save
 from utils.errors import InputError
 from utils.losses import ArcFace, CosFace, ElasticArcFace, ElasticCosFace
 
@@ -231,9 +232,23 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeyp
     Path("short.pth").write_bytes(Path("whole.pth").read_bytes()[:-1000])
     Path("text.pth").write_text("not a checkpoint")
     torch.save([1, 2], "list.pth")
-    for name in ("gadget.pth", "short.pth", "text.pth", "list.pth", "none.pth"):
-        with pytest.raises(InputError, match=name):
+    Path("start.pth").write_bytes(Path("whole.pth").read_bytes()[:10_000])
+    Path("empty.pth").touch()
+    save(Path("checkpoint.pth"), {"networks": [network.state_dict()], "decided_by": {}})
+    for name, reason in {
+        "gadget.pth": "it asks for getattr",
+        "short.pth": "failed finding central directory",
+        "start.pth": "it ends too early",
+        "empty.pth": "it ends too early",
+        "text.pth": "is damaged or no checkpoint",
+        "list.pth": "is no state dict: expected the parameters of one network",
+        "checkpoint.pth": "is the checkpoint of a run: its weights are in best_backbone.pth beside it",
+        "none.pth": "There is no file",
+    }.items():
+        with pytest.raises(InputError) as error:
             load_weights(network, Path(name))
+        assert name in str(error.value)
+        assert reason in str(error.value)
     assert not Path("executed").exists()
 
 

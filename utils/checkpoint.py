@@ -12,6 +12,7 @@ The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked w
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -80,14 +81,18 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
         file.seek(0)
         try:
             return torch.load(file, map_location="cpu", weights_only=True), digest
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:
+            # EINVAL is no failed read: in a short archive PyTorch looks for the end before the file begins.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             # torch.load has no exception of its own: what it raises depends on what is wrong where. Its own words on
             # what is not allowed advise to allow it.
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
             refused = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
             reason = refused if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]
+            reason = "it ends too early" if isinstance(error, OSError | EOFError) else reason
             raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): replace it.") from error
 
 
