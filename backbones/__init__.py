@@ -10,7 +10,7 @@ from backbones.iresnet import IResNet
 from backbones.mobilefacenet import MobileFaceNet
 from config.config import Config
 from utils.checkpoint import load_with_digest
-from utils.errors import Damaged, InputError
+from utils.errors import Damaged, InputError, UnexpectedAdaptor
 
 __all__ = [
     "DualLayerAdaptor",
@@ -88,7 +88,9 @@ def load_weights(module: nn.Module, path: Path) -> str:
             f"{n} is {tuple(state[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong["of another shape"][:1]
         ]
         text = "; ".join([f"parameters {', '.join(found)}", *shapes])
-        raise InputError(f"{path} does not fit this {type(module).__name__}: {text}. {_looks_like(state)}")
+        is_adaptor = _is_adaptor(state) and not isinstance(module, SingleLayerAdaptor | DualLayerAdaptor)
+        error = UnexpectedAdaptor if is_adaptor else InputError
+        raise error(f"{path} does not fit this {type(module).__name__}: {text}. {_looks_like(state)}")
     module.load_state_dict(state)
     return digest
 
@@ -103,14 +105,18 @@ def _looks_like(state: dict[str, torch.Tensor]) -> str:
             expected = build_backbone(name, size, **options).state_dict()
         if shapes == {key: tuple(value.shape) for key, value in expected.items()}:
             return f"It looks like {name}{' with SE blocks' if options else ''}, embeddings of {size} numbers."
-    if shapes.keys() == {"fc.weight", "fc.bias"}:
+    if _is_adaptor(state) and "fc.weight" in shapes:
         return f"It looks like a single-layer adaptor from {shapes['fc.weight'][1]} to {size} numbers."
-    if {"fc1.weight", "fc2.weight"} <= shapes.keys():
+    if _is_adaptor(state):
         out, into = shapes["fc2.weight"][0], shapes["fc1.weight"][1]  # a published one has more parameters after these
         return f"It looks like a dual-layer adaptor from {into} to {out} numbers."
     if len(shapes.get("kernel", ())) == 2:
         return f"It looks like the header of {shapes['kernel'][1]} identities."
     return "It looks like none of the networks here."
+
+
+def _is_adaptor(state: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == {"fc.weight", "fc.bias"} or {"fc1.weight", "fc2.weight"} <= state.keys()
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:

@@ -9,7 +9,7 @@ from torch import nn
 from backbones import build_adaptor, load_backbone, load_weights
 from config.config import ADAPTORS, METHODS, NETWORKS, Config
 from utils.checkpoint import decided_by, find_weights, weights_with_digest
-from utils.errors import InputError
+from utils.errors import InputError, UnexpectedAdaptor
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
@@ -54,7 +54,10 @@ def model_of_files(cfg: Config) -> Model:
         raise InputError(f"There is no file {', '.join(missing)}: set checkpoint and teacher to files of weights.")
     path, *teachers = paths
     if not teachers:
-        network, digest = load_backbone(cfg.network, path, cfg)
+        try:
+            network, digest = load_backbone(cfg.network, path, cfg)
+        except UnexpectedAdaptor as error:
+            raise InputError(f"{error} Name the teachers below it, in its order: --teacher a.pth,b.pth,...") from error
         return Model("checkpoint", f"{path.name} {cfg.network}", (digest,), (network,))
     if len(teachers) != len(cfg.teachers):
         raise InputError(

@@ -9,5 +9,9 @@ class NotWritten(InputError):
     """A disk is full, or a folder must not be written to."""
 
 
+class UnexpectedAdaptor(InputError):
+    """The weights are an adaptor's, where those of a face network were to be loaded."""
+
+
 class Damaged(InputError):
     """A file is not as it was written; what can be made again from others may be."""
