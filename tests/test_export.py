@@ -265,6 +265,17 @@ def test_a_file_that_differs_does_not_take_its_name(fused, folder, tmp_path, mon
     assert not [*(tmp_path / "new").iterdir()]
 
 
+def test_a_file_that_onnxruntime_cannot_read_does_not_pass(fused, teachers, tmp_path):
+    """An old onnxruntime does not know the format of a new exporter."""
+    import onnx
+
+    model = onnx.load(fused)
+    model.ir_version = 1000
+    onnx.save(model, tmp_path / "new.onnx")
+    with pytest.raises(InputError, match="cannot read what PyTorch wrote .*IR version.*pip install --upgrade onnx"):
+        export.check(tmp_path / "new.onnx", teachers[0])
+
+
 def test_a_file_for_one_size_of_batch_does_not_pass(fused, teachers, tmp_path):
     import onnx
 

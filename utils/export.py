@@ -185,11 +185,18 @@ def to_onnx(network: nn.Module, about: dict[str, str]) -> bytes:
 def check(path: Path, network: nn.Module) -> float:
     """The largest difference between onnxruntime and PyTorch on random images, as TOLERANCE counts it.
 
-    Raises InputError where it is larger than that, or the network gives NaN or infinity.
+    Raises InputError where it is larger than that, the network gives NaN or infinity, or onnxruntime is too old.
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no class of their own in common
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"onnxruntime {onnxruntime.__version__} cannot read what PyTorch wrote ({reason}): "
+            f"pip install --upgrade {' '.join(PACKAGES)}"
+        ) from error
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch in BATCHES:
         image = torch.rand(batch, 3, SIZE, SIZE, generator=generator) * 2 - 1
