@@ -1,5 +1,5 @@
 # make demo: every stage on generated faces.  make test: the whole suite.  make soak: long trials of reliability.
-# Each installs what it needs into .venv.
+# Each installs what it needs into .venv; the last four packages there are for the tests of utils.export.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,5 +21,6 @@ lint: .venv/installed
 .venv/installed: requirements.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "pytest>=8" "ruff==0.17.5"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "pytest>=8" "ruff==0.17.5" \
+		onnx onnxruntime onnxscript safetensors
 	touch $@
