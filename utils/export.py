@@ -134,7 +134,7 @@ def description(cfg: Config, model: Model, raw: bool) -> dict[str, str]:
         "network": cfg.network,
         "embedding_size": str(cfg.embedding_size),
         "teachers": str(len(cfg.teacher)),
-        "adaptor": ("DuL" if cfg.is_dual_layer else "SL") if cfg.teacher else "",
+        "adaptor": ("DuL" if cfg.is_dual_layer else "SL") if cfg.teacher else "",  # DLDPO is DuL after training
         "middle_layer_size": str(cfg.middle_layer_size) if cfg.teacher and cfg.is_dual_layer else "",
         "input": f"float32 (batch, 3, {SIZE}, {SIZE}), value / 127.5 - 1: in [-1, 1]",
         "channel_order": "RGB",
@@ -239,7 +239,7 @@ def load_exported(path: Path) -> nn.Module:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             # Copied to where PyTorch would lay it: the last bits of a product depend on how its factors are aligned.
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
         with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
             network = _build(about)
         network.load_state_dict(state, assign=True)
@@ -257,8 +257,8 @@ def _build(about: dict[str, str]) -> nn.Module:
     if not teachers:
         return build_backbone(about["network"], size)
     middle = int(about["middle_layer_size"] or Config.middle_layer_size)
-    # Names stand for their number.
-    cfg = Config(embedding_size=size, middle_layer_size=middle, ethnicities=tuple(f"teacher{k}" for k in teachers))
+    groups = tuple(f"teacher{k}" for k in teachers)  # any names: only how many there are decides the adaptor's shape
+    cfg = Config(embedding_size=size, middle_layer_size=middle, ethnicities=groups)
     networks = [build_backbone(about["network"], size) for _ in teachers]
     return MultiTeacher(networks, build_adaptor(about["adaptor"], cfg))
 
