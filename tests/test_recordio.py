@@ -215,6 +215,64 @@ def test_an_index_may_name_some_of_the_records(tmp_path):
     assert faces_of(read_index(tmp_path)) == [(b"image 1", 1, -1), (b"image 3", 3, -1)]
 
 
+# Keys that a label does not hold exactly ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """Labels hold whole numbers below 2^11 only, as float16 does: a file of more images is still a small one."""
+    monkeypatch.setattr(recordio, "LABEL", np.float16)
+    monkeypatch.setattr(recordio, "EXACT", 1 << 11)
+
+
+def large(end: int, group: int = -1) -> dict[int, bytes]:
+    """Images of the keys below `end`, four of each identity, in insightface's layout; keys in labels are rounded."""
+    bounds = [*range(1, end, 4), end]
+    labels = {key: ((key - 1) // 4, group)[: 1 + (group >= 0)] for key in range(1, end)}
+    images = {key: content(b"%d" % key, *label, key=key, vector=group >= 0) for key, label in labels.items()}
+    ranges = [content(b"", *map(np.float16, bounds[k : k + 2]), key=end + k) for k in range(len(bounds) - 1)]
+    header = content(b"", np.float16(end), np.float16(end + len(ranges)))
+    return {0: header} | images | dict(enumerate(ranges, end))
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 2**23, 2**24 - 1, 2**24, 2**24 + 1, 2**24 + 4, 2**25, 2**26, 42_474_558])
+def test_the_numbers_that_float32_holds_alike(number):
+    said = float(np.float32(number))
+    found = [near for near in range(number - 20, number + 20) if np.float32(near) == said]
+    assert recordio._held_as(said) == (found[0], found[-1])
+    assert number in found
+    assert (len(found) == 1) == (number < recordio.EXACT)
+
+
+def test_webface42m_would_be_read_two_keys_too_far():
+    """Its 42,474,557 images end before a key that float32 does not hold."""
+    assert int(np.float32(42_474_558)) == 42_474_560
+    assert recordio._held_as(42_474_560.0) == (42_474_558, 42_474_562)
+
+
+@pytest.mark.parametrize("group", [-1, 2])
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("end", [2047, 2048, 2049, 2050, 2051, 4096, *range(4098, 4107), 4201])
+def test_images_end_where_the_records_say_so(tmp_path, half, end, index, group):
+    write(tmp_path, large(end, group=group), index)
+    records = read_index(tmp_path)
+    assert records.keys.tolist() == [*range(1, end)]
+    assert records.identity.tolist() == [(key - 1) // 4 for key in range(1, end)]
+    assert faces_of(records)[-1] == (b"%d" % (end - 1), (end - 2) // 4, group)
+
+
+def test_an_image_of_one_label_without_content_stands_before_the_identities(tmp_path, half):
+    write(tmp_path, large(4104) | {4103: content(b"", 7, vector=False)})
+    assert faces_of(read_index(tmp_path))[-2:] == [(b"4102", 1025, -1), (b"", 7, -1)]
+
+
+def test_files_of_im2rec_are_read_to_the_last_key(tmp_path, half):
+    """All records are images with one label, in any order, and key 0 is one of them."""
+    keys = np.random.default_rng(0).permutation(3000).tolist()
+    write(tmp_path, {key: content(b"%d" % key, key % 1000, key=key, vector=False) for key in keys})
+    assert faces_of(read_index(tmp_path)) == [(b"%d" % key, key % 1000, -1) for key in range(3000)]
+
+
 # Records of many parts ------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +539,7 @@ def test_a_signalling_nan_is_no_label(tmp_path):
     assert "key 5 has nan for its identity" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("end", [-5, 0, 1, 3.5, 2.0**24, 1e30, np.inf, np.nan])
+@pytest.mark.parametrize("end", [-5, 0, 1, 3.5, 1e30, np.inf, np.nan])
 def test_a_header_record_without_a_count_is_refused(tmp_path, end):
     write(tmp_path, insightface(FACES) | {0: content(b"", end, end + 3)})
     said = f"train.rec: its header record says that images end at key {end:g}: get the file again."
@@ -493,8 +551,42 @@ def test_images_that_the_header_record_counts_must_be_there(tmp_path):
     del contents[2]
     write(tmp_path, contents)
     assert refusal(tmp_path) == "train.rec: 2 of the 3 images of its header record are there" + AGAIN
-    write(tmp_path, insightface(FACES) | {0: content(b"", 1 << 23, 1 << 23)})
-    assert refusal(tmp_path) == "train.rec: 6 of the 8,388,607 images of its header record are there" + AGAIN
+    for end in (1 << 23, 1 << 24):
+        write(tmp_path, insightface(FACES) | {0: content(b"", end, end)})
+        assert refusal(tmp_path) == f"train.rec: 6 of the {end - 1:,} images of its header record are there" + AGAIN
+
+
+IMAGE = content(b"image", 3, vector=False)
+
+
+@pytest.mark.parametrize(
+    ("missing", "more"),
+    [
+        (range(4104, 6000), {}),  # no identity is there
+        (range(4104, 4107), {}),  # none of those that may be the first
+        ([4104], {}),  # the first, which may have been an image
+        ([4103], {}),  # the last image, which may have been an identity
+        ([], {4105: IMAGE}),  # an image among the identities
+        ([], {4104: IMAGE, 4105: IMAGE, 4106: IMAGE}),  # more images than the header record can mean
+        ([], {4105: content(b"", 9, 3)}),  # keys that end before they begin
+        ([], {4103: content(b"", 500, 3)}),  # an image without content, or that
+    ],
+)
+def test_images_of_which_the_end_is_not_known_are_refused(tmp_path, half, missing, more):
+    write(tmp_path, {key: value for key, value in (large(4104) | more).items() if key not in missing})
+    assert refusal(tmp_path) == (
+        "train.rec: its header record says that images end at a key from 4,102 to 4,106, and the records of these keys "
+        "do not tell which: get the file again, with its train.idx."
+    )
+
+
+@pytest.mark.parametrize("key", [1, 2000, 4101, 4102])
+def test_an_image_that_is_missing_before_a_rounded_end_is_noticed(tmp_path, half, key):
+    write(tmp_path, {k: value for k, value in large(4104).items() if k != key})
+    said = (
+        "train.rec: 4,102 of the 4,103 images of its header record are there: get the file again, with its train.idx."
+    )
+    assert refusal(tmp_path) == said
 
 
 @pytest.mark.parametrize(

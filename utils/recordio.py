@@ -7,7 +7,10 @@ that stand for the one label where flag > 0, then the encoded image.
 
 insightface's layout: the record of key 0 has two labels a and b, and no image. Keys 1 to a - 1 are images, keys a to
 b - 1 are identities: no image, and as labels the first key of their images and the one after the last. Where key 0 is
-an image, all records are. A label is the identity, or a vector that begins with identity and group.
+an image, all records are, as in files of MXNet's im2rec. A label is the identity, or a vector that begins with identity
+and group.
+
+From 2^24 on float32 holds some whole numbers only, and a writer has rounded a: the records then tell where images end.
 """
 
 import mmap
@@ -36,7 +39,8 @@ LONGEST = (1 << LENGTH_BITS) - 1  # bytes; the bits of a length
 HEAD = struct.Struct("<IfQQ")  # flag, label, id, id2
 HEAD_AND_LABELS = HEAD.size + 8  # bytes: up to the second label of a vector
 
-EXACT = 1 << 24  # float32, the type of labels, holds all whole numbers below it
+LABEL = np.float32  # the type of labels in a file
+EXACT = 1 << 24  # it holds all whole numbers below this
 DIGITS = 18  # of a number that fits into int64 whatever it is
 CHUNK = 1 << 16  # records whose first bytes are looked at together
 
@@ -260,16 +264,48 @@ def _images(path: Path, keys: np.ndarray, found: np.ndarray) -> np.ndarray:
     zero = found[rows[0]]
     if keys[rows[0]] != 0 or zero["flag"] == 0 or zero["image"] > 0:
         return rows
-    end = float(zero["identity"])
-    if not (1 < end < EXACT and end.is_integer()):
-        raise InputError(f"{path}: its header record says that images end at key {end:g}: get the file again.")
-    rows = rows[(keys[rows] > 0) & (keys[rows] < end)]
+    rows = rows[1:]  # keys differ, and none is below 0
+    end = _end_of_images(path, keys, found, rows, float(zero["identity"]))
+    rows = rows[keys[rows] < end]
     if len(rows) != end - 1:
         raise InputError(
-            f"{path}: {len(rows):,} of the {end - 1:,.0f} images of its header record are there: "
+            f"{path}: {len(rows):,} of the {end - 1:,} images of its header record are there: "
             f"get the file again, with its {INDEX}."
         )
     return rows
+
+
+def _end_of_images(path: Path, keys: np.ndarray, found: np.ndarray, rows: np.ndarray, said: float) -> int:
+    """The first key after the images; `rows` are those of all records but the header record, by key.
+
+    `said` is that key as the header record holds it: one key up to EXACT, from there on two or more that float32 holds
+    alike. Of these the images' come first, and the identities' follow without gap.
+    """
+    if not (1 < said < 1 << 62 and said.is_integer()):
+        raise InputError(f"{path}: its header record says that images end at key {said:g}: get the file again.")
+    lowest, highest = _held_as(said)
+    if lowest == highest or lowest > len(rows) + 1:  # the second is refused for the images that are missing
+        return lowest
+    near = rows[slice(*np.searchsorted(keys[rows], (lowest, highest + 1)))]
+    keys, found = keys[near], found[near]
+    is_image = (found["image"] > 0) | (found["flag"] == 0)
+    # The labels of an image without content are none of an identity, unless its group is not below its identity.
+    is_identity = ~is_image & (found["identity"] >= 1) & (found["identity"] <= found["group"])
+    end = int(keys[is_image].max(initial=lowest - 1)) + 1
+    if not (is_image | is_identity).all() or keys[is_identity].min(initial=highest + 1) != end or end > highest:
+        raise InputError(
+            f"{path}: its header record says that images end at a key from {lowest:,} to {highest:,}, and the records "
+            f"of these keys do not tell which: get the file again, with its {INDEX}."
+        )
+    return end
+
+
+def _held_as(said: float) -> tuple[int, int]:
+    """The lowest and the highest whole number of those that LABEL holds as `said`, which is one of them."""
+    below, above = (int(np.nextafter(LABEL(said), LABEL(to))) for to in (-np.inf, np.inf))
+    lowest, highest = (int(said) + below + 1) // 2, (int(said) + above) // 2
+    # A number halfway between two goes to the one whose last bit is even.
+    return lowest + (LABEL(lowest) != said), highest - (LABEL(highest) != said)
 
 
 def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, there: np.ndarray, name: str) -> None:
