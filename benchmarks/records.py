@@ -1,8 +1,8 @@
 """The index of a large train.rec: seconds to make it and to read it back, and the memory that it takes.
 
 The records are small, 40 bytes each, in insightface's layout with 20 images an identity. Of a real file the first bytes
-of every record are read too, and with them, as the system reads ahead, about the whole file: that takes its disk's time,
-which is not in what is measured here. Each step has a process of its own.
+of every record are read too, and with them, as the system reads ahead, about the whole file: what its disk takes for
+that is not measured here. Each step has a process of its own.
 
 Reads   nothing
 Writes  benchmarks/results/records_cpu.json and .md
@@ -30,8 +30,10 @@ IMAGES, EACH = 2_000_000, 20
 WEBFACE42M = 42_474_557  # images
 RESULTS = Path("benchmarks/results")
 RECORD = np.dtype(
-    [("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8")]
-    + [("content", "<f4", 2)]
+    [
+        *(("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8")),
+        ("content", "<f4", 2),
+    ]
 )
 """Of 8 bytes of content: the two labels of a vector, or an image."""
 
@@ -108,8 +110,8 @@ def report(kept: dict) -> str:
         "# The index of a large train.rec",
         "",
         f"Made by `python -m benchmarks.records` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
-        f"{images:,} images in records of {RECORD.itemsize} bytes, each step in a process of its own. The last two columns",
-        f"are scaled, not measured: bytes an image times the {WEBFACE42M:,} images of WebFace42M.",
+        f"{images:,} images in records of {RECORD.itemsize} bytes, each step in a process of its own. The last two",
+        f"columns are scaled, not measured: bytes an image times the {WEBFACE42M:,} images of WebFace42M.",
         "",
         "| step | s | held, bytes an image | at most, bytes an image | held, GB, 42M | at most, GB, 42M |",
         "|---|--:|--:|--:|--:|--:|",

@@ -1,12 +1,17 @@
-"""A sharded header's step, forwards, backwards and SGD: its time, and the most memory that a rank needs for it.
+"""Three ways to train a header on several processes, side by side: the time of a step, and the most memory of a rank.
 
-Measured with gloo on the CPU, one thread a rank; where the memory of all ranks together is more than the machine has to
-spare, it is computed and no time is given. The batch is per rank, as in training: a rank has the logits of all samples
-and 1/N of the classes, which are as many for any N, while kernel, gradient and momentum fall as 1/N.
+sharded        utils.sharding: every rank holds its columns, and an exact softmax of our own goes over all
+dense          every rank holds the whole kernel, and DistributedDataParallel averages its gradient
+loss_parallel  every rank holds its columns, in PyTorch's own parts: plain operations, DTensor, loss_parallel
+
+A step is forwards, backwards and SGD, with gloo on the CPU, one thread a rank. Where the memory of all ranks together
+is more than the machine has to spare, it is computed and no time is given. The batch is per rank, as in training: the
+logits of a rank are as many for any number N of ranks, of all samples and 1/N of the classes or, dense, of its own
+samples and all classes, while kernel, gradient and momentum fall as 1/N unless they are dense.
 
 Reads   nothing
 Writes  benchmarks/results/sharding_cpu.json and .md
-Run     python -m benchmarks.sharding [--classes 28000] [--ranks 2] [--batch 128] [--results folder]
+Run     python -m benchmarks.sharding [--classes 28000] [--ranks 2] [--batch 128] [--ways sharded] [--results folder]
 """
 
 import argparse
@@ -15,69 +20,117 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.parallel import DistributedDataParallel
 
 from config.config import Config
 from utils.checkpoint import versions
 from utils.dataset import _free_memory
 from utils.files import write_json, write_text
-from utils.losses import ArcFace
-from utils.sharding import margin_loss, sharded
+from utils.losses import ArcFace, cos_of_sum
+from utils.sharding import _Gathered, _gathered, columns_of, margin_loss, sharded
 
 CLASSES, RANKS, BATCH = (28_000, 100_000, 1_000_000, 10_000_000), (1, 2), 128
+WAYS = ("sharded", "dense", "loss_parallel")
 WIDTH, STEPS = 512, 5
 SPARE = 0.8  # the part of the free memory that is used
 RESULTS = Path("benchmarks/results")
 
 
-def needed(classes: int, ranks: int, batch: int) -> int:
+def needed(way: str, classes: int, ranks: int, batch: int) -> int:
     """Bytes of a rank at the end of the backward pass, or in its middle for large batches."""
-    centres = WIDTH * -(-classes // ranks)
-    logits = ranks * batch * -(-classes // ranks)
+    columns, samples = (classes, batch) if way == "dense" else (-(-classes // ranks), ranks * batch)
+    centres, logits = WIDTH * columns, samples * columns
+    if way == "loss_parallel":  # the kernel's unit centres and their gradient, and more of what autograd keeps
+        return 4 * (5 * centres + 4 * logits)
     # Kernel, momentum and gradient beside the logits and two gradients of them; before the kernel's, another of these.
-    return 4 * max(3 * centres + 3 * logits, 2 * centres + 4 * logits)
+    copies = 4 if way == "dense" and ranks > 1 else 3  # DistributedDataParallel makes its bucket anew once
+    return 4 * max(copies * centres + 3 * logits, (copies - 1) * centres + 4 * logits)
 
 
-def measure(classes: int, ranks: int, batch: int) -> dict:
+class Parallel(nn.Module):
+    """ArcFace over the columns of a rank, in PyTorch's own parts."""
+
+    def __init__(self, classes: int, s: float = 64.0, m: float = 0.5):
+        super().__init__()
+        self.classes, self.s, self.m = classes, s, m
+        self.own = columns_of(dist.get_rank(), classes)
+        self.kernel = nn.Parameter(torch.empty(WIDTH, len(self.own)).normal_(0, 0.01))
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """The mean loss of all ranks' samples; this and its backward pass are to be in `loss_parallel`."""
+        label = _gathered(label)
+        cosine = F.normalize(_Gathered.apply(embeddings)) @ F.normalize(self.kernel, dim=0)
+        (rows,) = torch.where((label >= self.own.start) & (label < self.own.stop))
+        places = rows, label[rows] - self.own.start
+        logits = self.s * cosine.index_put(places, cos_of_sum(cosine[places].clamp(-1, 1), self.m))
+        whole = DTensor.from_local(
+            logits, self.mesh, [Shard(1)], shape=torch.Size((len(label), self.classes)), stride=(self.classes, 1)
+        )
+        return F.cross_entropy(whole, label)
+
+
+def built(way: str, classes: int) -> tuple[nn.Parameter, Callable]:
+    """A header's kernel, and the loss of a rank's embeddings and labels."""
+    if way == "loss_parallel":
+        header = Parallel(classes)
+        return header.kernel, header
+    header = (sharded(ArcFace) if way == "sharded" else ArcFace)(WIDTH, classes)
+    if way == "sharded" or dist.get_world_size() == 1:
+        return header.kernel, lambda *given: margin_loss(header, *given)
+    wrapped = DistributedDataParallel(header, gradient_as_bucket_view=True)
+    return header.kernel, lambda embeddings, label: F.cross_entropy(wrapped(embeddings, label), label)
+
+
+def measure(way: str, classes: int, ranks: int, batch: int) -> dict:
     """Median seconds of a step and bytes of the rank that needs most; without them where it does not fit."""
-    row = {"classes": classes, "ranks": ranks, "batch": batch, "computed": needed(classes, ranks, batch)}
+    row = {"way": way, "classes": classes, "ranks": ranks, "batch": batch}
+    row["computed"] = needed(way, classes, ranks, batch)
     if ranks * row["computed"] > SPARE * _free_memory():
         return {**row, "seconds": None, "measured": None}
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, (ranks, classes, batch, Path(folder)), ranks)
+        mp.spawn(_work, (way, ranks, classes, batch, Path(folder)), ranks)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     seconds, measured = map(max, zip(*found, strict=True))
     return {**row, "seconds": seconds, "measured": measured}
 
 
-def _work(rank: int, ranks: int, classes: int, batch: int, folder: Path) -> None:
+def _work(rank: int, way: str, ranks: int, classes: int, batch: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(rank)
-    _steps(ranks, batch, 1)  # libraries, and what they set aside
+    _steps(way, ranks, batch, 1)  # libraries, and what they set aside
     before = _resident("VmRSS")
-    times = _steps(classes, batch, STEPS)
+    times = _steps(way, classes, batch, STEPS)
     (folder / f"{rank}.json").write_text(json.dumps((statistics.median(times), _resident("VmHWM") - before)))
     dist.destroy_process_group()
 
 
-def _steps(classes: int, batch: int, count: int) -> list[float]:
+def _steps(way: str, classes: int, batch: int, count: int) -> list[float]:
     """Seconds of each step but the first, which makes the momentum."""
     embeddings, label = torch.randn(batch, WIDTH, requires_grad=True), torch.randint(classes, (batch,))
-    header = sharded(ArcFace)(WIDTH, classes)
-    optimizer = torch.optim.SGD(header.parameters(), 0.1, momentum=0.9, fused=True)
+    kernel, loss = built(way, classes)
+    optimizer = torch.optim.SGD([kernel], 0.1, momentum=0.9, fused=True)
     times = []
     for _ in range(count + 1):
         dist.barrier()
         started = time.perf_counter()
-        optimizer.zero_grad()
-        margin_loss(header, embeddings, label).backward()
+        optimizer.zero_grad(set_to_none=way != "dense")  # DistributedDataParallel keeps it
+        with loss_parallel() if way == "loss_parallel" else nullcontext():
+            loss(embeddings, label).backward()
         optimizer.step()
         times.append(time.perf_counter() - started)
     return times[1:]
@@ -89,11 +142,13 @@ def _resident(which: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
-def measure_all(classes: Sequence[int], ranks: Sequence[int], batch: int, results: Path) -> None:
+def measure_all(
+    classes: Sequence[int], ranks: Sequence[int], batch: int, results: Path, ways: Sequence[str] = WAYS
+) -> None:
     kept = {"versions": versions(Config(device="cpu")), "rows": []}
-    for form in itertools.product(classes, ranks):
-        kept["rows"].append(measure(*form, batch))
-        print(_line(kept["rows"][-1]), flush=True)
+    for number, processes, way in itertools.product(classes, ranks, ways):
+        kept["rows"].append(measure(way, number, processes, batch))
+        print(_line(kept["rows"][-1], kept["rows"]), flush=True)
         write_json(results / "sharding_cpu.json", kept)
         write_text(results / "sharding_cpu.md", report(kept))
 
@@ -101,21 +156,29 @@ def measure_all(classes: Sequence[int], ranks: Sequence[int], batch: int, result
 def report(kept: dict) -> str:
     """The Markdown page of what was measured."""
     lines = [
-        "# Steps of a sharded header",
+        "# Steps of a header on several processes",
         "",
         f"Made by `python -m benchmarks.sharding` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
         f"ArcFace on {WIDTH} numbers in fp32, SGD with momentum, gloo, one thread a rank, median of {STEPS} steps.",
+        "Times is the step's time divided by the sharded one's.",
         "",
-        "| classes | ranks | batch of a rank | s a step | GB of a rank, measured | computed |",
-        "|--:|--:|--:|--:|--:|--:|",
-        *map(_line, kept["rows"]),
+        "| classes | ranks | batch of a rank | way | s a step | times | GB of a rank, measured | computed |",
+        "|--:|--:|--:|---|--:|--:|--:|--:|",
+        *(_line(row, kept["rows"]) for row in kept["rows"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: dict) -> str:
-    measured = "does not fit | " if row["seconds"] is None else f"{row['seconds']:.3f} | {row['measured'] / 1e9:.2f}"
-    return f"| {row['classes']:,} | {row['ranks']} | {row['batch']} | {measured} | {row['computed'] / 1e9:.2f} |"
+def _line(row: dict, rows: list[dict]) -> str:
+    form = [row[name] for name in ("classes", "ranks", "batch")]
+    ours = [
+        one["seconds"] for one in rows if one["way"] == "sharded" and form == [one[name] for name in list(row)[1:4]]
+    ]
+    measured = "does not fit | |"
+    if row["seconds"] is not None:
+        times = f"{row['seconds'] / ours[0]:.2f}" if ours and ours[0] else ""
+        measured = f"{row['seconds']:.3f} | {times} | {row['measured'] / 1e9:.2f}"
+    return f"| {form[0]:,} | {form[1]} | {form[2]} | {row['way']} | {measured} | {row['computed'] / 1e9:.2f} |"
 
 
 def main() -> None:
@@ -123,9 +186,10 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="numbers of classes")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of processes")
     parser.add_argument("--batch", type=int, default=BATCH, help="samples of each process")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="some ways instead of all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that is written to")
     given = parser.parse_args()
-    measure_all(given.classes, given.ranks, given.batch, given.results)
+    measure_all(given.classes, given.ranks, given.batch, given.results, given.ways)
 
 
 if __name__ == "__main__":

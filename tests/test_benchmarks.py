@@ -1,9 +1,17 @@
-"""The commands that measure networks, on networks and numbers that are small; what they measure is not asserted."""
+"""The commands that measure, on networks and numbers that are small; what they measure is not asserted."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import distillation, networks
+from benchmarks import distillation, networks, records, sharding
+from utils.recordio import write_records
 
 
 @pytest.fixture
@@ -77,3 +85,76 @@ def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
     assert "Over 26 epochs ours is 3.0 times as fast; 75% of the student's step alone." in distillation.report(
         {"teacher on every batch": 2.0, "student's step, teacher read": 8.0, "ours, 26 epochs": 6.0}, ""
     )
+
+
+def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
+    """What a rank gets from each way for the same kernel: the loss of the whole batch and its samples' gradient."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    random, found = torch.Generator().manual_seed(0), {}
+    whole, batch = (torch.randn(*shape, generator=random) for shape in ((sharding.WIDTH, 20), (6, sharding.WIDTH)))
+    label = torch.randint(20, (6,), generator=random).chunk(ranks)[rank]
+    for way in sharding.WAYS:
+        kernel, loss = sharding.built(way, 20)
+        own = slice(0, 20) if way == "dense" else slice(10 * rank, 10 * rank + 10)
+        with torch.no_grad():
+            kernel[:, : own.stop - own.start] = whole[:, own]  # sharded has one more
+        embeddings = batch.chunk(ranks)[rank].clone().requires_grad_()
+        with loss_parallel() if way == "loss_parallel" else nullcontext():
+            mean = loss(embeddings, label)
+            mean.backward()
+        mean = mean.detach() if way != "loss_parallel" else mean.to_local().detach()
+        if way == "dense":
+            dist.all_reduce(mean)
+            mean /= ranks
+        found[way] = (mean, embeddings.grad)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(losses_of_ways, (2, tmp_path), 2, start_method="forkserver")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for way in sharding.WAYS:
+            assert torch.allclose(found[way][0], found["dense"][0])
+            assert torch.allclose(found[way][1], found["dense"][1], atol=1e-6)
+
+
+def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
+    seconds = {"sharded": 0.2, "dense": 0.3, "loss_parallel": None}
+
+    def measure(way, *form):
+        row = {"way": way, **dict(zip(("classes", "ranks", "batch"), form, strict=True)), "computed": 2e9}
+        return {**row, "seconds": seconds[way], "measured": seconds[way] and 1e9}
+
+    monkeypatch.setattr(sharding, "measure", measure)
+    sharding.measure_all([28_000], [2], 128, tmp_path)
+    page = (tmp_path / "sharding_cpu.md").read_text()
+    assert "| 28,000 | 2 | 128 | sharded | 0.200 | 1.00 | 1.00 | 2.00 |" in page
+    assert "| 28,000 | 2 | 128 | dense | 0.300 | 1.50 | 1.00 | 2.00 |" in page
+    assert "| 28,000 | 2 | 128 | loss_parallel | does not fit | | | 2.00 |" in page
+    assert len(json.loads((tmp_path / "sharding_cpu.json").read_text())["rows"]) == 3
+
+
+def test_what_does_not_fit_is_computed():
+    kernel = 4 * 512 * 10**9
+    for way, copies in (("sharded", 3), ("dense", 4)):
+        row = sharding.measure(way, 2 * 10**9 if way == "sharded" else 10**9, 2, 1)
+        assert row["seconds"] is row["measured"] is None
+        assert copies * kernel < row["computed"] < 1.02 * copies * kernel
+
+
+def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "EACH", 2)
+    for name in ("ours", "plain"):
+        (tmp_path / name).mkdir()
+    records.make(5, tmp_path / "ours")
+    write_records(tmp_path / "plain", [(bytes(8), k // 2, -1) for k in range(5)], 3)
+    for name in ("train.rec", "train.idx"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert len(records._found(tmp_path / "ours", 5).keys) == 5
+    assert len(records._indexed(tmp_path / "ours", 5).paths) == 5
+    row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
+    page = records.report({"versions": {}, "images": 5, "steps": [row]})
+    assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
