@@ -36,10 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config.config import Config
 from utils.checkpoint import versions
-from utils.dataset import _free_memory
+from utils.distributed import gathered
 from utils.files import write_json, write_text
 from utils.losses import ArcFace, cos_of_sum
-from utils.sharding import _Gathered, _gathered, columns_of, margin_loss, sharded
+from utils.memory import free_memory
+from utils.sharding import Gathered, columns_of, margin_loss, sharded
 
 CLASSES, RANKS, BATCH = (28_000, 100_000, 1_000_000, 10_000_000), (1, 2), 128
 WAYS = ("sharded", "dense", "loss_parallel")
@@ -71,8 +72,8 @@ class Parallel(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """The mean loss of all ranks' samples; this and its backward pass are to be in `loss_parallel`."""
-        label = _gathered(label)
-        cosine = F.normalize(_Gathered.apply(embeddings)) @ F.normalize(self.kernel, dim=0)
+        label = gathered(label)
+        cosine = F.normalize(Gathered.apply(embeddings)) @ F.normalize(self.kernel, dim=0)
         (rows,) = torch.where((label >= self.own.start) & (label < self.own.stop))
         places = rows, label[rows] - self.own.start
         logits = self.s * cosine.index_put(places, cos_of_sum(cosine[places].clamp(-1, 1), self.m))
@@ -98,7 +99,7 @@ def measure(way: str, classes: int, ranks: int, batch: int) -> dict:
     """Median seconds of a step and bytes of the rank that needs most; without them where it does not fit."""
     row = {"way": way, "classes": classes, "ranks": ranks, "batch": batch}
     row["computed"] = needed(way, classes, ranks, batch)
-    if ranks * row["computed"] > SPARE * _free_memory():
+    if ranks * row["computed"] > SPARE * free_memory():
         return {**row, "seconds": None, "measured": None}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_work, (way, ranks, classes, batch, Path(folder)), ranks)

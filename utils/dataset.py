@@ -8,7 +8,6 @@ Loss functions name the columns that they read by their parameters:
     target     (B, D) the unit-length embedding that a student learns, by an adaptor or by one teacher
 """
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.files import sha256
 from utils.index import Index, find_images
+from utils.memory import free_memory
 from utils.split import read_quarter, require_split
 from utils.store import ImageStore
 from utils.threads import map_ahead
@@ -252,7 +252,7 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
     memory by themselves. What more is asked for than is free is not taken, and said.
     """
     on_gpu = device.type == "cuda"
-    free = _free_on_gpu(device) if on_gpu else _free_memory()
+    free = _free_on_gpu(device) if on_gpu else free_memory()
     budget = gigabytes * 1e9 if gigabytes != -1 else free / 2 if on_gpu else 0
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
@@ -270,15 +270,6 @@ def _free_on_gpu(device: torch.device) -> int:
     """Bytes that are free, those included that PyTorch holds and does not use."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are available; without bound where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return 1 << 60
 
 
 def stream(

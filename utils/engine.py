@@ -175,7 +175,12 @@ def _averaging(losses: Losses, modules: list[nn.Module], device: torch.device) -
     whole = _Together(losses, [module for module in modules if not isinstance(module, ShardedHeader)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
-        return DistributedDataParallel(whole, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        return DistributedDataParallel(
+            whole,
+            [device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # or each gradient is there twice
+        )
 
 
 class _Together(nn.Module):

@@ -1,7 +1,8 @@
-"""Memory that a process has freed, kept for what comes next."""
+"""Memory: what is free, and what the C library keeps."""
 
 import contextlib
 import ctypes
+from pathlib import Path
 
 
 def keep_freed_memory() -> None:
@@ -15,3 +16,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks than this are mapped apart
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the top that is kept
+
+
+def free_memory() -> int:
+    """Bytes of memory that are available; without bound where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return 1 << 60

@@ -83,7 +83,7 @@ class ShardedHeader(nn.Module):
         *embeddings, label = given
         label = gathered(label) - self.columns.start
         label = torch.where((label >= 0) & (label < len(self.columns)), label, len(self.columns))
-        logits = super().forward(*map(_Gathered.apply, embeddings), label)
+        logits = super().forward(*map(Gathered.apply, embeddings), label)
         return _CrossEntropy.apply(logits, label.unsqueeze(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class _CrossEntropy(torch.autograd.Function):
         return share.mul_(grad / len(logits)), None
 
 
-class _Gathered(torch.autograd.Function):
+class Gathered(torch.autograd.Function):
     """Rows (b, ...) of every rank -> (B, ...); backwards, the gradient of the sum of all ranks' losses."""
 
     @staticmethod
