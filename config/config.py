@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from config import arguments
-from utils.distributed import world_size
+from utils.distributed import launcher, world_size
 from utils.errors import InputError
 
 
@@ -330,7 +330,8 @@ class Config:
     def command(self, script: str) -> str:
         """The command that runs another stage with these settings, on all ethnicities unless one is the source."""
         ethnicity = "All" if self.ada_source == "adaptor" else self.ethnicity
-        return f"python {script} {shlex.join(dataclasses.replace(self, ethnicity=ethnicity).changed)}".rstrip()
+        start = "python" if script in ALONE else launcher()
+        return f"{start} {script} {shlex.join(dataclasses.replace(self, ethnicity=ethnicity).changed)}".rstrip()
 
     def decisive(self, kind: str) -> dict[str, Any]:
         """The settings that decide what a run computes; `kind` is a key of DECISIVE."""
@@ -368,6 +369,7 @@ ADAPTORS = ("SL", "DuL", "DLDPO")
 ADA_LOSSES = ("AdaArcDistill", "AdaCosDistill", "ArcDistill", "CosDistill")
 ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
 METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
+ALONE = ("baseline_data_split.py", "-m eval.evaluation")  # scripts that are the work of one process
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 CHOICES = {
     "network": NETWORKS,

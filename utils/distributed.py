@@ -8,12 +8,15 @@ import contextlib
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
 
@@ -285,3 +288,32 @@ def from_first(tensor: torch.Tensor) -> torch.Tensor:
         if whole.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(whole)
     return tensor
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def averaging(losses: Callable[..., dict[str, torch.Tensor]], modules: list[nn.Module]) -> Callable:
+    """Losses of a rank's batch whose gradients, in all parameters of `modules`, are averaged over the ranks."""
+    if world_size() == 1:
+        return losses
+    on_gpu = next(modules[0].parameters()).is_cuda
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
+        return DistributedDataParallel(
+            _Together(losses, modules),
+            [torch.cuda.current_device()] if on_gpu else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # or each gradient is there twice
+        )
+
+
+class _Together(nn.Module):
+    """Losses, and the modules that they use, as the one module that DistributedDataParallel wants."""
+
+    def __init__(self, losses: Callable[..., dict[str, torch.Tensor]], modules: list[nn.Module]):
+        super().__init__()
+        self.used, self.losses = nn.ModuleList(modules), losses
+
+    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.losses(**batch)

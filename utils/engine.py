@@ -3,14 +3,12 @@
 import contextlib
 import inspect
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config.config import Config, Schedule
@@ -123,7 +121,8 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
     # Such a step is shorter than launching its kernels.
     replayed = device.type == "cuda" and "image" not in read and not several
     modules = [progress.backbone] if progress.header is None else [progress.backbone, progress.header]
-    take_step = progress.stepper(_averaging(losses, modules, device), cfg.max_grad_norm, replayed)
+    whole = [module for module in modules if not isinstance(module, ShardedHeader)]
+    take_step = progress.stepper(distributed.averaging(losses, whole), cfg.max_grad_norm, replayed)
     agreement = distributed.Agreement()
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
@@ -166,32 +165,6 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
                 line += f"  {batch_size / seconds:,.0f} images/s, {_duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
-
-
-def _averaging(losses: Losses, modules: list[nn.Module], device: torch.device) -> Losses:
-    """`losses` whose gradients, of several processes, are averaged over them; but not those of a sharded header."""
-    if distributed.world_size() == 1:
-        return losses
-    whole = _Together(losses, [module for module in modules if not isinstance(module, ShardedHeader)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
-        return DistributedDataParallel(
-            whole,
-            [device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,  # or each gradient is there twice
-        )
-
-
-class _Together(nn.Module):
-    """Losses, and the modules that they use, as the one module that DistributedDataParallel wants."""
-
-    def __init__(self, losses: Losses, modules: list[nn.Module]):
-        super().__init__()
-        self.used, self.losses = nn.ModuleList(modules), losses
-
-    def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.losses(**batch)
 
 
 def _held(folder: Path) -> contextlib.AbstractContextManager:

@@ -53,15 +53,15 @@ class ImageStore:
 
     def __init__(self, cfg: Config, checked: bool = True):
         data, folder = Path(cfg.data), cfg.cache_dir
-        self.index = find_images(cfg, _bad_images(folder / "images.npy"))  # they may have been mended
-        path, form = folder / "images.npy", ((len(self.index.paths), SIZE, SIZE, 3), np.uint8)
-        made_from = {"files": self.index.digest}
+        path = folder / "images.npy"
+        with first_of_machine_before() as is_one:  # one lists, decodes and checks for all
+            self.index = find_images(cfg, _bad_images(path))  # they may have been mended
+            form, made_from = ((len(self.index.paths), SIZE, SIZE, 3), np.uint8), {"files": self.index.digest}
 
-        def fill() -> None:
-            _make_room(path, made_from)
-            _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
+            def fill() -> None:
+                _make_room(path, made_from)
+                _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
 
-        with first_of_machine_before() as is_one:  # who checks, and decodes
             self.images = provide(path, *form, made_from, fill, checked and is_one)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
