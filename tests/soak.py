@@ -79,6 +79,11 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
             "all files equal byte for byte",
             partial(trials.kills_of_other_stages, faces, instants=20),
         ),
+        (
+            "SIGKILL of either of two processes, six times in a run that torchrun starts again; four such runs",
+            "they end equal to one that was not killed",
+            partial(trials.kills_of_processes, faces, runs=4, kills=6),
+        ),
         ("SIGTERM in each of 30 steps", ends_equal, small(trials.stops, steps=30)),
         (
             "SIGTERM and SIGINT to `train.py`",

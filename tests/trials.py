@@ -31,7 +31,7 @@ from backbones import load_weights
 from config.config import Config
 from eval.verification import load_bin
 from tests.conftest import encode, noise
-from tests.runs import Linear, difference, train, write_embeddings, write_targets
+from tests.runs import Linear, difference, torchrun, train, write_embeddings, write_targets
 from utils import arrays
 from utils.checkpoint import Run, load, save
 from utils.dataset import Faces
@@ -171,6 +171,26 @@ def kills_in_training(faces: Path, work: Path, at_random: int, in_save: int, see
         kind = "SIGKILL in the middle of a save" if plan else "SIGKILL at any time"
         result.add(failure and f"{plan or instant}: {failure}", kind, said[0] if said else "")
         shutil.rmtree(output, ignore_errors=True)
+    return result
+
+
+def kills_of_processes(faces: Path, work: Path, runs: int, kills: int, seed: int = 0) -> Result:
+    """train.py on two processes under torchrun, which starts all anew after one was killed, again and again."""
+    random, result = np.random.default_rng(seed), Result()
+    own = ("--ethnicity", "Asian", "--checkpoint_minutes", "0", "--global_batch", "--header_sharding")
+    outputs = [work / f"run{k}" for k in range(runs + 1)]
+    folders = [Config.from_args(arguments(faces, output, *own)).teacher_dir("Asian") for output in outputs]
+    for k, (output, folder) in enumerate(zip(outputs, folders, strict=True)):
+        deaths = [(int(random.integers(2)), int(random.integers(1, 6))) for _ in range(kills if k else 0)]
+        plan = ",".join(f"{rank}:{step}" for rank, step in deaths)
+        given = arguments(faces, output, *own)
+        status, text = torchrun(2, "tests.worlds", "kills", plan, *given, options=("--max-restarts", str(kills)))
+        if k == 0:
+            assert status == 0, text
+            continue
+        failure = difference(folders[0], folder) if status == 0 else text[-500:]
+        told = re.search(r".*another process of this run has ended.*", text)
+        result.add(failure and f"{plan}: {failure}", "SIGKILL of one of two processes", told[0] if told else "")
     return result
 
 

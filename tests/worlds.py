@@ -51,15 +51,17 @@ def run_stages(*given: str) -> None:
         run_script(script, arguments)
 
 
-def run_until_one_dies(step: str, *given: str) -> None:
-    """train.py, whose second process is killed before a step, the first time."""
-    take = Progress._take_step
-    taken = []
+def run_with_kills(plan: str, *given: str) -> None:
+    """train.py, of which a process is killed at each attempt; the plan "1:4,0:3" names its rank and before which step.
+
+    Steps are counted anew at each attempt.
+    """
+    take, taken, attempt = Progress._take_step, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rank, step = [*plan.split(","), *[":"] * 99][attempt].split(":")
 
     def take_or_die(self, *values):
         taken.append(self)
-        doomed = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if doomed and len(taken) == int(step):
+        if (os.environ["RANK"], str(len(taken))) == (rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
         take(self, *values)
 
@@ -191,7 +193,7 @@ def _refusals(cfg: Config) -> None:
     (Path(cfg.output) / f"said {rank}.txt").write_text("\n".join(said))
 
 
-PROGRAMS = {"stages": run_stages, "dies": run_until_one_dies, "two": two, "three": three}
+PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "two": two, "three": three}
 
 
 if __name__ == "__main__":
