@@ -14,9 +14,9 @@ from config.config import Config
 from eval.verification import load_pairs, validator
 from utils.dataset import Faces
 from utils.engine import fit, is_given
-from utils.losses import build_header
+from utils.losses import ElasticArcFace
 from utils.process import announce, run, setup
-from utils.sharding import margin_loss
+from utils.sharding import margin_loss, spread
 
 
 def main(cfg: Config) -> None:
@@ -27,8 +27,8 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
-    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
-    header = build_header("ElasticArcFace", *shape, cfg.s, cfg.m, cfg.std, sharding)
+    classifier = spread(ElasticArcFace, cfg.header_sharding)
+    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))

@@ -12,17 +12,17 @@ from config.config import Config
 from utils.dataset import Faces
 from utils.engine import fit
 from utils.extract import embed_targets
-from utils.losses import build_header
+from utils.losses import ElasticArcFace
 from utils.process import announce, run, setup
-from utils.sharding import margin_loss
+from utils.sharding import margin_loss, spread
 
 
 def main(cfg: Config) -> None:
     setup(cfg)
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor("SL", cfg)
-    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
-    header = build_header("ElasticArcFace", *shape, cfg.s, cfg.m, cfg.std_fc, sharding)
+    classifier = spread(ElasticArcFace, cfg.header_sharding)
+    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
 
     def losses(embedding, label):
         return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}

@@ -56,7 +56,7 @@ def needed(way: str, classes: int, ranks: int, batch: int) -> int:
     if way == "loss_parallel":  # the kernel's unit centres and their gradient, and more of what autograd keeps
         return 4 * (5 * centres + 4 * logits)
     # Kernel, momentum and gradient beside the logits and two gradients of them; before the kernel's, another of these.
-    copies = 4 if way == "dense" and ranks > 1 else 3  # DistributedDataParallel makes its bucket anew once
+    copies = 4 if way == "dense" and ranks > 1 else 3  # autograd's gradient, beside the bucket that it is copied into
     return 4 * max(copies * centres + 3 * logits, (copies - 1) * centres + 4 * logits)
 
 
@@ -129,7 +129,7 @@ def _steps(way: str, classes: int, batch: int, count: int) -> list[float]:
     for _ in range(count + 1):
         dist.barrier()
         started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=way != "dense")  # DistributedDataParallel keeps it
+        optimizer.zero_grad()
         with loss_parallel() if way == "loss_parallel" else nullcontext():
             loss(embeddings, label).backward()
         optimizer.step()

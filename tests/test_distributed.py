@@ -1,8 +1,10 @@
 """Several processes under torchrun, with gloo on the CPU, against one."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -14,10 +16,14 @@ from torch import nn
 from config.config import Config
 from tests.conftest import small_config, write_images
 from tests.runs import GROUPS, arguments, difference, run_script, torchrun
-from tests.worlds import CASES, folder_of, inference, settings, train, train_and_stop
+from tests.runs import train as train_small
+from tests.worlds import CASES, EXACT, Layers, folder_of, inference, published, settings, train, train_and_stop
 from utils import distributed
 from utils.batchnorm import _SharedBatchNorm, share_statistics
+from utils.checkpoint import save
 from utils.engine import infer
+from utils.errors import InputError
+from utils.process import Interrupted
 
 DIVIDED = ("--global_batch", "--sync_bn", "--header_sharding")
 
@@ -135,6 +141,7 @@ def worlds(tmp_path_factory) -> Config:
     for case in CASES:
         train(cfg, "one", *case)
         train_and_stop(cfg, "from one", *case)
+    train(published(cfg, 6), "published one", network=Layers)
     for program, processes in (("two", 2), ("three", 3)):
         status, said = torchrun(processes, "tests.worlds", program, str(folder))
         assert status == 0, said
@@ -155,6 +162,51 @@ def test_a_run_is_the_same_on_any_number_of_processes(worlds, name, header, shar
     for one_epoch, other_epoch in zip(here["log"], there["log"], strict=True):
         assert one_epoch["loss"] == pytest.approx(other_epoch["loss"], rel=1e-5)
         assert one_epoch["measures"] == pytest.approx(other_epoch["measures"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("header", "sharding"), EXACT)
+def test_a_run_of_three_that_was_stopped_has_the_bits_of_one_that_was_not(worlds, header, sharding):
+    """Sums of three are rounded otherwise in another order, as those of two are not."""
+    assert difference(*(folder_of(worlds, name, header, sharding) for name in ("three", "three stopped"))) == ""
+
+
+def test_as_published_each_process_has_a_batch(worlds, capsys):
+    cfg = published(worlds, 6)
+    one, two = (folder_of(cfg, name, "ElasticArcFace", False) for name in ("published one", "published"))
+    assert apart(weights(one, "last_backbone"), weights(two, "last_backbone")) < 1e-5
+    rates = [[json.loads(line)["lr"] for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert rates[0] == rates[1]
+    train(cfg, "published", network=Layers)
+    assert "is already trained" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"batch_size was 6, now 3\)"):
+        train(published(cfg, 3), "published", network=Layers)
+
+
+def test_as_published_each_process_has_its_statistics_and_dropout(worlds):
+    one, two = (torch.load(Path(worlds.output) / f"published {rank}.pth", weights_only=True) for rank in range(2))
+    assert not torch.equal(one["kept"], two["kept"])
+    assert apart(one["verified"], two["verified"]) == 0  # rank 0's, for both
+    shared = weights(folder_of(worlds, "one", "ElasticArcFace", False), "last_backbone")
+    assert (one["verified"]["bn.running_var"] - shared["bn.running_var"]).abs().max() > 1e-3
+
+
+def test_a_signal_while_verifying_lets_all_finish_that(worlds):
+    state = weights(folder_of(worlds, "verified", "ElasticArcFace", False), "checkpoint")
+    assert (state["epoch"], state["step"], len(state["log"])) == (1, 2, 1)  # the others hear of it a step later
+
+
+def test_a_number_that_is_not_finite_on_one_process_ends_all_before_that_step(worlds):
+    one, two = (torch.load(Path(worlds.output) / f"spoilt {rank}.pth", weights_only=True) for rank in range(2))
+    assert one[0] == two[0]
+    assert "The loss 'margin' is nan in epoch 1, step 2, which was not taken" in one[0]
+    assert torch.equal(one[1], one[2])
+    assert torch.equal(one[2], two[2])
+
+
+def test_a_checkpoint_that_was_due_is_saved_once(worlds):
+    """A step late, then after each epoch; before the first weights there must be a checkpoint, and there is."""
+    for rank in range(2):
+        assert json.loads((Path(worlds.output) / f"due {rank}.json").read_text()) == [[0, 2], [1, 0], [2, 0]]
 
 
 def test_the_processes_of_a_run_are_noted(worlds):
@@ -181,6 +233,7 @@ def test_what_differs_between_processes_is_refused_by_all(worlds):
         "batch_size = 4 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
         "batch_size = 3 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
         "images is '[0-9a-f]{64}' on process 0 and '[0-9a-f]{64}' on process 2. Give all processes the same data, .*",
+        r".*/x.npy is \{'weights': 0\} on process 0 and \{'weights': 1\} on process 1. Give all processes the same data.",
         "rank 0 is not content",
     ]
     for line, pattern in zip(said[0], wanted, strict=True):
@@ -210,16 +263,43 @@ def test_work_of_one_process_is_refused_under_torchrun(monkeypatch, capsys, face
         monkeypatch.setenv("RANK", rank)
         for script in ("baseline_data_split.py", "eval.evaluation"):
             run_script(script, arguments(faces, tmp_path), expect=2)
-            assert capsys.readouterr().err.rstrip().endswith(said)
+            heard = capsys.readouterr().err.rstrip()
+            assert heard.endswith(said) if said else heard == ""
 
 
 def test_alone_there_is_nobody_to_tell():
     numbers = torch.arange(3.0)
-    assert distributed.gathered(numbers) is distributed.own(numbers) is numbers or torch.equal(
-        distributed.own(numbers), numbers
-    )
+    assert distributed.gathered(numbers) is distributed.own(numbers) is distributed.averaged(numbers) is numbers
     assert distributed.Agreement().after_step(15, 0) == [15, 0]
     assert distributed.launcher() == "python"
+    assert distributed.threads() == 0
+
+
+def test_torchruns_processes_share_the_cores_unless_somebody_has_said_how(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12), raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert distributed.threads() == 0
+    assert distributed.launcher() == "torchrun --standalone --nproc_per_node 4 --"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert distributed.launcher() == "torchrun --nnodes 2 --nproc_per_node 4 --"
+
+
+def test_a_run_from_before_there_were_several_processes_goes_on(cfg, capsys):
+    with pytest.raises(Interrupted):
+        train_small(cfg, before_step=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    path = cfg.teacher_dir("T") / "checkpoint.pth"
+    state = torch.load(path, weights_only=True)
+    del state["decided_by"]["settings"]["sync_bn"]
+    for session in state["sessions"]:
+        del session["versions"]["processes"]
+    save(path, state)
+    train_small(cfg)
+    said = capsys.readouterr().out
+    assert "continuing in epoch 1 after step 3" in said
+    assert "goes on under other conditions" not in said
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -1,5 +1,7 @@
 """What the tests of several processes run under torchrun, which starts this module with the name of a program below."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
@@ -26,6 +28,7 @@ from utils.sharding import margin_loss, spread
 
 HEADERS = ("ElasticArcFace", "ElasticArcFace+", "CurricularFace", "AdaDistill", "ArcDistill")
 CASES = [(header, sharding) for header in HEADERS for sharding in (False, True)]
+EXACT = [("ElasticArcFace", False), ("ElasticArcFace", True)]
 STOPPED_AFTER = 2  # steps, of three in an epoch
 DATA = ("data", "pairs", "cache")
 
@@ -95,10 +98,37 @@ def folder_of(cfg: Config, name: str, header: str, sharding: bool) -> Path:
     return cfg.teacher_dir(f"{name} {header}{' sharded' if sharding else ''}")
 
 
-def train(cfg: Config, name: str, kind: str, sharding: bool, before_step: Callable[[int], None] | None = None) -> None:
-    """Two epochs of three steps in a run folder; `before_step` is called with a step's number in this process."""
+class Layers(nn.Module):
+    """Layers in another order than they are used in, and dropout whose masks are kept; no batch normalisation."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.last, self.first = nn.Linear(64, 16), nn.Linear(FEATURES, 64)
+        self.middle = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
+        self.dropout, self.kept = nn.Dropout(dropout), []
+
+    def forward(self, image):
+        hidden = self.dropout(F.relu(self.middle(self.first(image.flatten(1) / 100))) + 0.1)
+        self.kept.append((hidden != 0).detach())
+        return self.last(hidden)
+
+
+def train(
+    cfg: Config,
+    name: str,
+    kind: str = "ElasticArcFace",
+    sharding: bool = False,
+    before_step: Callable[[int], None] | None = None,
+    network: Callable[[], nn.Module] = Normalised,
+    validate: Callable[[nn.Module], float] | None = None,
+    spoil: Callable[[int], float] = lambda _: 1.0,
+) -> tuple[nn.Module, nn.Module]:
+    """Two epochs of three steps in a run folder: the network and the header.
+
+    `before_step` is called with a step's number in this process, and `spoil` gives what its loss is multiplied by.
+    """
     setup(cfg)
-    faces, network = Faces(cfg, flip=True), Normalised()
+    faces, network = Faces(cfg, flip=True), network()
     shape, calls = (16, faces.num_classes), []
     if kind == "AdaDistill":
         header = spread(AdaDistill, sharding)(*shape, s=8.0)
@@ -115,14 +145,17 @@ def train(cfg: Config, name: str, kind: str, sharding: bool, before_step: Callab
         embedding = F.normalize(network(image))
         teacher = F.normalize(image.flatten(1)[:, :16])
         teachers = [teacher] if isinstance(header, AdaDistill) else []
-        loss = {"margin": margin_loss(header, embedding, *teachers, label), "kd": F.mse_loss(embedding, teacher)}
+        margin = spoil(len(calls)) * margin_loss(header, embedding, *teachers, label)
+        loss = {"margin": margin, "kd": F.mse_loss(embedding, teacher)}
         return loss | ({"alpha": header.alpha} if kind == "AdaDistill" else {})
 
-    schedule = replace(cfg, num_epoch=2, lr=0.5).schedule
-    fit(losses, faces, folder_of(cfg, name, kind, sharding), cfg, network, header, schedule=schedule)
+    validated = (lambda: ({}, validate(network))) if validate else None
+    folder, schedule = folder_of(cfg, name, kind, sharding), replace(cfg, num_epoch=2, lr=0.5).schedule
+    fit(losses, faces, folder, cfg, network, header, schedule=schedule, validate=validated)
+    return network, header
 
 
-def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool) -> None:
+def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool, **options) -> None:
     """A signal comes to the last process only; all stop together."""
 
     def stop(number: int) -> None:
@@ -131,7 +164,7 @@ def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        train(cfg, name, kind, sharding, stop)
+        train(cfg, name, kind, sharding, stop, **options)
     except Interrupted as stopped:
         assert f"after step {STOPPED_AFTER} of 3" in str(stopped), stopped
         return
@@ -145,14 +178,85 @@ def two(folder: str) -> None:
         train(cfg, "from one", *case)
         train_and_stop(cfg, "moved", *case)
     _infer(cfg, "two")
+    _as_published(cfg)
+    _spoilt(cfg)
+    _saved_when_due(cfg)
 
 
 def three(folder: str) -> None:
     cfg = settings(folder)
     for case in CASES:
         train(cfg, "moved", *case)
+    for case in EXACT:
+        train(cfg, "three", *case, network=Layers)
+        train_and_stop(cfg, "three stopped", *case, network=Layers)
+        train(cfg, "three stopped", *case, network=Layers)
     _infer(cfg, "three")
     _refusals(cfg)
+
+
+def _as_published(cfg: Config) -> None:
+    """What the settings do not change: a batch of each process, which has its own statistics and dropout.
+
+    A signal that comes to one process while all verify lets them finish that.
+    """
+    cfg = published(cfg, 3)
+    rank, found = distributed.rank(), {}
+    train(cfg, "published", network=Layers)
+    network, _ = train(cfg, "dropout", network=lambda: Layers(0.5))
+    found["kept"] = network.kept[0]
+
+    def validate(network: nn.Module) -> float:
+        found["verified"] = {name: value.clone() for name, value in network.state_dict().items()}
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    with contextlib.suppress(Interrupted):
+        train(cfg, "verified", validate=validate)
+    torch.save(found, Path(cfg.output) / f"published {rank}.pth")
+
+
+def published(cfg: Config, batch_size: int) -> Config:
+    return replace(cfg, global_batch=False, sync_bn=False, batch_size=batch_size)
+
+
+def _spoilt(cfg: Config) -> None:
+    """A loss that is not finite on one process, in the second step."""
+    kernels = []
+
+    def spoil(step: int) -> float:
+        return float("nan") if step == 2 and distributed.rank() else 1.0
+
+    def keep(self, *given):
+        take(self, *given)
+        kernels.append(self.header.kernel.detach().clone())
+
+    take = Progress._take_step
+    Progress._take_step = keep
+    try:
+        train(cfg, "spoilt", spoil=spoil)
+    except InputError as error:
+        torch.save([str(error), *kernels], Path(cfg.output) / f"spoilt {distributed.rank()}.pth")
+    finally:
+        Progress._take_step = take
+
+
+def _saved_when_due(cfg: Config) -> None:
+    """Where a run is saved of which a checkpoint is due in the first step, and not again soon after one was saved."""
+    saves, due, save = [], Progress.due, Progress.save
+
+    def saved(self):
+        saves.append([self.epoch, self.step])
+        self.is_saved = True
+        save(self)
+
+    Progress.save, Progress.due = saved, lambda self, _: not hasattr(self, "is_saved")
+    try:
+        train(cfg, "due")
+    finally:
+        Progress.save, Progress.due = save, due
+    (Path(cfg.output) / f"due {distributed.rank()}.json").write_text(json.dumps(saves))
 
 
 def _infer(cfg: Config, world: str) -> None:
@@ -178,11 +282,13 @@ def _refusals(cfg: Config) -> None:
     """What is raised, on each process, for settings and data of which one process has others."""
     rank, said = distributed.rank(), []
     moved = replace(cfg, data=cfg.data if rank < 2 else f"{cfg.data} 2", cache=f"{cfg.cache} {rank}")
+    columns = inference(20)["columns"]
     attempts = [
         lambda: setup(replace(cfg, lr=0.2 if rank == 2 else 0.1)),
         lambda: setup(replace(cfg, batch_size=4)),
         lambda: setup(replace(cfg, batch_size=3)),
-        lambda: train(moved, "refused", "ElasticArcFace", False),
+        lambda: train(moved, "refused"),
+        lambda: embed_all([Output(Path(cfg.output) / "x.npy", {"weights": rank}, None)], nn.Linear(1, 1), columns, cfg),
         lambda: distributed.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
     ]
     for attempt in attempts:
@@ -197,4 +303,4 @@ PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "two": two, "three": 
 
 
 if __name__ == "__main__":
-    guarded(lambda: PROGRAMS[sys.argv[1]](*sys.argv[2:]))
+    guarded(lambda: PROGRAMS[sys.argv[1]](*sys.argv[2:]), alone=False)

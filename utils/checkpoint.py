@@ -235,8 +235,9 @@ class Run:
 
 def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
     """A header's state dict that says which identity each class is."""
-    state, about = OrderedDict(header), getattr(header, "_metadata", {})
-    state._metadata = {**about, "": {**about.get("", {}), IDENTITIES: [*identities]}}
+    state, about = OrderedDict(header), OrderedDict(getattr(header, "_metadata", {}))
+    about[""] = {**about.get("", {}), IDENTITIES: [*identities]}
+    state._metadata = about
     return state
 
 

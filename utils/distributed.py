@@ -55,23 +55,24 @@ def is_first() -> bool:
 
 
 def launcher() -> str:
-    """What starts as many processes as there are, before a script's name."""
+    """What starts as many processes as there are, before a script's name; where the machines meet is left out."""
     if not is_launched():
         return "python"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    several = [] if machines == "1" else ["--nnodes", machines]
+    where = ["--standalone"] if machines == "1" else ["--nnodes", machines]
     # Without the dashes it takes settings that begin as its own do for its own.
-    return " ".join(["torchrun", *several, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"])
+    return " ".join(["torchrun", *where, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"])
 
 
 def threads() -> int:
-    """This process's share of the machine's cores, where torchrun has allowed it one because nobody has said better.
+    """This process's share of the cores that its machine gives, where torchrun allows it one; 0: nothing to change.
 
-    0 where there is nothing to change.
+    That one may be a user's own wish cannot be seen: there is the setting num_threads.
     """
     if not is_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
         return 0
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # From meeting to leaving ----------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ class Agreement:
         self._under_way: tuple[torch.Tensor, dist.Work] | None = None
 
     def after_step(self, *numbers: int) -> list[int]:
-        """The largest of each over the ranks; of several they are those of the step before, before the first zeros."""
+        """The largest of each over the ranks; where there are several, of the step before, and 0 in the first step."""
         if world_size() == 1:
             return [*numbers]
         mine = torch.tensor(numbers)
@@ -263,6 +264,8 @@ def gathered(rows: torch.Tensor) -> torch.Tensor:
 
 def own(rows: torch.Tensor) -> torch.Tensor:
     """This rank's (b, ...) of (B, ...)."""
+    if world_size() == 1:
+        return rows
     return rows.chunk(world_size())[rank()]
 
 
@@ -277,7 +280,7 @@ def reduced(tensor: torch.Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) 
 
 def averaged(tensor: torch.Tensor) -> torch.Tensor:
     """The mean over the ranks."""
-    return reduced(tensor) / world_size()
+    return reduced(tensor) / world_size() if world_size() > 1 else tensor
 
 
 def from_first(tensor: torch.Tensor) -> torch.Tensor:
@@ -300,20 +303,27 @@ def averaging(losses: Callable[..., dict[str, torch.Tensor]], modules: list[nn.M
     on_gpu = next(modules[0].parameters()).is_cuda
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
-        return DistributedDataParallel(
+        together = DistributedDataParallel(
             _Together(losses, modules),
             [torch.cuda.current_device()] if on_gpu else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # or each gradient is there twice
         )
+    # After its first backward pass it puts gradients together in another way, and sums them in another order: with this
+    # one before all steps, those of a run that goes on are summed as if it had not been stopped.
+    together()["nothing"].backward()
+    return together
 
 
 class _Together(nn.Module):
-    """Losses, and the modules that they use, as the one module that DistributedDataParallel wants."""
+    """Losses, and the modules that they use, as the one module that DistributedDataParallel wants.
+
+    Without a batch it gives a zero that depends on all parameters.
+    """
 
     def __init__(self, losses: Callable[..., dict[str, torch.Tensor]], modules: list[nn.Module]):
         super().__init__()
         self.used, self.losses = nn.ModuleList(modules), losses
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.losses(**batch)
+        return self.losses(**batch) if batch else {"nothing": sum(0 * one.sum() for one in self.parameters())}

@@ -145,6 +145,7 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
                     if signal or due:
                         progress.save()
                         stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}", signal)
+                        agreement.now(0)  # what is under way would say once more that it was due
             means = progress.means()  # waits for a GPU to have taken its steps
             trained = time.monotonic()
             try:

@@ -94,7 +94,9 @@ class Sink:
 
     def receive(self, rows: range, result: np.ndarray) -> None:
         """Writes (B, as many as there are arrays, ...); a block is finished by the batch at its end."""
-        for filling, part in zip(self.fillings, result.swapaxes(0, 1), strict=bool(self.fillings)):
+        if not self.fillings:
+            return
+        for filling, part in zip(self.fillings, result.swapaxes(0, 1), strict=True):
             filling.array[rows.start : rows.stop] = part
             if rows.stop in self._block_of:
                 block = self._block_of[rows.stop]

@@ -24,7 +24,7 @@ class Header(nn.Module):
         return distributed.gathered(values)
 
     def own(self, values: torch.Tensor) -> torch.Tensor:
-        """The other way."""
+        """This process's (b, ...) of all (B, ...)."""
         return distributed.own(values)
 
     def set_centres(self, kernel: torch.Tensor) -> None:

@@ -28,18 +28,13 @@ def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bo
     One that is to be `alone` is refused under torchrun.
     """
 
-    def work() -> None:
-        if alone and distributed.is_launched():
-            raise InputError("This is the work of one process: start it with python, not with torchrun.")
-        main(Config.from_args(argv))
-
-    guarded(work)
+    guarded(lambda: main(Config.from_args(argv)), alone)
 
 
-def guarded(work: Callable[[], None]) -> None:
+def guarded(work: Callable[[], None], alone: bool = True) -> None:
     """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on.
 
-    Of several processes the first that ends so says why, and all end.
+    Of several processes the first that ends so says why, and all end; work that is to be `alone` is refused there.
     """
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -48,6 +43,8 @@ def guarded(work: Callable[[], None]) -> None:
         script = _module_name()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if alone and distributed.is_launched():
+            raise InputError("This is the work of one process: start it with python, not with torchrun.")
         work()
         distributed.leave()
     except torch.OutOfMemoryError as error:
@@ -61,7 +58,8 @@ def guarded(work: Callable[[], None]) -> None:
         if distributed.world_size() == 1:
             raise
         if distributed.is_lost(error):
-            what = "another process of this run has ended; what was saved last is kept"
+            reason = str(error).split("\n")[0][:200]
+            what = f"another process of this run has ended ({reason}); what was saved last is kept"
             _end(1, f"{script}: {what}; continue with: {_this_command()}")
         traceback.print_exc()
         _end(1, f"{script}: process {distributed.rank()} ended by the error above")

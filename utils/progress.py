@@ -171,7 +171,7 @@ class Progress:
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
         of_header = [] if self.header is None else [one.grad for one in self.header.parameters()]
         if of_header := [grad for grad in of_header if grad is not None]:
-            values[HEADER_GRADIENT] = nn.utils.get_total_norm(of_header)
+            values[HEADER_GRADIENT] = nn.utils.get_total_norm(of_header)  # of a sharded one, of the part here
         self.names = list(values)
         self.measures = [name for name, value in named.items() if not value.requires_grad]
         if len(values) > NUMBERS:
@@ -245,6 +245,7 @@ class Progress:
         header = dense_state_dict(self.header)
         for which in ("best", "last") if is_best else ("last",):
             self.weights |= self.run.save_weights(which, self.backbone.state_dict(), header)
+        del header  # the checkpoint gathers it again
         self.run.write_log(self.log)
         if self.note:
             self.note(self.log[-1])
