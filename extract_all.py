@@ -20,7 +20,7 @@ from utils.process import announce, run, setup
 
 
 def main(cfg: Config) -> None:
-    setup(cfg)
+    setup(cfg, trains=False)
     names = cfg.selected_teachers
     paths = need_weights([cfg.teacher_dir(name) for name in names], cfg.weights)
     teachers = [load_backbone(cfg.network, path, cfg) for path in paths]

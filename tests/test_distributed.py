@@ -178,7 +178,7 @@ def test_as_published_each_process_has_a_batch(worlds, capsys):
     assert rates[0] == rates[1]
     train(cfg, "published", network=Layers)
     assert "is already trained" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"batch_size was 6, now 3\)"):
+    with pytest.raises(InputError, match=r"batch_size of all processes was 6, now 3\)"):
         train(published(cfg, 3), "published", network=Layers)
 
 
@@ -190,9 +190,12 @@ def test_as_published_each_process_has_its_statistics_and_dropout(worlds):
     assert (one["verified"]["bn.running_var"] - shared["bn.running_var"]).abs().max() > 1e-3
 
 
-def test_a_signal_while_verifying_lets_all_finish_that(worlds):
+def test_a_signal_while_verifying_stops_all_with_the_epoch_saved(worlds):
     state = weights(folder_of(worlds, "verified", "ElasticArcFace", False), "checkpoint")
-    assert (state["epoch"], state["step"], len(state["log"])) == (1, 2, 1)  # the others hear of it a step later
+    assert (state["epoch"], state["step"], state["log"]) == (0, 3, [])
+    for rank in range(2):
+        said = torch.load(Path(worlds.output) / f"published {rank}.pth", weights_only=True)["said"]
+        assert said.startswith("stopped while verifying; continue with: torchrun --standalone --nproc_per_node 2 -- ")
 
 
 def test_a_number_that_is_not_finite_on_one_process_ends_all_before_that_step(worlds):
@@ -233,7 +236,7 @@ def test_what_differs_between_processes_is_refused_by_all(worlds):
         "batch_size = 4 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
         "batch_size = 3 cannot be divided among 3 processes with global_batch: set it to a multiple of 3, 6 or more.",
         "images is '[0-9a-f]{64}' on process 0 and '[0-9a-f]{64}' on process 2. Give all processes the same data, .*",
-        r".*/x.npy is \{'weights': 0\} on process 0 and \{'weights': 1\} on process 1. Give all processes the same data.",
+        r".*/x.npy is \{'weights': 0\} on process 0 and \{'weights': 1\} on process 1. Give .* the same data.",
         "rank 0 is not content",
     ]
     for line, pattern in zip(said[0], wanted, strict=True):
@@ -253,7 +256,7 @@ def test_a_port_that_is_in_use_is_said(monkeypatch, capsys, faces, tmp_path):
             monkeypatch.setenv(name, value)
         run_script("train.py", arguments(faces, tmp_path), expect=2)
     said = capsys.readouterr().err
-    assert said.startswith(f"train.py: The processes cannot meet at 127.0.0.1:{port} (")
+    assert said.startswith(f"train.py: Processes cannot meet at 127.0.0.1:{port} (")
     assert said.rstrip().endswith("give torchrun another --master_port, or --standalone.")
 
 
@@ -300,6 +303,16 @@ def test_a_run_from_before_there_were_several_processes_goes_on(cfg, capsys):
     said = capsys.readouterr().out
     assert "continuing in epoch 1 after step 3" in said
     assert "goes on under other conditions" not in said
+
+
+def test_shared_batch_normalisation_counts_in_fp32():
+    x = torch.randn(6, 5, dtype=torch.bfloat16)
+    plain, shared = (nn.Sequential(nn.BatchNorm1d(5)) for _ in range(2))
+    share_statistics(shared)
+    one, other = plain(x), shared(x)
+    assert one.dtype == other.dtype == torch.bfloat16
+    torch.testing.assert_close(one, other, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(plain[0].running_var, shared[0].running_var)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -1,6 +1,5 @@
 """What the tests of several processes run under torchrun, which starts this module with the name of a program below."""
 
-import contextlib
 import json
 import os
 import signal
@@ -198,7 +197,7 @@ def three(folder: str) -> None:
 def _as_published(cfg: Config) -> None:
     """What the settings do not change: a batch of each process, which has its own statistics and dropout.
 
-    A signal that comes to one process while all verify lets them finish that.
+    A signal comes to one process while all verify.
     """
     cfg = published(cfg, 3)
     rank, found = distributed.rank(), {}
@@ -210,10 +209,13 @@ def _as_published(cfg: Config) -> None:
         found["verified"] = {name: value.clone() for name, value in network.state_dict().items()}
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        infer(**inference(20), cfg=cfg, title="test")
         return 1.0
 
-    with contextlib.suppress(Interrupted):
+    try:
         train(cfg, "verified", validate=validate)
+    except Interrupted as stopped:
+        found["said"] = str(stopped)
     torch.save(found, Path(cfg.output) / f"published {rank}.pth")
 
 
@@ -287,6 +289,7 @@ def _refusals(cfg: Config) -> None:
         lambda: setup(replace(cfg, lr=0.2 if rank == 2 else 0.1)),
         lambda: setup(replace(cfg, batch_size=4)),
         lambda: setup(replace(cfg, batch_size=3)),
+        lambda: setup(replace(cfg, batch_size=3), trains=False),
         lambda: train(moved, "refused"),
         lambda: embed_all([Output(Path(cfg.output) / "x.npy", {"weights": rank}, None)], nn.Linear(1, 1), columns, cfg),
         lambda: distributed.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
@@ -303,4 +306,5 @@ PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "two": two, "three": 
 
 
 if __name__ == "__main__":
+    distributed.meet()
     guarded(lambda: PROGRAMS[sys.argv[1]](*sys.argv[2:]), alone=False)

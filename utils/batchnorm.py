@@ -25,7 +25,8 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        others = [0, *range(2, x.ndim)]
+        others, kind = [0, *range(2, x.ndim)], x.dtype
+        x = x.to(self.running_mean.dtype)  # as PyTorch's does in lower precision
         mean = _Mean.apply(x.mean(others, keepdim=True))
         centred = x - mean
         variance = _Mean.apply(centred.square().mean(others, keepdim=True))
@@ -35,10 +36,10 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)
         scaled = centred * (variance + self.eps).rsqrt()
-        if not self.affine:
-            return scaled
-        shape = [-1, *[1] * (x.ndim - 2)]
-        return scaled * self.weight.view(shape) + self.bias.view(shape)
+        if self.affine:
+            shape = [-1, *[1] * (x.ndim - 2)]
+            scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
+        return scaled.to(kind)
 
     def _check_input_dim(self, x: torch.Tensor) -> None:
         """Any number of dimensions will do."""

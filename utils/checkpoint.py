@@ -176,8 +176,11 @@ class Run:
         """Whether there is a checkpoint, which is read once: it is as large as the networks and the optimizer."""
         self._state, self._damage = _newest(self.folder)
         if self._state and (different := _differences(_completed(self._state["decided_by"]), self.decided_by)):
+            text = "; ".join(different)
+            if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
+                text = text.replace("batch_size was", "batch_size of all processes was")
             raise InputError(
-                f"{self.folder} holds a run with other settings or data ({'; '.join(different)}): "
+                f"{self.folder} holds a run with other settings or data ({text}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
         return self._state is not None

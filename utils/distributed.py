@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
+from utils.meeting import Ended, Meeting, Watch
 
 if TYPE_CHECKING:
     from config.config import Config
@@ -32,9 +33,9 @@ PATIENCE = timedelta(minutes=30)
 LONG = timedelta(days=7)
 """The same where one rank works for all: it may decode millions of images."""
 
-_store: dist.Store | None = None  # where the ranks meet
-_meetings = 0  # of this process: what it left in the store at one does not disturb the next
+_meeting: Meeting | None = None
 _control: dist.ProcessGroup | None = None  # for what the CPUs tell each other, in no GPU's way
+_watch: Watch | None = None
 
 
 def is_launched() -> bool:
@@ -79,25 +80,15 @@ def threads() -> int:
 
 
 def meet() -> None:
-    """Finds the other processes that torchrun has started; from here on one of them speaks for all.
+    """Finds the place where the processes that torchrun has started meet; from here on one of them speaks for all.
 
-    Raises InputError where the place to meet is taken or not given.
+    Raises InputError where it is taken or not given.
     """
-    global _store, _meetings
-    if not is_launched() or _store is not None:
+    global _meeting
+    if not is_launched() or _meeting is not None:
         return
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
-        raise InputError(
-            f"The processes cannot meet at {where} ({reason}): give torchrun another --master_port, or --standalone."
-        ) from error
-    # torchrun keeps its store when it starts all anew.
-    _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, {_meetings}", store)
-    _meetings += 1
-    if os.environ["RANK"] != "0":
+    _meeting = Meeting()
+    if _meeting.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.stderr = _NoTerminal(sys.stderr)
 
@@ -115,13 +106,13 @@ class _NoTerminal:
         return False
 
 
-def join(cfg: "Config", device: torch.device) -> None:
-    """Makes the processes that have met the default group, on `device`'s kind.
+def join(cfg: "Config", device: torch.device, on_loss: Callable[[Exception], None]) -> None:
+    """Makes the processes that have met the default group, on `device`'s kind; `on_loss` is that of `Watch`.
 
-    Raises InputError where they have not the same settings or devices, or where the batch cannot be divided.
+    Raises InputError where they have not the same settings or devices, or where one does not come.
     """
-    global _control
-    if _store is None:
+    global _control, _watch
+    if _meeting is None:
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
@@ -134,12 +125,18 @@ def join(cfg: "Config", device: torch.device) -> None:
             )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
+        _meeting.complete()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        dist.init_process_group(backend, store=dist.PrefixStore("group", _store), timeout=PATIENCE, **place)
+        place = {"store": _meeting.store, "rank": _meeting.rank, "world_size": _meeting.world_size}
+        dist.init_process_group(backend, timeout=PATIENCE, **place)
         _control = dist.new_group(backend="gloo", timeout=LONG)
+        _watch = Watch(dist.new_group(backend="gloo", timeout=LONG), on_loss)
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
+
+
+def require_whole_batch(cfg: "Config") -> None:
+    """Raises InputError where the batch of all cannot be divided, or leaves a process one image to normalise by."""
     ranks, size = world_size(), cfg.batch_size
     if cfg.global_batch and (size % ranks or size < 2 * ranks):
         raise InputError(
@@ -150,27 +147,27 @@ def join(cfg: "Config", device: torch.device) -> None:
 
 def leave() -> None:
     """Waits for the others, so that none sees an end before its own, and leaves the group."""
-    global _store, _control
+    global _meeting, _control, _watch
     if dist.is_initialized():
         wait_for_all()
+        _watch.leave()
         dist.destroy_process_group()
-    _store = _control = None
+    _meeting = _control = _watch = None
+
+
+def has_met() -> bool:
+    return _meeting is not None
 
 
 def speaks() -> bool:
     """Whether this process is the first of all to say how the run ends; True once, for one."""
-    if _store is None:
-        return not is_launched() or os.environ["RANK"] == "0"
-    mine = os.environ["RANK"]
-    try:
-        return _store.compare_set("speaker", "", mine).decode() == mine
-    except (dist.DistError, RuntimeError):  # the store has ended with the process that kept it
-        return True
+    return _meeting.speaks() if _meeting else not is_launched() or os.environ["RANK"] == "0"
 
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another rank has gone: gloo raises a RuntimeError, in words of its own."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "by peer", "NCCL"))
+    words = ("gloo", "Gloo", "by peer", "NCCL")
+    return isinstance(error, (dist.DistError, Ended)) or any(word in str(error) for word in words)
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -138,10 +139,10 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
                     take_step(batch, _seed(STEP, cfg.seed, epoch, progress.step, *place))  # margins and dropout
                     progress.step += 1
                     bar.update(batch_size)
-                    if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
-                        bar.set_postfix_str(listed(progress.means()), refresh=False)
                     due = progress.due(cfg.checkpoint_minutes)
                     signal, due = agreement.after_step(stop.received, due)
+                    if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
+                        bar.set_postfix_str(listed(progress.means()), refresh=False)
                     if signal or due:
                         progress.save()
                         stop.leave(f"stopped in epoch {epoch + 1} after step {progress.step} of {steps}", signal)
@@ -150,11 +151,9 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
             trained = time.monotonic()
             try:
                 if several:
-                    stop.leave("stopped before verifying", agreement.now(stop.received))
                     for value in progress.backbone.buffers():  # rank 0's are those that are saved, and verified
                         distributed.from_first(value)
-                # Processes wait for each other while they verify: none leaves the others.
-                with contextlib.nullcontext() if several else stop.at_once():
+                with _leaving_together(stop, agreement) if several else stop.at_once():
                     scores, value = validate() if validate else ({}, -progress.loss(means))
             except Interrupted:
                 progress.save()
@@ -166,6 +165,25 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
                 line += f"  {batch_size / seconds:,.0f} images/s, {_duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
+
+
+_between_batches: ContextVar[Callable[[], None]] = ContextVar("between_batches", default=lambda: None)
+"""What `infer` calls after each batch."""
+
+
+@contextlib.contextmanager
+def _leaving_together(stop: StopSignals, agreement: distributed.Agreement) -> Iterator[None]:
+    """Context in which a signal that has come to one process ends inference on all, after the same batch."""
+
+    def leave() -> None:
+        stop.leave("stopped while verifying", agreement.now(stop.received))
+
+    leave()
+    before = _between_batches.set(leave)
+    try:
+        yield
+    finally:
+        _between_batches.reset(before)
 
 
 def _held(folder: Path) -> contextlib.AbstractContextManager:
@@ -249,6 +267,7 @@ def infer(
                         out = np.empty((count, *result.shape[1:]), np.float32) if out is None else out
                         out[rows.start : rows.stop] = result
                     bar.update(len(rows))
+                _between_batches.get()()
     finally:
         network.train(was_training)
     return out

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,12 @@ def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bo
     One that is to be `alone` is refused under torchrun.
     """
 
-    guarded(lambda: main(Config.from_args(argv)), alone)
+    def work() -> None:
+        if not alone:
+            distributed.meet()
+        main(Config.from_args(argv))
+
+    guarded(work, alone)
 
 
 def guarded(work: Callable[[], None], alone: bool = True) -> None:
@@ -38,9 +44,6 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
     """
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    script = Path(sys.argv[0]).name
-    if script == "__main__.py":
-        script = _module_name()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if alone and distributed.is_launched():
@@ -49,44 +52,55 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
         distributed.leave()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        _end(2, f"{script}: {reason}: lower batch_size, infer_batch_size or device_cache_gb.")
+        _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb.")
     except (InputError, OSError) as error:
-        _end(2, f"{script}: {error}")
+        _end(2, str(error))
     except Interrupted as stop:
-        _end(128 + stop.signal, f"{script}: {stop}")
+        _end(128 + stop.signal, str(stop))
     except Exception as error:
-        if distributed.world_size() == 1:
+        if not distributed.has_met():
             raise
         if distributed.is_lost(error):
-            reason = str(error).split("\n")[0][:200]
-            what = f"another process of this run has ended ({reason}); what was saved last is kept"
-            _end(1, f"{script}: {what}; continue with: {_this_command()}")
+            _end_without(error)
         traceback.print_exc()
-        _end(1, f"{script}: process {distributed.rank()} ended by the error above")
+        _end(1, f"process {distributed.rank()} ended by the error above.")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _end(status: int, sentence: str) -> NoReturn:
+    if distributed.world_size() > 1 and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # torchrun sends one as soon as another process has left
     if distributed.speaks():
-        print(sentence, file=sys.stderr, flush=True)
+        script = Path(sys.argv[0]).name
+        print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
     if distributed.world_size() > 1:
         os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
     sys.exit(status)
 
 
-def setup(cfg: Config) -> None:
+def _end_without(error: Exception) -> NoReturn:
+    """Ends this process because another one has."""
+    reason = f" ({text[:200]})" if (text := str(error).split("\n")[0]) else ""
+    what = f"another process of this run has ended{reason}; what was saved last is kept"
+    _end(1, f"{what}; continue with: {_this_command()}")
+
+
+def setup(cfg: Config, trains: bool = True) -> None:
     """Joins the other processes, if there are any, seeds the generators and sets up the CPU and the device.
 
-    Raises InputError for a device that is not there, and where processes that belong together have other settings.
+    Raises InputError for a device that is not there, where processes that belong together have other settings, and
+    where, if the script `trains`, they cannot divide a batch.
     """
-    distributed.meet()
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or auto.")
     if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
-    distributed.join(cfg, device_of(cfg))
+    distributed.join(cfg, device_of(cfg), _end_without)
+    if trains:
+        distributed.require_whole_batch(cfg)
     torch.manual_seed(cfg.seed)
     if threads := cfg.num_threads or distributed.threads():
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config.config import Config
 from utils import images
 from utils.arrays import Filling, about, provide
-from utils.distributed import first_of_machine_before
+from utils.distributed import first_of_machine_before, is_first
 from utils.errors import Damaged, InputError
 from utils.files import printable, write_text
 from utils.index import Index, find_images
@@ -68,7 +68,7 @@ class ImageStore:
         bad = _bad_of(blocks)
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
-        _report(bad, len(self.usable), data, folder, cfg.skip_bad_images)
+        _report(bad, len(self.usable), data, folder, cfg.skip_bad_images, is_one)
 
 
 def _bad_images(path: Path) -> dict[int, str]:
@@ -123,13 +123,15 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
                 bar.update(len(filling.rows(block)))
 
 
-def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool) -> None:
+def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool, is_one: bool) -> None:
+    """Says which images cannot be used; of several processes `is_one` of each machine writes the list."""
     if not bad:
         return
     listing = folder / "bad_images.txt"
     reasons = [*map(printable, bad.values())]
     text = "".join(f"{reason}\n" for reason in reasons)
-    if not listing.exists() or listing.read_text(encoding="utf-8") != text:  # the cache may be a read-only one
+    is_new = not listing.exists() or listing.read_text(encoding="utf-8") != text
+    if is_one and is_new:  # the cache may be a read-only one
         write_text(listing, text)
     shown = [f"\n  {reason}" for reason in reasons[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
@@ -137,7 +139,8 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
         raise InputError(f"{text}\nMend or remove them, or set skip_bad_images to train without them.")
     if len(bad) > MAX_BAD_SHARE * count:
         raise InputError(f"{text}\nThat is more than {MAX_BAD_SHARE:.1%}, which is too many to be skipped.")
-    print(text, file=sys.stderr)
+    if is_first():
+        print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

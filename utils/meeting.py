@@ -1,0 +1,121 @@
+"""How the processes that torchrun has started find each other, and how one of them says why they end."""
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import InputError
+
+ARRIVAL = 300.0  # seconds in which all have to come, once the first is there
+RESTART = 10.0  # seconds in which one that has ended may have been started again
+GRACE = 5.0  # seconds in which whoever can end by itself does, when another process has died
+
+
+class Ended(Exception):
+    """Another process has ended before all had met."""
+
+
+class Meeting:
+    """The store that torchrun keeps for its processes, and this process in it.
+
+    The store outlives its processes, and machines count attempts apart: processes know each other by names that they
+    choose afresh. Rank 0's name is that of the meeting. Raises InputError where the store cannot be reached or made.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+            reason = str(error).split("\n")[0].rstrip(".")
+            raise InputError(
+                f"Processes cannot meet at {where} ({reason}): give torchrun another --master_port, or --standalone."
+            ) from error
+        self._store, self._name = dist.PrefixStore("meeting", store), uuid.uuid4().hex
+        self._store.set(f"hello {self.rank}", self._name)
+        self.store: dist.Store | None = None  # that of these processes only, when all are there
+
+    def complete(self) -> None:
+        """Waits for all. Raises Ended where one has ended, InputError where one does not come."""
+        deadline, ended = time.monotonic() + ARRIVAL, False
+        while (name := self._name_of_all()) is None:
+            if not ended and (ended := self._has_ended()):
+                deadline = time.monotonic() + RESTART
+            if time.monotonic() > deadline:
+                if ended:
+                    raise Ended
+                missing = [str(rank) for rank in range(self.world_size) if self._get(f"hello {rank}") is None]
+                raise InputError(f"Process {', '.join(missing) or 0} has not come: see what torchrun says of it.")
+            time.sleep(0.05)  # in Python, where a signal is heard
+        self.store = dist.PrefixStore(name, self._store)
+
+    def _name_of_all(self) -> str | None:
+        """The meeting's name, as soon as all know it."""
+        if self.rank:
+            name = self._get(f"welcome {self._name}")
+            if name is None:
+                return None
+            self._store.set(f"{name} has {self._name}", "")
+            return name if self._get(f"{name} is complete") is not None else None
+        names = [self._get(f"hello {rank}") for rank in range(self.world_size)]
+        for name in filter(None, names):
+            self._store.set(f"welcome {name}", self._name)
+        if not all(name and self._get(f"{self._name} has {name}") is not None for name in names[1:]):
+            return None
+        self._store.set(f"{self._name} is complete", "")
+        return self._name
+
+    def _has_ended(self) -> bool:
+        names = (self._get(f"hello {rank}") for rank in range(self.world_size))
+        return any(name and self._get(f"{name} has ended") is not None for name in names)
+
+    def _get(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def speaks(self) -> bool:
+        """Whether this process is the first to say how the run ends; before all have met, the first of its machine."""
+        store, key = self.store, "speaker"
+        if store is None:
+            self._store.set(f"{self._name} has ended", "")
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+            store, key = self._store, f"speaker of {os.environ.get('GROUP_RANK')} {os.getppid()} {attempt}"
+        try:
+            return store.compare_set(key, "", self._name).decode() == self._name
+        except RuntimeError:  # it has ended with the process that kept it
+            return True
+
+
+class Watch:
+    """Threads that notice the end of another process where this one would wait: a GPU's wait hears no signal.
+
+    Rank 0 watches all, and all watch rank 0. `on_loss` is called in a thread, after a time in which this process may
+    have ended by itself.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, on_loss: Callable[[Exception], None]):
+        self._group, self._on_loss = group, on_loss
+        self._others = [0] if dist.get_rank() else [*range(1, dist.get_world_size())]
+        self._threads = [threading.Thread(target=self._look, args=(rank,), daemon=True) for rank in self._others]
+        for thread in self._threads:
+            thread.start()
+
+    def _look(self, rank: int) -> None:
+        try:
+            dist.recv(torch.zeros(1), rank, self._group)  # a farewell
+        except RuntimeError as error:
+            time.sleep(GRACE)
+            self._on_loss(error)
+
+    def leave(self) -> None:
+        """All ranks say farewell."""
+        for rank in self._others:
+            dist.send(torch.zeros(1), rank, self._group)
+        for thread in self._threads:
+            thread.join()
