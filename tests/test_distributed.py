@@ -6,11 +6,14 @@ import re
 import shutil
 import signal
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from config.config import Config
@@ -23,6 +26,7 @@ from utils.batchnorm import _SharedBatchNorm, share_statistics
 from utils.checkpoint import save
 from utils.engine import infer
 from utils.errors import InputError
+from utils.meeting import Ended, Meeting
 from utils.process import Interrupted
 
 DIVIDED = ("--global_batch", "--sync_bn", "--header_sharding")
@@ -118,6 +122,19 @@ def test_a_run_goes_on_after_processes_were_killed(by_two, faces, tmp_path):
     assert said.count("continuing in epoch 2 after step 0 of 2") == 2
     base = Path("specialized/iresnet_tiny/teachers/Asian")
     assert difference(by_two / base, tmp_path / base) == ""
+
+
+def test_the_death_of_a_process_is_said_while_all_others_wait(faces, tmp_path):
+    """As for a GPU, which may wait for another one for long."""
+    given = [*arguments(faces, tmp_path), *DIVIDED, "--ethnicity", "Asian", "--checkpoint_minutes", "0"]
+    status, said = torchrun(2, "tests.worlds", "waits", *given)
+    assert status == 1
+    lines = [line for line in said.splitlines() if line.startswith("train.py")]
+    assert len(lines) == 1
+    assert re.match(
+        r"train.py: another process of this run has ended \(Connection closed by peer \[.*\); what", lines[0]
+    )
+    assert weights(tmp_path / "specialized/iresnet_tiny/teachers/Asian", "checkpoint")["epoch"] == 1
 
 
 def test_one_process_says_for_all_what_is_wrong(faces, tmp_path):
@@ -241,6 +258,71 @@ def test_what_differs_between_processes_is_refused_by_all(worlds):
     ]
     for line, pattern in zip(said[0], wanted, strict=True):
         assert re.fullmatch(pattern, line)
+
+
+# Meeting -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meet(monkeypatch) -> Callable[..., Meeting]:
+    """A function that makes the meeting of a rank, of so many processes; the store is that of those before."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 0)]))
+
+    def made(rank: int, processes: int, machine: str = "0") -> Meeting:
+        for name, value in {"RANK": rank, "WORLD_SIZE": processes, "GROUP_RANK": machine}.items():
+            monkeypatch.setenv(name, str(value))
+        return Meeting()
+
+    return made
+
+
+def complete(meetings: list[Meeting]) -> list[BaseException | None]:
+    """What each of them raises, all together."""
+    with ThreadPoolExecutor() as pool:
+        return [future.exception() for future in [pool.submit(one.complete) for one in meetings]]
+
+
+def test_processes_meet_again_where_others_have_met(meet):
+    """Whatever those before, some of which are gone in the middle of meeting, have left in the store."""
+    stores = []
+    for _ in range(3):
+        meet(2, 3)  # one that is gone
+        gone = meet(0, 3)
+        assert gone._name_of_all() is None
+        meetings = [meet(rank, 3) for rank in (1, 2, 0)]
+        assert complete(meetings) == [None] * 3
+        meetings[0].store.set("x", str(len(stores)))
+        assert {one.store.get("x").decode() for one in meetings} == {str(len(stores))}
+        assert not gone._get(f"{gone._name} is complete")
+        stores.append(meetings[0].store)
+    assert [store.get("x").decode() for store in stores] == ["0", "1", "2"]
+
+
+def test_who_waits_for_one_that_has_ended_ends_too(meet, monkeypatch):
+    monkeypatch.setattr("utils.meeting.RESTART", 0.2)
+    meetings = [meet(rank, 3) for rank in range(3)]
+    assert meetings[1].speaks()
+    raised = complete([meetings[0], meetings[2]])
+    assert [type(one) for one in raised] == [Ended, Ended]
+
+
+def test_who_does_not_come_is_named(meet, monkeypatch):
+    monkeypatch.setattr("utils.meeting.ARRIVAL", 0.2)
+    (raised,) = complete([meet(1, 3)])
+    assert isinstance(raised, InputError)
+    assert str(raised) == "Process 0, 2 has not come: see what torchrun says of it."
+
+
+def test_one_of_all_speaks_and_before_all_have_met_one_of_each_machine(meet, monkeypatch):
+    before = []
+    for machine in ("0", "1"):
+        meetings = [meet(rank, 4, machine) for rank in (range(2) if machine == "0" else range(2, 4))]
+        before += [one.speaks() for one in meetings]
+    assert before == [True, False, True, False]
+    meetings = [meet(rank, 4) for rank in range(4)]
+    assert complete(meetings) == [None] * 4
+    assert [one.speaks() for one in reversed(meetings)] == [True, False, False, False]
 
 
 # Alone ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from config.config import Config
 from tests.runs import FEATURES, run_script
-from utils import distributed
+from utils import distributed, meeting
 from utils.dataset import Column, Faces
 from utils.engine import fit, infer
 from utils.errors import InputError
@@ -68,6 +69,24 @@ def run_with_kills(plan: str, *given: str) -> None:
         take(self, *values)
 
     Progress._take_step = take_or_die
+    run_script("train.py", [*given])
+
+
+def run_while_one_waits(*given: str) -> None:
+    """train.py, whose second process is killed before the third step, while the first hears nothing."""
+    take, taken = Progress._take_step, []
+
+    def take_wait_or_die(self, *values):
+        taken.append(self)
+        if len(taken) == 3:
+            if distributed.rank():
+                os.kill(os.getpid(), signal.SIGKILL)
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                time.sleep(0.1)
+        take(self, *values)
+
+    meeting.GRACE, Progress._take_step = 0.5, take_wait_or_die
     run_script("train.py", [*given])
 
 
@@ -302,7 +321,7 @@ def _refusals(cfg: Config) -> None:
     (Path(cfg.output) / f"said {rank}.txt").write_text("\n".join(said))
 
 
-PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "two": two, "three": three}
+PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "waits": run_while_one_waits, "two": two, "three": three}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shlex
 import signal
 import sys
@@ -83,8 +84,9 @@ def _end(status: int, sentence: str) -> NoReturn:
 
 def _end_without(error: Exception) -> NoReturn:
     """Ends this process because another one has."""
-    reason = f" ({text[:200]})" if (text := str(error).split("\n")[0]) else ""
-    what = f"another process of this run has ended{reason}; what was saved last is kept"
+    # Of gloo's text: [where it was compiled] what has happened. What may be the cause.
+    text = re.sub(r"^\[[^]]*\] ", "", str(error).split("\n")[0]).split(". ")[0][:200]
+    what = f"another process of this run has ended{text and f' ({text})'}; what was saved last is kept"
     _end(1, f"{what}; continue with: {_this_command()}")
 
 
