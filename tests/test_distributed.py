@@ -20,7 +20,18 @@ from config.config import Config
 from tests.conftest import small_config, write_images
 from tests.runs import GROUPS, arguments, difference, run_script, torchrun
 from tests.runs import train as train_small
-from tests.worlds import CASES, EXACT, Layers, folder_of, inference, published, settings, train, train_and_stop
+from tests.worlds import (
+    CASES,
+    EXACT,
+    FROM_ONE,
+    Layers,
+    folder_of,
+    inference,
+    published,
+    settings,
+    train,
+    train_and_stop,
+)
 from utils import distributed
 from utils.batchnorm import _SharedBatchNorm, share_statistics
 from utils.checkpoint import save
@@ -157,6 +168,7 @@ def worlds(tmp_path_factory) -> Config:
     cfg = settings(folder)
     for case in CASES:
         train(cfg, "one", *case)
+    for case in FROM_ONE:
         train_and_stop(cfg, "from one", *case)
     train(published(cfg, 6), "published one", network=Layers)
     for program, processes in (("two", 2), ("three", 3)):
@@ -165,8 +177,10 @@ def worlds(tmp_path_factory) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize("name", ["two", "from one", "moved"])
-@pytest.mark.parametrize(("header", "sharding"), CASES)
+@pytest.mark.parametrize(
+    ("name", "header", "sharding"),
+    [(name, *case) for name in ("two", "moved") for case in CASES] + [("from one", *case) for case in FROM_ONE],
+)
 def test_a_run_is_the_same_on_any_number_of_processes(worlds, name, header, sharding):
     """`two` is that of two processes, `from one` was stopped on one, `moved` on two and went on on three."""
     one, other = (folder_of(worlds, which, header, sharding) for which in ("one", name))
