@@ -78,6 +78,7 @@ def _end(status: int, sentence: str) -> NoReturn:
         script = Path(sys.argv[0]).name
         print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
     if distributed.world_size() > 1:
+        sys.stdout.flush()
         os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
     sys.exit(status)
 
