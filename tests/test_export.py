@@ -106,8 +106,11 @@ def test_both_files_give_the_embeddings_of_the_network(folder, teachers, tmp_pat
     run_script("utils.export", [str(tmp_path / "295672backbone.pth"), *TINY])
     path = tmp_path / "295672backbone.onnx"
     agree(path, lambda image: F.normalize(teachers[0](image)))
-    assert f"Written to {path} and 295672backbone.safetensors: onnxruntime differs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Written to {path} and 295672backbone.safetensors: onnxruntime differs" in said
+    assert "(batches of 1, 2, 7)" in said
     model = onnx.load(path)
+    assert model.opset_import[0].version >= 20  # what PyTorch's exporter takes by itself, from 2.11 on
     assert {entry.key: entry.value for entry in model.metadata_props} == metadata(path.with_suffix(".safetensors"))
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert shapes == [["batch", 3, 112, 112]]
@@ -266,6 +269,18 @@ def test_a_file_that_differs_does_not_take_its_name(fused, folder, tmp_path, mon
         export.main([str(folder / "b.pth"), *TINY, "--output", str(tmp_path / "new")])
     assert "onnxruntime differs from PyTorch by " in capsys.readouterr().err
     assert not [*(tmp_path / "new").iterdir()]
+
+
+def test_a_thousandth_is_a_difference(fused):
+    network = export.load_exported(fused.with_suffix(".safetensors"))
+
+    class Off(torch.nn.Module):
+        def forward(self, image):
+            return network(image) * torch.tensor([1.001, *[1.0] * (SIZE - 1)])
+
+    assert export.check(fused, network) < 1e-5
+    with pytest.raises(InputError, match=r"onnxruntime differs from PyTorch by .*, more than 1e-04"):
+        export.check(fused, Off())
 
 
 def test_a_file_that_onnxruntime_cannot_read_does_not_pass(fused, teachers, tmp_path):
