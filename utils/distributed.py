@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
-from utils.meeting import Ended, Meeting, Watch
+from utils.meeting import Ended, Lookout, Meeting, limited
 
 if TYPE_CHECKING:
     from config.config import Config
@@ -33,9 +33,12 @@ PATIENCE = timedelta(minutes=30)
 LONG = timedelta(days=7)
 """The same where one rank works for all: it may decode millions of images."""
 
+ALL_ALONG = timedelta(days=36_500)
+"""The same for those on the lookout, who wait from the first step to the last."""
+
 _meeting: Meeting | None = None
 _control: dist.ProcessGroup | None = None  # for what the CPUs tell each other, in no GPU's way
-_watch: Watch | None = None
+_lookout: Lookout | None = None
 
 
 def is_launched() -> bool:
@@ -89,7 +92,7 @@ def meet() -> None:
         return
     _meeting = Meeting()
     if _meeting.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         sys.stderr = _NoTerminal(sys.stderr)
 
 
@@ -107,11 +110,11 @@ class _NoTerminal:
 
 
 def join(cfg: "Config", device: torch.device, on_loss: Callable[[Exception], None]) -> None:
-    """Makes the processes that have met the default group, on `device`'s kind; `on_loss` is that of `Watch`.
+    """Makes the processes that have met the default group, on `device`'s kind; `on_loss` is that of `Lookout`.
 
     Raises InputError where they have not the same settings or devices, or where one does not come.
     """
-    global _control, _watch
+    global _control, _lookout
     if _meeting is None:
         return
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -128,9 +131,10 @@ def join(cfg: "Config", device: torch.device, on_loss: Callable[[Exception], Non
         _meeting.complete()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         place = {"store": _meeting.store, "rank": _meeting.rank, "world_size": _meeting.world_size}
-        dist.init_process_group(backend, timeout=PATIENCE, **place)
-        _control = dist.new_group(backend="gloo", timeout=LONG)
-        _watch = Watch(dist.new_group(backend="gloo", timeout=LONG), on_loss)
+        with limited(on_loss):
+            dist.init_process_group(backend, timeout=PATIENCE, **place)
+            _control = dist.new_group(backend="gloo", timeout=LONG)
+            _lookout = Lookout(dist.new_group(backend="gloo", timeout=ALL_ALONG), on_loss)
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
 
@@ -147,27 +151,31 @@ def require_whole_batch(cfg: "Config") -> None:
 
 def leave() -> None:
     """Waits for the others, so that none sees an end before its own, and leaves the group."""
-    global _meeting, _control, _watch
+    global _meeting, _control, _lookout
     if dist.is_initialized():
         wait_for_all()
-        _watch.leave()
+        _lookout.leave()
         dist.destroy_process_group()
-    _meeting = _control = _watch = None
+    _meeting = _control = _lookout = None
 
 
-def has_met() -> bool:
-    return _meeting is not None
+def number() -> int | None:
+    """The rank of this process, also before it has joined; None where it has met nobody."""
+    return _meeting.rank if _meeting else None
 
 
 def speaks() -> bool:
-    """Whether this process is the first of all to say how the run ends; True once, for one."""
-    return _meeting.speaks() if _meeting else not is_launched() or os.environ["RANK"] == "0"
+    """Whether this process is the first of all to say how the run ends; True once, for one.
+
+    Where it has met nobody, the first of its machine does.
+    """
+    return _meeting.speaks() if _meeting else os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error says that another rank has gone: gloo raises a RuntimeError, in words of its own."""
-    words = ("gloo", "Gloo", "by peer", "NCCL")
-    return isinstance(error, (dist.DistError, Ended)) or any(word in str(error) for word in words)
+    """Whether an error says that another rank has gone, as gloo, NCCL or the store say it."""
+    words = ("by peer", "Broken pipe", "Connection refused", "likely closed", "remote process exited")
+    return isinstance(error, Ended) or (world_size() > 1 and any(word in str(error) for word in words))
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------
@@ -297,12 +305,11 @@ def averaging(losses: Callable[..., dict[str, torch.Tensor]], modules: list[nn.M
     """Losses of a rank's batch whose gradients, in all parameters of `modules`, are averaged over the ranks."""
     if world_size() == 1:
         return losses
-    on_gpu = next(modules[0].parameters()).is_cuda
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have another word for broadcast_buffers
         together = DistributedDataParallel(
             _Together(losses, modules),
-            [torch.cuda.current_device()] if on_gpu else None,
+            device_ids=None,  # with them it would move batches, which are where they must be
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # or each gradient is there twice
         )

@@ -175,10 +175,10 @@ _between_batches: ContextVar[Callable[[], None]] = ContextVar("between_batches",
 def _leaving_together(stop: StopSignals, agreement: distributed.Agreement) -> Iterator[None]:
     """Context in which a signal that has come to one process ends inference on all, after the same batch."""
 
-    def leave() -> None:
-        stop.leave("stopped while verifying", agreement.now(stop.received))
+    def leave(what: str = "stopped while verifying") -> None:
+        stop.leave(what, agreement.now(stop.received))
 
-    leave()
+    leave("stopped before verifying")
     before = _between_batches.set(leave)
     try:
         yield

@@ -1,10 +1,11 @@
 """How the processes that torchrun has started find each other, and how one of them says why they end."""
 
+import contextlib
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 ARRIVAL = 300.0  # seconds in which all have to come, once the first is there
-RESTART = 10.0  # seconds in which one that has ended may have been started again
+RESTART = 30.0  # seconds in which one that has ended may have been started again
 GRACE = 5.0  # seconds in which whoever can end by itself does, when another process has died
 
 
@@ -33,28 +34,37 @@ class Meeting:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+            self._store, self._name = dist.PrefixStore("meeting", store), uuid.uuid4().hex
+            self._store.set(f"hello {self.rank}", self._name)
         except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise InputError(
                 f"Processes cannot meet at {where} ({reason}): give torchrun another --master_port, or --standalone."
             ) from error
-        self._store, self._name = dist.PrefixStore("meeting", store), uuid.uuid4().hex
-        self._store.set(f"hello {self.rank}", self._name)
         self.store: dist.Store | None = None  # that of these processes only, when all are there
 
     def complete(self) -> None:
         """Waits for all. Raises Ended where one has ended, InputError where one does not come."""
-        deadline, ended = time.monotonic() + ARRIVAL, False
+        arrived, looked_at, ended_at = time.monotonic(), 0.0, None
         while (name := self._name_of_all()) is None:
-            if not ended and (ended := self._has_ended()):
-                deadline = time.monotonic() + RESTART
-            if time.monotonic() > deadline:
-                if ended:
-                    raise Ended
-                missing = [str(rank) for rank in range(self.world_size) if self._get(f"hello {rank}") is None]
-                raise InputError(f"Process {', '.join(missing) or 0} has not come: see what torchrun says of it.")
+            now = time.monotonic()
+            if now - looked_at > 0.02 * self.world_size:  # it asks for all of them
+                looked_at, ended_at = now, (ended_at or now) if self._has_ended() else None
+            if ended_at and now > ended_at + RESTART:
+                raise Ended
+            if now > arrived + ARRIVAL:
+                raise InputError(f"Process {self._missing()} has not come: see what torchrun says of it.")
             time.sleep(0.05)  # in Python, where a signal is heard
         self.store = dist.PrefixStore(name, self._store)
+
+    def _missing(self) -> str:
+        """Who has not answered rank 0, or to other ranks who has not come, or rank 0, which does not answer."""
+        names = dict(enumerate(self._names()))
+        if self.rank:
+            missing = [rank for rank, name in names.items() if name is None] or [0]
+        else:
+            missing = [rank for rank, name in names.items() if rank and not self._has_answered(name)]
+        return ", ".join(map(str, missing))
 
     def _name_of_all(self) -> str | None:
         """The meeting's name, as soon as all know it."""
@@ -64,17 +74,23 @@ class Meeting:
                 return None
             self._store.set(f"{name} has {self._name}", "")
             return name if self._get(f"{name} is complete") is not None else None
-        names = [self._get(f"hello {rank}") for rank in range(self.world_size)]
+        names = self._names()
         for name in filter(None, names):
             self._store.set(f"welcome {name}", self._name)
-        if not all(name and self._get(f"{self._name} has {name}") is not None for name in names[1:]):
+        if not all(map(self._has_answered, names[1:])):
             return None
         self._store.set(f"{self._name} is complete", "")
         return self._name
 
+    def _names(self) -> list[str | None]:
+        """By rank the last that has come."""
+        return [self._get(f"hello {rank}") for rank in range(self.world_size)]
+
+    def _has_answered(self, name: str | None) -> bool:
+        return name is not None and self._get(f"{self._name} has {name}") is not None
+
     def _has_ended(self) -> bool:
-        names = (self._get(f"hello {rank}") for rank in range(self.world_size))
-        return any(name and self._get(f"{name} has ended") is not None for name in names)
+        return any(name and self._get(f"{name} has ended") is not None for name in self._names())
 
     def _get(self, key: str) -> str | None:
         return self._store.get(key).decode() if self._store.check([key]) else None
@@ -82,17 +98,17 @@ class Meeting:
     def speaks(self) -> bool:
         """Whether this process is the first to say how the run ends; before all have met, the first of its machine."""
         store, key = self.store, "speaker"
-        if store is None:
-            self._store.set(f"{self._name} has ended", "")
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-            store, key = self._store, f"speaker of {os.environ.get('GROUP_RANK')} {os.getppid()} {attempt}"
         try:
+            if store is None:
+                self._store.set(f"{self._name} has ended", "")
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+                store, key = self._store, f"speaker of {os.environ.get('GROUP_RANK')} {os.getppid()} {attempt}"
             return store.compare_set(key, "", self._name).decode() == self._name
         except RuntimeError:  # it has ended with the process that kept it
             return True
 
 
-class Watch:
+class Lookout:
     """Threads that notice the end of another process where this one would wait: a GPU's wait hears no signal.
 
     Rank 0 watches all, and all watch rank 0. `on_loss` is called in a thread, after a time in which this process may
@@ -111,7 +127,7 @@ class Watch:
             dist.recv(torch.zeros(1), rank, self._group)  # a farewell
         except RuntimeError as error:
             time.sleep(GRACE)
-            self._on_loss(error)
+            end_with(self._on_loss, error)
 
     def leave(self) -> None:
         """All ranks say farewell."""
@@ -119,3 +135,23 @@ class Watch:
             dist.send(torch.zeros(1), rank, self._group)
         for thread in self._threads:
             thread.join()
+
+
+def end_with(on_loss: Callable[[Exception], None], error: Exception) -> None:
+    """Calls it, and ends this process where that takes long: the store may be held by a thread that waits."""
+    last = threading.Timer(GRACE, os._exit, (1,))
+    last.daemon = True
+    last.start()
+    on_loss(error)
+
+
+@contextlib.contextmanager
+def limited(on_loss: Callable[[Exception], None]) -> Iterator[None]:
+    """Context that ends this process where it takes longer than ARRIVAL: in it no signal is heard."""
+    late = threading.Timer(ARRIVAL, end_with, (on_loss, Ended("or does not come")))
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()

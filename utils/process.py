@@ -59,26 +59,27 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
     except Interrupted as stop:
         _end(128 + stop.signal, str(stop))
     except Exception as error:
-        if not distributed.has_met():
+        if distributed.number() is None:
             raise
         if distributed.is_lost(error):
             _end_without(error)
         traceback.print_exc()
-        _end(1, f"process {distributed.rank()} ended by the error above.")
+        _end(1, f"process {distributed.number()} ended by the error above.")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _end(status: int, sentence: str) -> NoReturn:
-    if distributed.world_size() > 1 and threading.current_thread() is threading.main_thread():
+    if distributed.number() is not None and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # torchrun sends one as soon as another process has left
-    if distributed.speaks():
-        script = Path(sys.argv[0]).name
-        print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
-    if distributed.world_size() > 1:
+    with contextlib.suppress(OSError):  # nobody may be listening
+        if distributed.speaks():
+            script = Path(sys.argv[0]).name
+            print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+    if distributed.world_size() > 1:
         os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
     sys.exit(status)
 

@@ -130,8 +130,8 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
     listing = folder / "bad_images.txt"
     reasons = [*map(printable, bad.values())]
     text = "".join(f"{reason}\n" for reason in reasons)
-    is_new = not listing.exists() or listing.read_text(encoding="utf-8") != text
-    if is_one and is_new:  # the cache may be a read-only one
+    known = is_one and listing.exists() and listing.read_text(encoding="utf-8") == text
+    if is_one and not known:  # the cache may be a read-only one
         write_text(listing, text)
     shown = [f"\n  {reason}" for reason in reasons[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
