@@ -130,9 +130,8 @@ def test_a_run_goes_on_after_processes_were_killed(by_two, faces, tmp_path):
     given = [*arguments(faces, tmp_path), *DIVIDED, "--ethnicity", "Asian", "--checkpoint_minutes", "0"]
     status, said = torchrun(2, "tests.worlds", "kills", "1:4,0:1", *given, options=("--max-restarts", "2"))
     assert status == 0, said
-    assert (
-        len(re.findall(r"train.py: another process of this run has ended \(.*by peer.*\); what was saved", said)) == 2
-    )
+    told = re.findall(r"train.py: another process of this run has ended \(.*by peer.*\); what was saved", said)
+    assert len(told) == 2
     assert said.count("continuing in epoch 2 after step 0 of 2") == 2
     base = Path("specialized/iresnet_tiny/teachers/Asian")
     assert difference(by_two / base, tmp_path / base) == ""
@@ -145,9 +144,7 @@ def test_the_death_of_a_process_is_said_while_all_others_wait(faces, tmp_path):
     assert status == 1
     lines = [line for line in said.splitlines() if line.startswith("train.py")]
     assert len(lines) == 1
-    assert re.match(
-        r"train.py: another process of this run has ended \(Connection closed by peer \[.*\); what", lines[0]
-    )
+    assert re.match(r"train.py: another process of this run has ended \(.*by peer.*\); ", lines[0])
     assert weights(tmp_path / "specialized/iresnet_tiny/teachers/Asian", "checkpoint")["epoch"] == 1
 
 
