@@ -7,7 +7,6 @@ import inspect
 import re
 import typing
 
-from utils.distributed import speaks
 from utils.errors import InputError
 
 
@@ -82,4 +81,6 @@ class _Parser(argparse.ArgumentParser):
         return settings
 
     def error(self, message: str):
+        from utils.distributed import speaks  # PyTorch, which who reads settings without a fault need not have imported
+
         self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from config import arguments
-from utils.distributed import launcher, world_size
 from utils.errors import InputError
+from utils.world import launcher, world_size
 
 
 @dataclass(frozen=True)

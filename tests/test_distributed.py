@@ -40,6 +40,7 @@ from utils.engine import infer
 from utils.errors import InputError
 from utils.meeting import Ended, Meeting
 from utils.process import Interrupted
+from utils.world import launcher, share_of_cores
 
 DIVIDED = ("--global_batch", "--sync_bn", "--header_sharding")
 
@@ -395,20 +396,20 @@ def test_alone_there_is_nobody_to_tell():
     numbers = torch.arange(3.0)
     assert distributed.gathered(numbers) is distributed.own(numbers) is distributed.averaged(numbers) is numbers
     assert distributed.Agreement().after_step(15, 0) == [15, 0]
-    assert distributed.launcher() == "python"
-    assert distributed.threads() == 0
+    assert launcher() == "python"
+    assert share_of_cores() == 0
 
 
 def test_torchruns_processes_share_the_cores_unless_somebody_has_said_how(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12), raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.threads() == 3
+    assert share_of_cores() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert distributed.threads() == 0
-    assert distributed.launcher() == "torchrun --standalone --nproc_per_node 4 --"
+    assert share_of_cores() == 0
+    assert launcher() == "torchrun --standalone --nproc_per_node 4 --"
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    assert distributed.launcher() == "torchrun --nnodes 2 --nproc_per_node 4 --"
+    assert launcher() == "torchrun --nnodes 2 --nproc_per_node 4 --"
 
 
 def test_a_run_from_before_there_were_several_processes_goes_on(cfg, capsys):

@@ -4,6 +4,8 @@ import argparse
 import csv
 import json
 import pickle
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from config.config import Config
 from tests.conftest import encode, noise, put, write_images, write_pairs
+from tests.runs import ROOT
 from utils import recordio
 from utils.dataset import Faces
 from utils.errors import InputError
@@ -621,3 +624,10 @@ def test_a_picture_is_drawn_whatever_its_names_and_sizes(tmp_path):
     rows = [("$\\frac$", [noise(1), noise(2, 400)[:90]]), ("\udcff".encode(errors="replace").decode(), [])]
     report._draw(rows, tmp_path / "picture.png")
     assert cv2.imread(str(tmp_path / "picture.png")).shape[2] == 3
+
+
+def test_processes_that_read_images_do_without_pytorch():
+    """It would cost each of them seconds, and hundreds of megabytes."""
+    modules = "utils.prepare.contents, utils.prepare.align, utils.prepare.rec"
+    run = [sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(run, cwd=ROOT, check=False).returncode == 0

@@ -25,6 +25,7 @@ from utils.losses import AdaDistill, ArcDistill, build_header
 from utils.process import Interrupted, guarded, setup
 from utils.progress import Progress
 from utils.sharding import margin_loss, spread
+from utils.world import rank, world_size
 
 HEADERS = ("ElasticArcFace", "ElasticArcFace+", "CurricularFace", "AdaDistill", "ArcDistill")
 CASES = [(header, sharding) for header in HEADERS for sharding in (False, True)]
@@ -61,11 +62,11 @@ def run_with_kills(plan: str, *given: str) -> None:
     Steps are counted anew at each attempt.
     """
     take, taken, attempt = Progress._take_step, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    rank, step = [*plan.split(","), *[":"] * 99][attempt].split(":")
+    doomed, step = [*plan.split(","), *[":"] * 99][attempt].split(":")
 
     def take_or_die(self, *values):
         taken.append(self)
-        if (os.environ["RANK"], str(len(taken))) == (rank, step):
+        if (os.environ["RANK"], str(len(taken))) == (doomed, step):
             os.kill(os.getpid(), signal.SIGKILL)
         take(self, *values)
 
@@ -80,7 +81,7 @@ def run_while_one_waits(*given: str) -> None:
     def take_wait_or_die(self, *values):
         taken.append(self)
         if len(taken) == 3:
-            if distributed.rank():
+            if rank():
                 os.kill(os.getpid(), signal.SIGKILL)
             until = time.monotonic() + 60
             while time.monotonic() < until:
@@ -178,8 +179,8 @@ def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool, **options)
     """A signal comes to the last process only; all stop together."""
 
     def stop(number: int) -> None:
-        late = distributed.world_size() > 1  # a step later the others have heard of it
-        if distributed.rank() == distributed.world_size() - 1 and number == STOPPED_AFTER - late:
+        late = world_size() > 1  # a step later the others have heard of it
+        if rank() == world_size() - 1 and number == STOPPED_AFTER - late:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
@@ -221,14 +222,14 @@ def _as_published(cfg: Config) -> None:
     A signal comes to one process while all verify.
     """
     cfg = published(cfg, 3)
-    rank, found = distributed.rank(), {}
+    found = {}
     train(cfg, "published", network=Layers)
     network, _ = train(cfg, "dropout", network=lambda: Layers(0.5))
     found["kept"] = network.kept[0]
 
     def validate(network: nn.Module) -> float:
         found["verified"] = {name: value.clone() for name, value in network.state_dict().items()}
-        if rank == 1:
+        if rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         infer(**inference(20), cfg=cfg, title="test")
         return 1.0
@@ -242,7 +243,7 @@ def _as_published(cfg: Config) -> None:
         train(cfg, "verified", validate=validate)
     except Interrupted as stopped:
         found["said"] = str(stopped)
-    torch.save(found, Path(cfg.output) / f"published {rank}.pth")
+    torch.save(found, Path(cfg.output) / f"published {rank()}.pth")
 
 
 def published(cfg: Config, batch_size: int) -> Config:
@@ -254,7 +255,7 @@ def _spoilt(cfg: Config) -> None:
     kernels = []
 
     def spoil(step: int) -> float:
-        return float("nan") if step == 2 and distributed.rank() else 1.0
+        return float("nan") if step == 2 and rank() else 1.0
 
     def keep(self, *given):
         take(self, *given)
@@ -265,7 +266,7 @@ def _spoilt(cfg: Config) -> None:
     try:
         train(cfg, "spoilt", spoil=spoil)
     except InputError as error:
-        torch.save([str(error), *kernels], Path(cfg.output) / f"spoilt {distributed.rank()}.pth")
+        torch.save([str(error), *kernels], Path(cfg.output) / f"spoilt {rank()}.pth")
     finally:
         Progress._take_step = take
 
@@ -284,7 +285,7 @@ def _saved_when_due(cfg: Config) -> None:
         train(cfg, "due")
     finally:
         Progress.save, Progress.due = save, due
-    (Path(cfg.output) / f"due {distributed.rank()}.json").write_text(json.dumps(saves))
+    (Path(cfg.output) / f"due {rank()}.json").write_text(json.dumps(saves))
 
 
 def _infer(cfg: Config, world: str) -> None:
@@ -292,7 +293,7 @@ def _infer(cfg: Config, world: str) -> None:
     output, found = Path(cfg.output), {}
     for count in (20, 2):
         found[str(count)] = infer(**inference(count), cfg=cfg, title="test")
-    np.savez(output / f"{world} {distributed.rank()}.npz", **found)
+    np.savez(output / f"{world} {rank()}.npz", **found)
     given = inference(20)
     outputs = [Output(output / f"{world}{k}.npy", {"images": world}, given["function"]) for k in range(2)]
     embed_all(outputs, given["network"], given["columns"], cfg)
@@ -308,16 +309,16 @@ def inference(count: int) -> dict:
 
 def _refusals(cfg: Config) -> None:
     """What is raised, on each process, for settings and data of which one process has others."""
-    rank, said = distributed.rank(), []
-    moved = replace(cfg, data=cfg.data if rank < 2 else f"{cfg.data} 2", cache=f"{cfg.cache} {rank}")
+    here, said = rank(), []
+    moved = replace(cfg, data=cfg.data if here < 2 else f"{cfg.data} 2", cache=f"{cfg.cache} {here}")
     columns = inference(20)["columns"]
     attempts = [
-        lambda: setup(replace(cfg, lr=0.2 if rank == 2 else 0.1)),
+        lambda: setup(replace(cfg, lr=0.2 if here == 2 else 0.1)),
         lambda: setup(replace(cfg, batch_size=4)),
         lambda: setup(replace(cfg, batch_size=3)),
         lambda: setup(replace(cfg, batch_size=3), trains=False),
         lambda: train(moved, "refused"),
-        lambda: embed_all([Output(Path(cfg.output) / "x.npy", {"weights": rank}, None)], nn.Linear(1, 1), columns, cfg),
+        lambda: embed_all([Output(Path(cfg.output) / "x.npy", {"weights": here}, None)], nn.Linear(1, 1), columns, cfg),
         lambda: distributed.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
     ]
     for attempt in attempts:
@@ -325,7 +326,7 @@ def _refusals(cfg: Config) -> None:
             attempt()
         except InputError as error:
             said.append(str(error))
-    (Path(cfg.output) / f"said {rank}.txt").write_text("\n".join(said))
+    (Path(cfg.output) / f"said {here}.txt").write_text("\n".join(said))
 
 
 PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "waits": run_while_one_waits, "two": two, "three": three}

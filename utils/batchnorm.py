@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from utils import distributed
+from utils.world import world_size
 
 
 def share_statistics(network: nn.Module) -> None:
@@ -31,7 +32,7 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = x - mean
         variance = _Mean.apply(centred.square().mean(others, keepdim=True))
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * distributed.world_size()
+            count = x.numel() // x.shape[1] * world_size()
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)

@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from config.config import Config
-from utils.distributed import is_first, on_first, world_size
+from utils.distributed import on_first
 from utils.errors import Damaged, InputError
 from utils.files import check_seal, replaced, seal, sha256, sha256_of, write_json, write_text
+from utils.world import is_first, world_size
 
 CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
 IDENTITIES = "identities"

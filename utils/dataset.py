@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from config.config import Config
-from utils.distributed import rank, world_size
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.files import sha256
@@ -28,6 +27,7 @@ from utils.memory import free_memory
 from utils.split import read_quarter, require_split
 from utils.store import ImageStore
 from utils.threads import map_ahead
+from utils.world import rank, world_size
 
 PART = 1 << 26  # bytes that pass through memory together on their way to the device
 AHEAD = 2  # batches gathered ahead of the consumer by each worker

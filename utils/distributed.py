@@ -4,12 +4,11 @@ Each is a rank of torch.distributed's default group, with NCCL on GPUs and gloo 
 function here that exchanges something must be called by all ranks, in the same order; alone it changes nothing.
 """
 
-import contextlib
 import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
 from utils.meeting import Ended, Lookout, Meeting, limited
+from utils.world import is_first, is_launched, rank, world_size
 
 if TYPE_CHECKING:
     from config.config import Config
@@ -39,44 +39,6 @@ ALL_ALONG = timedelta(days=36_500)
 _meeting: Meeting | None = None
 _control: dist.ProcessGroup | None = None  # for what the CPUs tell each other, in no GPU's way
 _lookout: Lookout | None = None
-
-
-def is_launched() -> bool:
-    """Whether torchrun, or whoever sets the environment as it does, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_first() -> bool:
-    return rank() == 0
-
-
-def launcher() -> str:
-    """What starts as many processes as there are, before a script's name; where the machines meet is left out."""
-    if not is_launched():
-        return "python"
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    where = ["--standalone"] if machines == "1" else ["--nnodes", machines]
-    # Without the dashes it takes settings that begin as its own do for its own.
-    return " ".join(["torchrun", *where, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"])
-
-
-def threads() -> int:
-    """This process's share of the cores that its machine gives, where torchrun allows it one; 0: nothing to change.
-
-    That one may be a user's own wish cannot be seen: there is the setting num_threads.
-    """
-    if not is_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 # From meeting to leaving ----------------------------------------------------------------------------------------------
@@ -200,17 +162,6 @@ def on_first(function: Callable[[], Any]) -> Any:
     if said[1] is not None:
         raise said[1]
     return said[0]
-
-
-@contextlib.contextmanager
-def first_of_machine_before() -> Iterator[bool]:
-    """The first process of each machine goes through the block before the others; yields whether this is one."""
-    is_one = world_size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_one:
-        wait_for_all()
-    yield is_one
-    if is_one:
-        wait_for_all()
 
 
 def require_same(values: dict[str, Any], advice: str) -> None:

@@ -22,6 +22,7 @@ from utils.files import locked, refuse_if_locked
 from utils.process import Interrupted, StopSignals
 from utils.progress import Losses, Progress, events, listed
 from utils.sharding import ShardedHeader
+from utils.world import is_first, rank, world_size
 
 Validate = Callable[[], tuple[dict[str, float], float]]
 """Scores to log, and the one that decides which epoch is best (higher is better)."""
@@ -95,7 +96,7 @@ def fit(
             return
         device = device_of(cfg)
         backbone.to(device, memory_format=torch.channels_last)
-        if cfg.sync_bn and distributed.world_size() > 1:
+        if cfg.sync_bn and world_size() > 1:
             share_statistics(backbone)
         modules = [backbone] if header is None else [backbone, header.to(device)]
         parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
@@ -117,8 +118,8 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
     steps = len(faces) // batch_size
     read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     columns = cache(read, faces.rows, device, cfg.device_cache_gb)
-    several = distributed.world_size() > 1
-    place = () if distributed.is_first() else (distributed.rank(),)  # other processes' dropout is another
+    several = world_size() > 1
+    place = () if is_first() else (rank(),)  # other processes' dropout is another
     # Such a step is shorter than launching its kernels.
     replayed = device.type == "cuda" and "image" not in read and not several
     modules = [progress.backbone] if progress.header is None else [progress.backbone, progress.header]
@@ -188,7 +189,7 @@ def _leaving_together(stop: StopSignals, agreement: distributed.Agreement) -> It
 
 def _held(folder: Path) -> contextlib.AbstractContextManager:
     """The run folder, for rank 0, which writes it."""
-    return locked(folder) if distributed.is_first() else contextlib.nullcontext()
+    return locked(folder) if is_first() else contextlib.nullcontext()
 
 
 def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
@@ -219,7 +220,7 @@ def _need_a_batch(faces: Faces, cfg: Config) -> None:
     """Raises InputError where there is none, and where processes that belong together would read other data."""
     distributed.require_same(faces.sources, "Give all processes the same data, pairs and output.")
     if len(faces) < cfg.total_batch:
-        each = len(faces) // (1 if cfg.global_batch else distributed.world_size())
+        each = len(faces) // (1 if cfg.global_batch else world_size())
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
 
 
@@ -245,8 +246,8 @@ def infer(
     count = len(next(iter(columns.values())).arrays[0])
     parts = [range(count)] if parts is None else parts
     batches = [rows for part in parts for rows in cut(part, cfg.infer_batch_size)]
-    ranks, out = distributed.world_size(), None
-    mine = batches[distributed.rank() :: ranks]
+    ranks, out = world_size(), None
+    mine = batches[rank() :: ranks]
     if len(mine) * ranks < len(batches):
         mine.append(batches[-1])  # others have one more, and wait for what this process says of it
     was_training = network.training
@@ -275,7 +276,7 @@ def infer(
 
 def _of_all(result: torch.Tensor, most: int) -> torch.Tensor:
     """The results (at most `most`, ...) of each process, one after another; of several each filled up to `most`."""
-    if distributed.world_size() == 1:
+    if world_size() == 1:
         return result
     return distributed.gathered(torch.cat((result, result.new_zeros(most - len(result), *result.shape[1:]))))
 

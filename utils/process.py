@@ -22,6 +22,7 @@ from utils import distributed
 from utils.checkpoint import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
+from utils.world import is_launched, launcher, share_of_cores, world_size
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bool = False) -> None:
@@ -47,7 +48,7 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if alone and distributed.is_launched():
+        if alone and is_launched():
             raise InputError("This is the work of one process: start it with python, not with torchrun.")
         work()
         distributed.leave()
@@ -79,7 +80,7 @@ def _end(status: int, sentence: str) -> NoReturn:
             script = Path(sys.argv[0]).name
             print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-    if distributed.world_size() > 1:
+    if world_size() > 1:
         os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
     sys.exit(status)
 
@@ -106,7 +107,7 @@ def setup(cfg: Config, trains: bool = True) -> None:
     if trains:
         distributed.require_whole_batch(cfg)
     torch.manual_seed(cfg.seed)
-    if threads := cfg.num_threads or distributed.threads():
+    if threads := cfg.num_threads or share_of_cores():
         torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # NumPy 1 measures denormals when first asked, and warns where they are flushed
@@ -181,7 +182,7 @@ class StopSignals:
 def _this_command() -> str:
     module = _module_name()
     script = ["-m", module] if module else [sys.argv[0]]
-    return f"{distributed.launcher()} {shlex.join([*script, *sys.argv[1:]])}"
+    return f"{launcher()} {shlex.join([*script, *sys.argv[1:]])}"
 
 
 def _module_name() -> str:

@@ -11,9 +11,10 @@ from torch import nn
 from config.config import Config, Schedule
 from utils.capture import Replayed
 from utils.checkpoint import Run, wrong_with
-from utils.distributed import averaged, from_first, is_first, on_first, wait_for_all, world_size
+from utils.distributed import averaged, from_first, on_first, wait_for_all
 from utils.errors import InputError
 from utils.sharding import ShardedHeader, dense_state_dict
+from utils.world import is_first, world_size
 
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Named losses of a batch; the parameters are named after the columns that it reads (see utils.dataset).

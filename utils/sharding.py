@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from utils.distributed import gathered, is_first, own, rank, reduced, world_size
+from utils.distributed import gathered, own, reduced
+from utils.world import is_first, rank, world_size
 
 
 def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:

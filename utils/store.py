@@ -17,12 +17,12 @@ from tqdm import tqdm
 from config.config import Config
 from utils import images
 from utils.arrays import Filling, about, provide
-from utils.distributed import first_of_machine_before, is_first
 from utils.errors import Damaged, InputError
 from utils.files import printable, write_text
 from utils.index import Index, find_images
 from utils.recordio import RECORDS, image_of
 from utils.threads import map_ahead
+from utils.world import first_of_machine_before, is_first
 
 SIZE = 112  # pixels, height and width of every image
 MAX_BAD_SHARE = 0.001
