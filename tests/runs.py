@@ -44,12 +44,15 @@ def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
 
 
 def torchrun(processes: int, *command: str, options: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
-    """Runs a module or script with its arguments under torchrun on this machine: exit status, what was printed."""
+    """Runs a module or script with its arguments under torchrun on this machine: exit status, what was printed.
+
+    What hangs fails after ten minutes.
+    """
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     what = list(command) if command[0].endswith(".py") else ["-m", *command]
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    out = subprocess.PIPE, subprocess.STDOUT
-    done = subprocess.run([*start, *options, "--", *what], cwd=ROOT, env=given, stdout=out[0], stderr=out[1], text=True)
+    heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*start, *options, "--", *what], cwd=ROOT, env=given, timeout=600, **heard)
     return done.returncode, done.stdout
 
 
