@@ -207,6 +207,11 @@ def animated_png(kind: int) -> bytes:
     return images.PNG + b"".join(map(chunk, chunks, chunks.values()))
 
 
+def larger(webp: bytes) -> bytes:
+    """An animation that says that it is larger than its frames: OpenCV 4.11 by itself reads beyond its memory."""
+    return webp[:24] + (2000).to_bytes(3, "little") + webp[27:]
+
+
 BIG = "100,000,000 pixels"
 BAD = {
     "nothing": (b"", "is empty"),
@@ -222,9 +227,11 @@ BAD = {
     "half a png": (encode(noise(0), ".png")[:5000], "is a truncated PNG"),
     "head of a png": (encode(noise(0), ".png")[:16] + b"IEND", "ends in its header"),
     "half a webp": (saved(RGB, "webp")[:-900], "is a truncated WebP"),
+    "head of an animated webp": (b"RIFF\x08\0\0\0WEBPVP8X", "is no readable image"),
     "head of a webp": (b"RIFF\4\0\0\0WEBP", "ends in its header"),
     "damaged png": (png_of_size(180, 170).replace(b"IDAT", b"iDAT"), "is no readable image"),
     "damaged apng": (animated_png(9), "is no readable image"),  # OpenCV 4.11 by itself ends with a segmentation fault
+    "animated webp of another size": (larger(saved(RGB, "webp", lossless=True, **MOVING)), "is an animation whose"),
     "huge png": (png_of_size(20_000, 20_000), f"is 20000 x 20000, more than {BIG}"),
     "huge jpeg": (jpeg_of_size(20_000, 5_001), f"is 20000 x 5001, more than {BIG}"),
     "huge webp": (webp_of_size(16_000, 16_000), f"is 16000 x 16000, more than {BIG}"),

@@ -22,6 +22,7 @@ MOST_PIXELS = 100_000_000
 LONGEST_SIDE = 32_766  # pixels: OpenCV 4 cannot warp larger images
 MOST_BYTES = 8 * MOST_PIXELS  # no readable image of so many pixels is larger: 16 bits of four channels
 
+WEBP_MOVES = 2  # the bit of a WebP's header that says so
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 ENDINGS = {JPEG: ".jpg", PNG: ".png", WEBP: ".webp"}
 JPEG_MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])")  # of a segment that has a length
@@ -102,12 +103,12 @@ def decode(content: bytes, upright: bool) -> np.ndarray:
     """
     if not content:
         raise ValueError("is empty")
-    width, height = _size(content)
-    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
-        most = f"{MOST_PIXELS:,} pixels or {LONGEST_SIDE:,} in a row or column"
-        raise ValueError(f"is {width} x {height}, more than {most}")
+    _refuse_large(content)
     if content.startswith(PNG) and b"acTL" in content:
-        content = _still(content)
+        content = _still_png(content)
+    elif content.startswith(WEBP) and content[12:16] == b"VP8X" and int.from_bytes(content[20:21]) & WEBP_MOVES:
+        content = _still_webp(content)
+        _refuse_large(content)  # a frame has a size of its own
     flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
@@ -130,6 +131,13 @@ def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else "is too much for OpenCV, or for the memory"
 
 
+def _refuse_large(content: bytes) -> None:
+    width, height = _size(content)
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        most = f"{MOST_PIXELS:,} pixels or {LONGEST_SIDE:,} in a row or column"
+        raise ValueError(f"is {width} x {height}, more than {most}")
+
+
 def _size(content: bytes) -> tuple[int, int]:
     """Width and height of a whole JPEG, PNG or WebP file."""
     try:
@@ -146,7 +154,7 @@ def _size(content: bytes) -> tuple[int, int]:
     raise ValueError("is no JPEG, PNG or WebP image")
 
 
-def _still(content: bytes) -> bytes:
+def _still_png(content: bytes) -> bytes:
     """A PNG without its animation: OpenCV 4.11 ends with a segmentation fault where that is damaged."""
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
@@ -155,6 +163,30 @@ def _still(content: bytes) -> bytes:
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
+
+
+def _still_webp(content: bytes) -> bytes:
+    """The first frame of an animated WebP: OpenCV 4.11 reads beyond its memory where sizes do not agree.
+
+    What EXIF says is left out. Raises ValueError where the frame is not there, or not as large as the animation.
+    """
+    for kind, start, end in _chunks(content, 12, len(content)):
+        if kind == b"ANMF":
+            if content[start : start + 6] != bytes(6) or content[start + 6 : start + 12] != content[24:30]:
+                raise ValueError("is an animation whose first frame is only a part")
+            for inner, first, last in _chunks(content, start + 16, end):
+                if inner in (b"VP8 ", b"VP8L"):
+                    image = content[first - 8 : last] + bytes((last - first) % 2)
+                    return b"RIFF" + struct.pack("<I", 4 + len(image)) + b"WEBP" + image
+            break
+    raise ValueError("is no readable image")
+
+
+def _chunks(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, begin and end of each whole chunk of a WebP file."""
+    while at + 8 <= end and (last := at + 8 + struct.unpack_from("<I", content, at + 4)[0]) <= end:
+        yield content[at : at + 4], at + 8, last
+        at = last + last % 2
 
 
 def components_of_jpeg(content: bytes) -> int:
