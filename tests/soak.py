@@ -111,8 +111,8 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
 
 
 def _shortened(text: str, folder: Path) -> str:
-    """Without what only this run's temporary folder and settings put into a message."""
-    text = text.replace(f"{folder}/", "")
+    """Without what only this run's folders and settings put into a message."""
+    text = text.replace(f"{folder}/", "").replace(f"{trials.ROOT}/", "")
     command, settings, _ = text.partition(" --data ")
     return f"{command} ..." if settings else command
 

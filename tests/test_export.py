@@ -194,7 +194,11 @@ def test_files_and_settings_that_a_model_was_made_from(folder, teachers, tmp_pat
     """Of our own run folder also what decided its training, without what is of this machine; of a released file not."""
     run = tmp_path / "African"
     save(run / "best_backbone.pth", teachers[0].state_dict())
-    about = {"settings": {"lr": 0.1, "network": "iresnet_tiny"}, "all settings": {"data": "/home/me"}, "sessions": []}
+    about = {
+        "settings": {"lr": 0.1, "network": "iresnet_tiny"},
+        "all settings": {"data": "a place of this machine"},
+        "sessions": [],
+    }
     for place in (run, folder):
         write_json(place / "config.json", about)
     files = [run / "best_backbone.pth", *(folder / f"{name}.pth" for name in "bcd")]

@@ -333,5 +333,4 @@ PROGRAMS = {"stages": run_stages, "kills": run_with_kills, "waits": run_while_on
 
 
 if __name__ == "__main__":
-    distributed.meet()
     guarded(lambda: PROGRAMS[sys.argv[1]](*sys.argv[2:]), alone=False)

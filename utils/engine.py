@@ -122,8 +122,7 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
     place = () if is_first() else (rank(),)  # other processes' dropout is another
     # Such a step is shorter than launching its kernels.
     replayed = device.type == "cuda" and "image" not in read and not several
-    modules = [progress.backbone] if progress.header is None else [progress.backbone, progress.header]
-    whole = [module for module in modules if not isinstance(module, ShardedHeader)]
+    whole = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(distributed.averaging(losses, whole), cfg.max_grad_norm, replayed)
     agreement = distributed.Agreement()
     if progress.epoch or progress.step:

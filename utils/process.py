@@ -30,13 +30,7 @@ def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bo
 
     One that is to be `alone` is refused under torchrun.
     """
-
-    def work() -> None:
-        if not alone:
-            distributed.meet()
-        main(Config.from_args(argv))
-
-    guarded(work, alone)
+    guarded(lambda: main(Config.from_args(argv)), alone)
 
 
 def guarded(work: Callable[[], None], alone: bool = True) -> None:
@@ -50,6 +44,8 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
     try:
         if alone and is_launched():
             raise InputError("This is the work of one process: start it with python, not with torchrun.")
+        if not alone:
+            distributed.meet()
         work()
         distributed.leave()
     except torch.OutOfMemoryError as error:

@@ -53,6 +53,10 @@ class Progress:
         self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
         optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.backbone] if self.header is None else [self.backbone, self.header]
+
     def restore(self, state: dict | None) -> None:
         """Takes the state that rank 0 has read; all call it."""
 
@@ -185,8 +189,7 @@ class Progress:
         self.sums += seen
 
     def _tensors(self) -> list[torch.Tensor]:
-        modules = [self.backbone] if self.header is None else [self.backbone, self.header]
-        states = [module.state_dict() for module in modules]
+        states = [module.state_dict() for module in self.modules]
         momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
         return [value for state in states for value in state.values()] + momentum + [self.sums, *self._watch.tensors]
 
