@@ -36,7 +36,7 @@ def main(cfg: Config) -> None:
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
-    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
+    fit(losses, faces, folder, cfg, student, header, kind=cfg.ada_method, validate=validator(student, pairs, cfg))
     announce(cfg, folder, "-m eval.evaluation")
 
 

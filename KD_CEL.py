@@ -28,7 +28,7 @@ def main(cfg: Config) -> None:
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
     classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std)
+    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin("EAF-KD"))
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))
@@ -37,7 +37,7 @@ def main(cfg: Config) -> None:
             "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
         }
 
-    fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
+    fit(losses, faces, folder, cfg, student, header, kind="EAF-KD", validate=validator(student, pairs, cfg))
     announce(cfg, folder, "-m eval.evaluation")
 
 

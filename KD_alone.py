@@ -29,7 +29,7 @@ def main(cfg: Config) -> None:
     def losses(image, target):
         return {"kd": cfg.loss_lambda * F.mse_loss(F.normalize(student(image)), target)}
 
-    fit(losses, faces, folder, cfg, student, schedule=cfg.schedule, validate=validator(student, pairs, cfg))
+    fit(losses, faces, folder, cfg, student, kind="a-KD", validate=validator(student, pairs, cfg))
     announce(cfg, folder, "KD_CEL.py")
 
 

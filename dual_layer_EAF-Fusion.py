@@ -27,12 +27,12 @@ def main(cfg: Config) -> None:
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor(name, cfg)
     classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
+    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin(name))
 
     def losses(embedding, label):
         return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
 
-    fit(losses, faces, cfg.adaptor_dir(name), cfg, adaptor, header, schedule=cfg.schedule_fc)
+    fit(losses, faces, cfg.adaptor_dir(name), cfg, adaptor, header, kind=name)
     embed_targets(name, adaptor, faces, cfg)
     announce(replace(cfg, is_dual_layer=True), cfg.adaptor_dir(name), "KD_alone.py")
 

@@ -22,12 +22,12 @@ def main(cfg: Config) -> None:
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor("SL", cfg)
     classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, cfg.m, cfg.std_fc)
+    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin("SL"))
 
     def losses(embedding, label):
         return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
 
-    fit(losses, faces, cfg.adaptor_dir("SL"), cfg, adaptor, header, schedule=cfg.schedule_fc)
+    fit(losses, faces, cfg.adaptor_dir("SL"), cfg, adaptor, header, kind="SL")
     embed_targets("SL", adaptor, faces, cfg)
     announce(cfg, cfg.adaptor_dir("SL"), "dual_layer_EAF-Fusion.py")
 

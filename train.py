@@ -25,7 +25,7 @@ def main(cfg: Config) -> None:
     for teacher in cfg.selected_teachers:  # what is wrong with the last one is said before the first is trained
         faces[teacher] = Faces(cfg, teacher=teacher, flip=True, pairs=pairs, store=store)
         store = faces[teacher].store
-        check_run(faces[teacher], cfg.teacher_dir(teacher), cfg)
+        check_run(faces[teacher], cfg.teacher_dir(teacher), cfg, "teacher")
     for teacher in faces:
         train_teacher(cfg, teacher, faces[teacher], pairs)
     announce(cfg, cfg.network_dir / "teachers", "extract_all.py")
@@ -35,14 +35,14 @@ def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pair
     setup(cfg)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
     shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
-    header = build_header(cfg.loss, *shape, cfg.s, cfg.m, cfg.std, sharding)
-    validate = validator(backbone, pairs, cfg, best_on=teacher if teacher in pairs else "")
+    header = build_header(cfg.loss, *shape, cfg.s, *cfg.margin("teacher"), sharding)
+    validate = validator(backbone, pairs, cfg, best_on=cfg.group_of(teacher))
 
     def losses(image, label):
         return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
 
     print(f"Teacher {teacher}: {len(faces):,} images of {faces.num_classes:,} identities.")
-    fit(losses, faces, cfg.teacher_dir(teacher), cfg, backbone, header, schedule=cfg.schedule, validate=validate)
+    fit(losses, faces, cfg.teacher_dir(teacher), cfg, backbone, header, kind="teacher", validate=validate)
 
 
 if __name__ == "__main__":

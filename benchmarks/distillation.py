@@ -52,7 +52,7 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
             return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
         folder = work / "students" / f"{name}-AdaArcDistill"
-        fit(losses, faces, folder, cfg, student, header, schedule=cfg.schedule, validate=faces.validate)
+        fit(losses, faces, folder, cfg, student, header, kind="AdaArcDistill", validate=faces.validate)
         return faces.rate()
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def measure(network: str, batch: int, precision: str, compiled: bool, seen: int 
         torch.cuda.reset_peak_memory_stats()
     before = graphs()
     try:
-        _fit(losses, faces, "teachers", cfg, backbone, header)
+        _fit(losses, faces, "teacher", cfg, backbone, header)
     except torch.OutOfMemoryError:
         return Measured(network, batch, precision, compiled, 0.0, 0.0, 0.0)
     if compiled and graphs() == before:
@@ -89,8 +89,8 @@ def measure_adaptor(steps: int = 5000) -> float:
     random = np.random.default_rng(0)
     rows = {"embedding": random.normal(size=(4 * 128, 2048)).astype(np.float32)}
     faces = Timed(cfg, rows | {"label": random.integers(0, CLASSES, 4 * 128)}, flip=False, times=steps // 4)
-    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, CLASSES, std=cfg.std_fc)
-    _fit(adaptor_losses(adaptor, header), faces, "adaptors", cfg, adaptor, header)
+    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, CLASSES, cfg.s, *cfg.margin("SL"))
+    _fit(adaptor_losses(adaptor, header), faces, "SL", cfg, adaptor, header)
     return faces.rate()
 
 
@@ -131,10 +131,9 @@ def _config(**settings) -> Config:
 
 
 def _fit(losses, faces: Timed, kind: str, cfg: Config, *modules: torch.nn.Module) -> None:
-    schedule = cfg.schedule_fc if kind == "adaptors" else cfg.schedule
     memory = Path("/dev/shm")  # checkpoints of a gigabyte are not what is measured
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        fit(losses, faces, Path(folder) / kind / "run", cfg, *modules, schedule=schedule, validate=faces.validate)
+        fit(losses, faces, Path(folder) / "run", cfg, *modules, kind=kind, validate=faces.validate)
 
 
 @functools.cache

@@ -230,9 +230,9 @@ def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
 
 def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES, times: int = AGAIN) -> float:
     cfg = replace(cfg, num_epoch_fc=EPOCHS)
-    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, classes, std=cfg.std_fc)
+    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, classes, 64.0, *cfg.margin("SL"))
     faces = Timed(cfg, adaptor_columns(classes), flip=False, times=times)
-    options = {"schedule": cfg.schedule_fc, "validate": faces.validate}
+    options = {"kind": "SL", "validate": faces.validate}
     fit(adaptor_losses(adaptor, header), faces, work / "adaptors" / "SL", cfg, adaptor, header, **options)
     return faces.rate()
 
@@ -301,7 +301,7 @@ class Step:
         cfg = replace(cfg, batch_size=self.batch, num_epoch=EPOCHS, compile=self.compile)
         modules = self.modules(ElasticArcFace)
         faces, before = Timed(cfg, self.columns(images[: self.batch * self.steps]), flip=True, times=AGAIN), graphs()
-        options = {"schedule": cfg.schedule, "validate": faces.validate}
+        options = {"kind": "EAF-KD", "validate": faces.validate}
         fit(self.losses(*modules), faces, work / "students" / self.stage, cfg, *modules, **options)
         if self.compile and graphs() == before:
             raise RuntimeError(f"{self.stage} was not compiled.")

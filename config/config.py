@@ -1,4 +1,4 @@
-"""The one file to edit: each setting, its published default, and the paths and schedules that follow from them."""
+"""The one file to edit: each setting, its published default, and the paths that follow from them."""
 
 import dataclasses
 import hashlib
@@ -6,11 +6,14 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import arguments
+from config.published import ADA_MARGINS, MARGINS, STD_FC, Schedule, scaled_milestones
+from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 from utils.errors import InputError
 from utils.world import launcher, world_size
 
@@ -23,7 +26,7 @@ class Config:
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
     ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
-    leave_out: str = ""  # a file that names identities and images, a line each, to train without: see utils.prepare
+    leave_out: str | None = None  # a file that names identities and images to train without, one a line: utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
     # What a script works on
@@ -42,9 +45,9 @@ class Config:
     # Losses
     loss: str = "ElasticArcFace"  # of teachers; or ElasticCosFace (both also with +), ArcFace, CosFace, CurricularFace
     s: float = 64.0  # scale of the logits
-    m: float = 0.50  # margin of all headers: of the teachers' loss (CosFace losses: 0.35), adaptors and EAF-KD
-    std: float = 0.05  # spread of the elastic margin (+: 0.0175 for ElasticArcFace+, 0.02 for ElasticCosFace+)
-    std_fc: float = 0.0125  # spread of the elastic margin of the adaptors
+    m: float | None = None  # margin of teachers, adaptors and EAF-KD; None: as published, Arc 0.5, Cos 0.35
+    std: float | None = None  # spread of an elastic margin; None: 0.05, ElasticArcFace+ 0.0175, ElasticCosFace+ 0.02
+    std_fc: float | None = None  # spread of the elastic margin of adaptors; None: 0.0125, as in the published code
     loss_lambda: float = 10000.0  # weight of the distillation loss of the students
     flip_targets: bool = False  # a student that sees a flipped image learns the target of the flipped image
 
@@ -53,14 +56,14 @@ class Config:
     ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: as student_network
     ada_loss: str = "AdaArcDistill"  # or AdaCosDistill; ArcDistill, CosDistill: the centres of the source's header stay
     ada_weighted: bool = True  # alpha is weighted by how close the centre is to the teacher (Eq. 8; False: Eq. 7)
-    ada_m: float = -1.0  # margin of AdaDistill; -1: as published, 0.45, or 0.35 for the losses with Cos
+    ada_m: float | None = None  # margin of AdaDistill; None: as published, 0.45, or 0.35 for the losses with Cos
 
     # Optimisation
-    num_epoch: int = 52  # epochs of teachers and students
-    milestones: tuple[int, ...] = ()  # their learning rate drops; empty: as published, scaled to the epochs
+    num_epoch: int | None = None  # epochs; None: as published, teachers 52, students and standalone networks 26
+    milestones: tuple[int, ...] | None = None  # epochs of learning rate drops; None: as published, scaled to num_epoch
     lr: float = 0.1  # learning rate of teachers and students for 512 images a step
     num_epoch_fc: int = 26  # epochs of the adaptors
-    milestones_fc: tuple[int, ...] = ()  # their learning rate drops; empty: as published, scaled to the epochs
+    milestones_fc: tuple[int, ...] | None = None  # their drops; None: as published, scaled to num_epoch_fc
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
     batch_size: int = 128  # images (or rows) a step, of each process
     global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
@@ -71,22 +74,22 @@ class Config:
     seed: int = 0  # decides initial weights, order, flips, margins, dropout and the quarters of the baseline
 
     # Running
-    device: str = "auto"  # auto | cpu | cuda
+    device: str | None = None  # cpu | cuda; None: a GPU where there is one
     precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
     header_sharding: bool = False  # spread the classes of the header over the processes: for millions of them
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
     cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
-    device_cache_gb: float = -1.0  # data that stays on the device; -1: half of what a GPU has free, on a CPU none
-    num_threads: int = 0  # CPU threads; 0: as many as there are cores
-    num_workers: int = 2  # threads that read batches ahead of the step; 0: each is read when it is needed
+    device_cache_gb: float | None = None  # data kept on the device; None: half of a GPU's free memory, on a CPU nothing
+    num_threads: int | None = None  # CPU threads; None: one for each core
+    num_workers: int = 2  # threads that read batches ahead of the step; with 0 each batch is read when it is needed
     infer_batch_size: int = 256  # images a step where nothing is trained
     weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
     checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
 
     # Evaluation
-    pairs_sets: tuple[str, ...] = ()  # verify on <pairs>/<name>.bin instead of the groups, in training too: lfw,cfp_fp
-    checkpoint: str = ""  # evaluate this file of weights only: of a `network`, or of an adaptor on top of `teacher`
+    pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
+    checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     report: bool = False  # write report.html too, with all tables and pictures
@@ -95,55 +98,52 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, float) and type(value) is int:
+            value, (kind, _, is_optional) = getattr(self, field.name), arguments.kind_of(field)
+            if kind is float and type(value) is int:
                 value = float(value)
             if isinstance(value, list):
                 value = tuple(value)
             object.__setattr__(self, field.name, value)
-            if type(value) is not type(field.default):
-                raise InputError(f"{field.name} = {value!r} must be of type {type(field.default).__name__}.")
+            if not (type(value) is kind or (value is None and is_optional)):
+                raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}{' or None' * is_optional}.")
         for name, allowed in CHOICES.items():
-            self._check(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
-        self._check("batch_size", self.batch_size >= 2, "at least 2: one image has no statistics to normalise by")
+            self._check(name, lambda value, allowed=allowed: value in allowed, "one of " + ", ".join(allowed))
+        self._check("batch_size", lambda n: n >= 2, "at least 2: one image has no statistics to normalise by")
         for name in ("embedding_size", "middle_layer_size", "num_epoch", "num_epoch_fc", "infer_batch_size"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+            self._check(name, lambda n: n >= 1, "at least 1")
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("m", "std", "std_fc", "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        self._check("momentum", self.momentum < 1, "below 1")
-        self._check(
-            "device_cache_gb", self.device_cache_gb == -1 or 0 <= self.device_cache_gb < math.inf, "-1, or 0 or more"
-        )
-        self._check("ada_m", self.ada_m == -1 or 0 <= self.ada_m < math.inf, "-1, or 0 or more")
-        self._check("seed", 0 <= self.seed < 2**63, "0 or more, and below 2**63")
-        for name in ("num_threads", "num_workers"):
-            self._check(name, 0 <= getattr(self, name) <= 1024, "between 0 and 1024")
+            self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
+        margins = ("m", "std", "std_fc", "ada_m")
+        for name in (*margins, "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes", "device_cache_gb"):
+            self._check(name, lambda x: 0 <= x < math.inf, "0 or more")
+        self._check("momentum", lambda x: x < 1, "below 1")
+        self._check("seed", lambda n: 0 <= n < 2**63, "0 or more, and below 2**63")
+        self._check("num_threads", lambda n: 1 <= n <= 1024, "between 1 and 1024")
+        self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
-            value = getattr(self, name)
-            holds = all(type(v) is int and v > 1 for v in value) and sorted(set(value)) == list(value)
-            self._check(name, holds, "increasing epoch numbers above 1")
-        for name in ("data", "pairs", "output", "cache"):
-            self._check(name, getattr(self, name) != "", "a path")
-
-        plain = all(re.fullmatch(r"[\w-]+", name) for name in self.pairs_sets)
-        self._check("pairs_sets", plain, "names of <name>.bin files in pairs, separated by commas")
-        self._check("teacher", self.checkpoint or not self.teacher, "empty where no checkpoint is given")
+            self._check(name, _are_milestones, "increasing epoch numbers above 1")
+        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint"):
+            self._check(name, lambda path: path != "", "a path")
+        self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
+        self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
         names = self.ethnicities
-        plain = all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
-        self._check("ethnicities", plain, "names of folders, separated by commas")
-        self._check("ethnicities", len(set(names)) == len(names), "different names")
+        self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
+        self._require("ethnicities", len(set(names)) == len(names), "different names")
         if self.is_teacher_baseline:
-            self._check("is_standalone", not self.is_standalone, "False together with is_teacher_baseline")
-            self._check("ethnicities", names, "names of groups, which the baseline's teachers divide")
+            self._require("is_standalone", not self.is_standalone, "False together with is_teacher_baseline")
+            self._require("ethnicities", names, "names of groups, which the baseline's teachers divide")
         meant = {"All", "average", "teachers", "adaptors", "students", *ADAPTORS, *self.quarters}
         reserved = sorted(name for name in names if name in meant or name.endswith("_flipped"))
-        self._check("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
+        self._require("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
-        self._check("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
+        self._require("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
 
-    def _check(self, name: str, holds: bool, wanted: str) -> None:
+    def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
+        """Raises InputError where the value of a setting, if it is not None, does not satisfy `holds`."""
+        value = getattr(self, name)
+        self._require(name, value is None or holds(value), wanted)
+
+    def _require(self, name: str, holds: object, wanted: str) -> None:
         if not holds:
             raise InputError(f"{name} = {getattr(self, name)!r} must be {wanted}.")
 
@@ -181,10 +181,24 @@ class Config:
         published = [name for name in PUBLISHED_ORDER if name in self.ethnicities]
         return (*published, *(name for name in self.ethnicities if name not in published))
 
+    def group_of(self, teacher: str) -> str:
+        """The group whose accuracy decides which epoch of a teacher is the best; "" where it is the average.
+
+        A specialised teacher's is its own (paper 4.2). Those of the baseline's are African, Asian, Caucasian, Indian in
+        this order (paper 4.5 and Table 1), other names following in the order given.
+        """
+        if not self.of_groups or self.setting == "standalone":
+            return ""
+        if not self.is_teacher_baseline:
+            return teacher
+        known = [name for name in ASSIGNED_ORDER if name in self.ethnicities]
+        groups = (*known, *(name for name in self.ethnicities if name not in known))
+        return groups[self.quarters.index(teacher)]
+
     @property
     def selected_ethnicities(self) -> tuple[str, ...]:
         """The groups that `ethnicity` selects."""
-        self._check("ethnicities", self.ethnicities, "names of groups")
+        self._require("ethnicities", self.ethnicities, "names of groups")
         return self._selected(self.ethnicities, "a group")
 
     @property
@@ -195,15 +209,17 @@ class Config:
     def _selected(self, names: tuple[str, ...], what: str) -> tuple[str, ...]:
         if self.ethnicity == "All":
             return names
-        self._check("ethnicity", self.ethnicity in names, f"{what}: {', '.join(dict.fromkeys(('All', *names)))}")
+        self._require("ethnicity", self.ethnicity in names, f"{what}: {', '.join(dict.fromkeys(('All', *names)))}")
         return (self.ethnicity,)
 
     @property
     def adaptor(self) -> str:
         """The adaptor that the students learn from: SL, DuL or DLDPO."""
-        self._check("ada_source", self.setting != "standalone", "teacher where there is one teacher, and no adaptor")
+        self._require("ada_source", self.setting != "standalone", "teacher where there is one teacher, and no adaptor")
         if not self.is_dual_layer:
-            self._check("has_dropout", not self.has_dropout, "False for the single-layer adaptor, or set is_dual_layer")
+            self._require(
+                "has_dropout", not self.has_dropout, "False for the single-layer adaptor, or set is_dual_layer"
+            )
             return "SL"
         return "DLDPO" if self.has_dropout else "DuL"
 
@@ -213,12 +229,8 @@ class Config:
         if self.ada_source == "adaptor":
             return self.adaptor
         names = self.selected_teachers
-        self._check("ethnicity", len(names) == 1, f"one of {', '.join(names)}: the teacher to learn from")
+        self._require("ethnicity", len(names) == 1, f"one of {', '.join(names)}: the teacher to learn from")
         return names[0]
-
-    @property
-    def ada_margin(self) -> float:
-        return (0.45 if "Arc" in self.ada_loss else 0.35) if self.ada_m == -1 else self.ada_m
 
     @property
     def ada_method(self) -> str:
@@ -304,28 +316,39 @@ class Config:
         """Images (or rows) a step, of all processes together."""
         return self.batch_size if self.global_batch else self.batch_size * world_size()
 
-    @property
-    def schedule(self) -> "Schedule":
-        """Of teachers and students."""
-        milestones = self.milestones or scaled_milestones(self.num_epoch)
-        return Schedule(self.num_epoch, self.lr * self.total_batch / 512, milestones)
+    def schedule(self, kind: str) -> Schedule:
+        """Epochs and learning rates of training `kind`: teacher, an adaptor, or a student's method."""
+        if kind in ADAPTORS:
+            epochs, milestones, lr = self.num_epoch_fc, self.milestones_fc, self.lr_fc
+        else:
+            published = 52 if kind == "teacher" and self.setting != "standalone" else 26
+            epochs, milestones, lr = self.num_epoch or published, self.milestones, self.lr
+        milestones = scaled_milestones(epochs) if milestones is None else milestones
+        return Schedule(epochs, lr * self.total_batch / 512, milestones)
 
-    @property
-    def schedule_fc(self) -> "Schedule":
-        """Of adaptors."""
-        milestones = self.milestones_fc or scaled_milestones(self.num_epoch_fc)
-        return Schedule(self.num_epoch_fc, self.lr_fc * self.total_batch / 512, milestones)
+    def margin(self, kind: str) -> tuple[float, float]:
+        """Mean and standard deviation of the header's margin in training `kind`: set, or published for its loss."""
+        if kind in ADA_METHODS:
+            return ADA_MARGINS[self.ada_loss] if self.ada_m is None else self.ada_m, 0.0
+        m, std = MARGINS[self.loss if kind == "teacher" else "ElasticArcFace"]
+        std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (std, self.std)
+        return m if self.m is None else self.m, std if given_std is None else given_std
+
+    def published(self, kind: str) -> dict[str, Any]:
+        """The published values that training `kind` takes for those of its settings that are None."""
+        schedule, (m, std) = self.schedule(kind), self.margin(kind)
+        values = {"num_epoch": schedule.epochs, "m": m, "ada_m": m, "std": std, "std_fc": std}
+        values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
+        script = script_that_trains(kind)
+        return {name: values[name] for name in values if getattr(self, name) is None and reads(script, name)}
+
+    # Commands ---------------------------------------------------------------------------------------------------------
 
     @property
     def changed(self) -> list[str]:
         """The arguments that give these settings to another script."""
-        arguments = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                arguments += [f"--{field.name}", text]
-        return arguments
+        fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        return [text for f in fields for text in (f"--{f.name}", arguments.as_text(getattr(self, f.name)))]
 
     def command(self, script: str) -> str:
         """The command that runs another stage with these settings, on all ethnicities unless one is the source."""
@@ -334,39 +357,20 @@ class Config:
         return f"{start} {script} {shlex.join(dataclasses.replace(self, ethnicity=ethnicity).changed)}".rstrip()
 
     def decisive(self, kind: str) -> dict[str, Any]:
-        """The settings that decide what a run computes; `kind` is a key of DECISIVE."""
-        names = (*DECISIVE["every run"], *DECISIVE[kind])
-        found = {name: getattr(self, name) for name in names}
-        found["batch_size"] = self.total_batch  # on how many processes, a run may change
+        """The settings that decide what training `kind` computes: all that it reads but CHANGES_NO_NUMBER."""
+        script, published = script_that_trains(kind), self.published(kind)
+        names = [field.name for field in dataclasses.fields(self) if reads(script, field.name)]
+        found = {name: published.get(name, getattr(self, name)) for name in names if name not in CHANGES_NO_NUMBER}
+        found["batch_size"] = self.total_batch  # the number of processes may change, what they compute together may not
+        if kind in ADAPTORS:
+            found["teachers"] = self.teachers  # the order of the adaptor's inputs
         return found
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Epochs and learning rate of one run: `base_lr`, divided by ten at every milestone."""
-
-    epochs: int
-    base_lr: float
-    milestones: tuple[int, ...]
-
-    def lr(self, epoch: int) -> float:
-        """Of the 0-based `epoch`; a drop at m applies when epoch + 1 >= m, that is after m - 1 finished epochs."""
-        return self.base_lr * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
-
-
-HEADERS = (
-    "ElasticArcFace",
-    "ElasticArcFace+",
-    "ElasticCosFace",
-    "ElasticCosFace+",
-    "ArcFace",
-    "CosFace",
-    "CurricularFace",
-)
 NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet", "iresnet_tiny")
 SETTINGS = ("specialized", "baseline", "standalone", "")  # that of a checkpoint that is named is not known
 ADAPTORS = ("SL", "DuL", "DLDPO")
-ADA_LOSSES = ("AdaArcDistill", "AdaCosDistill", "ArcDistill", "CosDistill")
+ADA_LOSSES = tuple(ADA_MARGINS)
 ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
 METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
 ALONE = ("baseline_data_split.py", "-m eval.evaluation")  # scripts that are the work of one process
@@ -377,41 +381,22 @@ CHOICES = {
     "ada_source": ("adaptor", "teacher"),
     "ada_student_network": NETWORKS,
     "ada_loss": ADA_LOSSES,
-    "loss": HEADERS,
-    "device": ("auto", "cpu", "cuda"),
+    "loss": tuple(MARGINS),
+    "device": ("cpu", "cuda"),
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
 }
+# Order in which an adaptor reads its teachers (paper 4.3), and in which the groups have the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
-PUBLISHED_MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25), 60: (40, 48, 52)}
-DECISIVE = {
-    "every run": (
-        "seed",
-        "batch_size",
-        "sync_bn",
-        "momentum",
-        "weight_decay",
-        "max_grad_norm",
-        "embedding_size",
-        "s",
-        "precision",
-    ),
-    "teachers": ("network", "loss", "m", "std", "num_epoch", "milestones", "lr"),
-    "adaptors": ("teachers", "m", "std_fc", "middle_layer_size", "num_epoch_fc", "milestones_fc", "lr_fc"),
-    "students": ("student_network", "m", "std", "loss_lambda", "flip_targets", "num_epoch", "milestones", "lr"),
-    "AdaDistill": ("ada_student_network", "ada_method", "ada_m", "num_epoch", "milestones", "lr"),
-}
+ASSIGNED_ORDER = ("African", "Asian", "Caucasian", "Indian")
 
 
-def scaled_milestones(epochs: int) -> tuple[int, ...]:
-    """Published milestones for 52, 26 and (CASIA-WebFace) 60 epochs; for other lengths those of 26, scaled and rounded.
+def _are_milestones(epochs: tuple) -> bool:
+    return all(type(epoch) is int and epoch > 1 for epoch in epochs) and sorted(set(epochs)) == list(epochs)
 
-    Milestones that fall on one epoch are kept once, those at epoch 1 left out: no run starts below its learning rate.
-    """
-    if epochs in PUBLISHED_MILESTONES:
-        return PUBLISHED_MILESTONES[epochs]
-    scaled = {int(m * epochs / 26 + 0.5) for m in PUBLISHED_MILESTONES[26]}
-    return tuple(sorted(m for m in scaled if m > 1))
+
+def _are_names(names: tuple) -> bool:
+    return bool(names) and all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
 
 
 def _view(name: str, flipped: bool) -> str:

@@ -31,7 +31,7 @@ LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
 
 
 def main(cfg: Config) -> None:
-    setup(cfg)
+    setup(cfg, trains=False)
     folder = _folder(cfg)
     if cfg.checkpoint:
         model = model_of_files(cfg)

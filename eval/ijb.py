@@ -63,7 +63,7 @@ class Benchmark:
 
 def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: bool = True, norm: bool = True) -> None:
     """Evaluates networks of the kind `cfg.network`; the two switches are those of `image_weights`."""
-    setup(cfg)
+    setup(cfg, trains=False)
     networks = [load_backbone(cfg.network, path, cfg) for path in checkpoints]
     benchmark = load_benchmark(folder)
     about = {"benchmark": benchmark.name, "network": cfg.network, "detector score": detector_score, "norm": norm}

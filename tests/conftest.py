@@ -1,6 +1,10 @@
 """Small data sets that tests share. Images are noise: what is tested with them does not look at them."""
 
+import contextlib
+import dataclasses
 import pickle
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -9,6 +13,7 @@ import pytest
 import torch
 
 from config.config import Config
+from config.readers import called
 from tests.runs import GROUPS, arguments, run_script
 from utils.synthetic import generate
 
@@ -90,10 +95,47 @@ def faces(tmp_path_factory) -> Path:
     return folder
 
 
+COPYING = ("__post_init__", "_check", "changed", "command", "decisive", "published")
+"""Methods of Config that touch a setting without using its value for the work of the script."""
+
+
+@contextlib.contextmanager
+def recorded_reads() -> Iterator[dict[str, set[str]]]:
+    """Records the settings that each script reads, by the name of the script, within this context."""
+    names, found = {field.name for field in dataclasses.fields(Config)}, {}
+
+    def read(cfg: Config, name: str):
+        if name in names:
+            callers = sys._getframe(1).f_code, sys._getframe(2).f_code
+            methods = [code.co_qualname.split(".")[1:2] for code in callers if code.co_qualname.startswith("Config.")]
+            is_copy = Path(callers[0].co_filename).name in ("dataclasses.py", "<string>")  # replace, asdict, ==
+            if not is_copy and callers[0].co_name != "versions" and not any(method[0] in COPYING for method in methods):
+                found.setdefault(called(sys.argv[0]), set()).add(name)
+        return object.__getattribute__(cfg, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, "__getattribute__", read)
+        yield found
+
+
 @pytest.fixture(scope="session")
-def trained(faces, tmp_path_factory) -> tuple[Config, list[str]]:
-    """All stages of the specialised setting, then one of the baseline's teachers, then the evaluation."""
+def trained(trained_and_reads) -> tuple[Config, list[str]]:
+    return trained_and_reads[:2]
+
+
+@pytest.fixture(scope="session")
+def trained_and_reads(faces, tmp_path_factory) -> tuple[Config, list[str], dict[str, set[str]]]:
+    """All stages of the specialised setting, then one of the baseline's teachers, then the evaluation.
+
+    Also the settings that each script has read.
+    """
     given = arguments(faces, tmp_path_factory.mktemp("output"))
+    with recorded_reads() as reads:
+        _run_all(given)
+    return Config.from_args(given), given, reads
+
+
+def _run_all(given: list[str]) -> None:
     run_script("baseline_data_split.py", given)
     run_script("train.py", given)
     run_script("extract_all.py", [*given, "--flip_targets"])
@@ -106,4 +148,3 @@ def trained(faces, tmp_path_factory) -> tuple[Config, list[str]]:
     run_script("KD_AdaDistill.py", given)
     run_script("train.py", [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"])
     run_script("eval.evaluation", given)
-    return Config.from_args(given), given

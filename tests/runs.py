@@ -91,8 +91,8 @@ def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
             before_step(len(calls))
         return {"margin": F.cross_entropy(header(network(image), label), label)}
 
-    schedule = replace(cfg, num_epoch=epochs).schedule
-    fit(losses, faces, cfg.teacher_dir(name), cfg, network, header, schedule=schedule, validate=validate)
+    cfg = replace(cfg, num_epoch=epochs)
+    fit(losses, faces, cfg.teacher_dir(name), cfg, network, header, kind="teacher", validate=validate)
     return network, header
 
 

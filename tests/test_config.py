@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
-from config.arguments import _comments
-from config.config import Config, scaled_milestones
+from config.arguments import _comments, table
+from config.config import Config
+from config.published import scaled_milestones
+from config.readers import CHANGES_NO_NUMBER, READ_BY, reads
+from tests.runs import ROOT
 from utils.errors import InputError
 
 # Learning rate of each epoch as a power of ten below the first, from FACTS 1.2: a drop at m once m - 1 epochs are done.
@@ -15,15 +18,117 @@ PUBLISHED_26 = [0] * 7 + [1] * 6 + [2] * 6 + [3] * 5 + [4] * 2
 
 @pytest.mark.parametrize(("epochs", "drops"), [(52, PUBLISHED_52), (26, PUBLISHED_26)])
 def test_published_schedules_for_every_epoch(epochs, drops):
-    teacher = Config(num_epoch=epochs).schedule
-    adaptor = Config(num_epoch_fc=epochs).schedule_fc
+    teacher = Config(num_epoch=epochs).schedule("teacher")
+    adaptor = Config(num_epoch_fc=epochs).schedule("SL")
     assert [teacher.lr(epoch) for epoch in range(epochs)] == pytest.approx([0.025 * 0.1**d for d in drops])
     assert [adaptor.lr(epoch) for epoch in range(epochs)] == pytest.approx([0.25 * 0.1**d for d in drops])
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "epochs", "milestones"),
+    [
+        ("teacher", {}, 52, (16, 28, 40, 50)),  # paper 4.6
+        ("teacher", {"is_teacher_baseline": True}, 52, (16, 28, 40, 50)),
+        ("a-KD", {}, 26, (8, 14, 20, 25)),
+        ("EAF-KD", {"is_teacher_baseline": True}, 26, (8, 14, 20, 25)),
+        ("AdaArcDistill-alpha", {}, 26, (8, 14, 20, 25)),
+        ("SL", {}, 26, (8, 14, 20, 25)),
+        ("teacher", {"is_standalone": True}, 26, (8, 14, 20, 25)),
+        ("teacher", {"ethnicities": ()}, 26, (8, 14, 20, 25)),
+        ("a method of one's own", {}, 26, (8, 14, 20, 25)),
+        ("teacher", {"num_epoch": 60}, 60, (40, 48, 52)),
+        ("EAF-KD", {"num_epoch": 60, "milestones": ()}, 60, ()),
+        ("DuL", {"num_epoch": 60, "num_epoch_fc": 13, "milestones_fc": (2,)}, 13, (2,)),
+    ],
+)
+def test_epochs_are_as_published_for_what_is_trained(kind, settings, epochs, milestones):
+    schedule = Config(**settings).schedule(kind)
+    assert (schedule.epochs, schedule.milestones) == (epochs, milestones)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "margin"),
+    [
+        ("teacher", {}, (0.5, 0.05)),
+        ("teacher", {"loss": "ElasticArcFace+"}, (0.5, 0.0175)),
+        ("teacher", {"loss": "ElasticCosFace"}, (0.35, 0.05)),
+        ("teacher", {"loss": "ElasticCosFace+"}, (0.35, 0.02)),
+        ("teacher", {"loss": "ArcFace"}, (0.5, 0.0)),
+        ("teacher", {"loss": "CosFace"}, (0.35, 0.0)),
+        ("teacher", {"loss": "CurricularFace"}, (0.5, 0.0)),
+        ("teacher", {"loss": "CosFace", "m": 0.4}, (0.4, 0.0)),
+        ("SL", {"loss": "CosFace"}, (0.5, 0.0125)),
+        ("DLDPO", {"std": 0.1, "m": 0.2}, (0.2, 0.0125)),
+        ("DuL", {"std_fc": 0.05}, (0.5, 0.05)),
+        ("EAF-KD", {"loss": "ElasticCosFace+"}, (0.5, 0.05)),
+        ("EAF-KD", {"std": 0.0}, (0.5, 0.0)),
+        ("AdaArcDistill", {}, (0.45, 0.0)),
+        ("AdaCosDistill-alpha", {"ada_loss": "AdaCosDistill"}, (0.35, 0.0)),
+        ("ArcDistill", {"ada_loss": "ArcDistill", "ada_m": 0.3, "m": 0.2}, (0.3, 0.0)),
+    ],
+)
+def test_no_loss_trains_with_the_margin_of_another(kind, settings, margin):
+    assert Config(**settings).margin(kind) == margin
+
+
+def test_what_is_in_use_is_told_for_what_is_trained():
+    cfg = Config(loss="ElasticArcFace+", num_epoch=52)
+    assert cfg.published("teacher") == {"m": 0.5, "std": 0.0175, "milestones": (16, 28, 40, 50)}
+    assert cfg.published("SL") == {"m": 0.5, "std_fc": 0.0125, "milestones_fc": (8, 14, 20, 25)}
+    assert cfg.published("a-KD") == {"milestones": (16, 28, 40, 50)}
+
+
+def test_a_setting_takes_part_in_the_comparison_unless_it_is_listed():
+    @dataclasses.dataclass(frozen=True)
+    class Extended(Config):
+        label_smoothing: float = 0.0
+
+    script = {"teacher": "train.py", "SL": "fc_EArc.py", "a-KD": "KD_alone.py"}
+    for kind in script:
+        decisive = Extended(label_smoothing=0.1).decisive(kind)
+        assert decisive["label_smoothing"] == 0.1
+        read = {field.name for field in dataclasses.fields(Config) if reads(script[kind], field.name)}
+        assert read - decisive.keys() <= CHANGES_NO_NUMBER
+    assert "m" not in Config().decisive("a-KD")
+    assert Config().decisive("teacher") == Config(m=0.5, std=0.05, num_epoch=52, data="elsewhere").decisive("teacher")
+    assert {field.name for field in dataclasses.fields(Config)} >= CHANGES_NO_NUMBER
+    assert READ_BY.keys() <= {field.name for field in dataclasses.fields(Config)}
+
+
+def test_settings_that_a_script_does_not_read_are_named_with_those_that_read_them(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["some/where/train.py"])
+    Config.from_args(["--lr_fc", "3", "--lr", "0.2", "--num_epoch_fc=2", "--loss_lambda", "1", "--report"])
+    assert capsys.readouterr().out == (
+        "not read by train.py: lr_fc and num_epoch_fc, which fc_EArc.py and dual_layer_EAF-Fusion.py read; "
+        "loss_lambda, which KD_alone.py and KD_CEL.py read; report, which eval.evaluation reads.\n"
+    )
+    monkeypatch.setattr("sys.argv", ["eval/evaluation.py"])
+    Config.from_args(["--report", "--embedding_size", "32"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.argv", ["fc_EArc.py"])
+    with pytest.raises(SystemExit):
+        Config.from_args(["--help"])
+    assert "(not read by fc_EArc.py, but by train.py)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_page_of_all_settings_is_that_of_the_code():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page.endswith(table(Config)), "write it anew: python -m config.arguments > docs/configuration.md"
+
+
+def test_a_teacher_of_the_baseline_belongs_to_a_group():
+    baseline = Config(is_teacher_baseline=True)
+    assert [*map(baseline.group_of, baseline.teachers)] == ["African", "Asian", "Caucasian", "Indian"]
+    other = Config(is_teacher_baseline=True, ethnicities=("X", "Indian", "African"))
+    assert [*map(other.group_of, other.teachers)] == ["African", "Indian", "X"]
+    assert Config().group_of("Indian") == "Indian"
+    assert Config(is_standalone=True).group_of("All") == ""
+    assert Config(pairs_sets=("lfw",)).group_of("Indian") == ""
+
+
 def test_learning_rate_follows_the_batch_size():
-    assert Config(batch_size=512).schedule.lr(0) == pytest.approx(0.1)
-    assert Config(batch_size=64, lr_fc=2.0).schedule_fc.lr(0) == pytest.approx(0.25)
+    assert Config(batch_size=512).schedule("teacher").lr(0) == pytest.approx(0.1)
+    assert Config(batch_size=64, lr_fc=2.0).schedule("SL").lr(0) == pytest.approx(0.25)
 
 
 def test_other_lengths_are_scaled():
@@ -41,8 +146,8 @@ def test_other_lengths_are_scaled():
 
 def test_milestones_can_be_set():
     cfg = Config.from_args(["--num_epoch", "60", "--milestones", "40,48,52", "--milestones_fc", "16,28,40,50"])
-    assert [cfg.schedule.lr(e) / 0.025 for e in (38, 39, 47, 51)] == pytest.approx([1, 0.1, 0.01, 0.001])
-    assert [cfg.schedule_fc.lr(e) / 0.25 for e in (14, 15, 25)] == pytest.approx([1, 0.1, 0.1])
+    assert [cfg.schedule("a-KD").lr(e) / 0.025 for e in (38, 39, 47, 51)] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert [cfg.schedule("DLDPO").lr(e) / 0.25 for e in (14, 15, 25)] == pytest.approx([1, 0.1, 0.1])
 
 
 def test_settings_are_read_from_the_command_line():
@@ -59,6 +164,9 @@ def test_changed_settings_reach_the_next_command_unchanged():
     cfg = Config(ethnicities=("A", "B"), lr=0.5, is_teacher_baseline=True, milestones=(3, 5), num_epoch=6)
     assert Config.from_args(cfg.changed) == cfg
     assert Config().changed == []
+    constant = Config(milestones=(), m=0.2, pairs_sets=("lfw",))
+    assert Config.from_args(constant.changed) == constant
+    assert Config.from_args(["--m", "None", "--milestones", "None"]) == Config()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +178,7 @@ def test_changed_settings_reach_the_next_command_unchanged():
         (["--ethnicity", "Martian"], "ethnicity = 'Martian' must be one of All, African"),
         (["--network", "resnet"], "network = 'resnet' must be one of iresnet18"),
         (["--loss", "Triplet"], "loss = 'Triplet' must be one of ElasticArcFace"),
-        (["--device", "tpu"], "device = 'tpu' must be one of auto, cpu, cuda"),
+        (["--device", "tpu"], "device = 'tpu' must be one of cpu, cuda"),
         (["--batch_size", "1"], "batch_size = 1 must be at least 2"),
         (["--num_epoch", "0"], "num_epoch = 0 must be at least 1"),
         (["--lr", "-1"], "lr = -1.0 must be a number above 0"),
@@ -80,6 +188,10 @@ def test_changed_settings_reach_the_next_command_unchanged():
         (["--seed", "-3"], "seed = -3 must be 0 or more"),
         (["--seed", "9" * 20], "must be 0 or more, and below 2**63"),
         (["--ethnicities", "average,B"], "without average, which means something else"),
+        (["--pairs_sets", ""], "pairs_sets = () must be names of <name>.bin files"),
+        (["--device_cache_gb", "-1"], "device_cache_gb = -1.0 must be 0 or more"),
+        (["--lr", "None"], "argument --lr: invalid float value: 'None'"),
+        (["--checkpoint", ""], "checkpoint = '' must be a path"),
         (["--milestones", "5,3"], "milestones = (5, 3) must be increasing epoch numbers above 1"),
         (["--ethnicities", "A,A"], "ethnicities = ('A', 'A') must be different names"),
         (["--ethnicities", "A,../B"], "must be names of folders"),
@@ -103,6 +215,10 @@ def test_wrong_types_are_refused_in_code_too():
         Config(batch_size=1.5)
     with pytest.raises(InputError, match="has_dropout = 1 must be of type bool"):
         Config(has_dropout=1)
+    with pytest.raises(InputError, match="num_epoch = '5' must be of type int or None"):
+        Config(num_epoch="5")
+    with pytest.raises(InputError, match="lr = None must be of type float"):
+        Config(lr=None)
 
 
 def test_a_config_cannot_be_changed_after_paths_were_built_from_it():

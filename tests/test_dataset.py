@@ -220,7 +220,7 @@ def test_by_default_half_of_what_a_gpu_has_free_is_taken(monkeypatch, capsys):
     monkeypatch.setattr(
         "utils.dataset.Cached", lambda column, rows, device: loaded.append(column.row_bytes * len(rows))
     )
-    cache(columns_of_every_kind(), np.arange(40), torch.device("cuda"), -1.0)
+    cache(columns_of_every_kind(), np.arange(40), torch.device("cuda"), None)
     assert loaded == [320, 1280]
     assert capsys.readouterr().out == ""
 
@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
     columns, rows = columns_of_every_kind(), np.arange(40)
     kept = cache(columns, rows, torch.device("cpu"), 3e-6)  # 3,000 bytes: labels take 320, targets 1,280
     assert [name for name, column in kept.items() if isinstance(column, Cached)] == ["label", "target"]
-    assert cache(columns, rows, torch.device("cpu"), -1.0) == columns  # on a CPU
+    assert cache(columns, rows, torch.device("cpu"), None) == columns  # on a CPU
     assert capsys.readouterr().out == ""
     kept = cache(columns, rows, torch.device("cpu"), 1e9)
     assert "device_cache_gb = 1e+09 is more than there is:" in capsys.readouterr().out

@@ -172,7 +172,7 @@ def test_extracted_views_are_a_teacher_that_runs_online(moved, source):
         return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
     online = Path(cfg.output, "online", "students", "SL-AdaArcDistill")
-    fit(losses, faces, online, cfg, student, header, schedule=cfg.schedule)
+    fit(losses, faces, online, cfg, student, header, kind=cfg.ada_method)
     for name in ("last_backbone.pth", "last_header.pth"):
         one, other = (torch.load(folder / name, weights_only=True) for folder in (written, online))
         assert all(
@@ -258,7 +258,7 @@ def test_other_settings_or_another_source_do_not_go_on_with_a_run(moved, capsys)
         run_script("KD_AdaDistill.py", [*short, *options])
         run_script("KD_AdaDistill.py", [*short, *options, "--std", "0.1", "--loss_lambda", "1"])  # of other methods
         run_script("KD_AdaDistill.py", [*short, *options, "--ada_m", "0.3"], expect=2)
-        assert "ada_m was -1.0, now 0.3" in capsys.readouterr().err
+        assert "ada_m was 0.45, now 0.3" in capsys.readouterr().err
     path = cfg.adaptor_dir("SL") / "best_header.pth"
     state = torch.load(path, weights_only=True)
     state["kernel"] += 1

@@ -1,5 +1,6 @@
 """The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from benchmarks.timing import Timed
 from config.config import Config
 from tests.runs import Linear, checkpoint, difference, train
 from utils.arrays import Filling
-from utils.checkpoint import save, versions
+from utils.checkpoint import load, save, versions
 from utils.dataset import FLIPS, ORDER, STEP, Column, Faces
 from utils.engine import _seed, arithmetic, fit, infer
 from utils.errors import InputError
@@ -208,6 +209,55 @@ def test_a_run_of_other_settings_or_images_is_refused(cfg):
         train(cfg)
 
 
+def test_a_run_from_before_a_setting_existed_acts_as_with_its_default(cfg):
+    @dataclasses.dataclass(frozen=True)
+    class Extended(Config):
+        label_smoothing: float = 0.0
+
+    train(cfg, epochs=1)
+    extended = Extended(**dataclasses.asdict(cfg))
+    train(extended, epochs=1)
+    with pytest.raises(InputError, match=r"\(label_smoothing was 0.0, now 0.1\)"):
+        train(replace(extended, label_smoothing=0.1), epochs=1)
+
+
+def test_a_run_from_before_every_setting_took_part_goes_on(cfg):
+    train(cfg, epochs=2)
+    path = cfg.teacher_dir("T") / "checkpoint.pth"
+    state = load(path)
+    del state["decided_by"]["kind"]
+    state["decided_by"]["settings"] = {
+        "seed": 0,
+        "batch_size": 4,
+        "sync_bn": False,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "max_grad_norm": 5.0,
+        "embedding_size": 16,
+        "s": 64.0,
+        "precision": "fp32",
+        "network": "iresnet_tiny",
+        "loss": "ElasticArcFace",
+        "m": 0.5,
+        "std": 0.05,
+        "num_epoch": 2,
+        "milestones": [],
+        "lr": 0.1,
+    }
+    save(path, state)
+    train(cfg, epochs=2)
+    with pytest.raises(InputError, match=r"\(m was 0.5, now 0.35\)"):
+        train(replace(cfg, m=0.35), epochs=2)
+    with pytest.raises(InputError, match=r"\(milestones was \[2\], now \[\]\)"):
+        train(replace(cfg, milestones=()), epochs=2)
+
+
+def test_a_folder_of_another_kind_of_run_is_refused(cfg):
+    network, header = train(cfg, epochs=1)
+    with pytest.raises(InputError, match="it trains teacher, not EAF-KD"):
+        fit(dict, Faces(cfg, flip=True), cfg.teacher_dir("T"), cfg, network, header, kind="EAF-KD")
+
+
 class NoSlope(torch.autograd.Function):
     """Gives back its input, and not a number as its gradient."""
 
@@ -243,7 +293,7 @@ def test_a_step_that_is_not_finite_is_not_taken(cfg, monkeypatch, what, noticed_
     folder = cfg.teacher_dir("N")
     sentence = f"The {what} is (nan|inf) in epoch 2, step 2, which was not taken: .*, whose last checkpoint is good"
     with pytest.raises(InputError, match=sentence):
-        fit(losses, faces, folder, cfg, network, header, schedule=cfg.schedule)
+        fit(losses, faces, folder, cfg, network, header, kind="teacher")
     assert len(before) == (10 if noticed_late else 7)
     now = [*network.state_dict().values(), *header.state_dict().values()]
     assert all(torch.equal(value, old) for value, old in zip(now, before[6], strict=True))
@@ -558,7 +608,7 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "due", due)
             try:
-                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, schedule=cfg.schedule_fc)
+                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
             except Interrupted:
                 fitted(name)
         assert name == "plain" or seen[-1]._replay
@@ -737,7 +787,7 @@ def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
                 os.kill(os.getpid(), signal.SIGTERM)
             return {"margin": F.cross_entropy(header(network(image), label), label)}
 
-        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, schedule=cfg.schedule)
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
 
     train_small(cfg)
     stopped = replace(cfg, output=cfg.output + "2")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import eval.scores
 from backbones import DualLayerAdaptor, MultiTeacher, build_adaptor, build_backbone, load_weights
 from config.config import Config
+from config.readers import SCRIPTS, reads
 from eval.scores import fuse
 from eval.verification import load_bin, ten_fold, views
 from tests.runs import GROUPS, ROOT, arguments, run_script
@@ -48,6 +49,36 @@ def test_every_stage_writes_what_the_next_one_reads(trained):
         sessions = json.loads((run_folder / "config.json").read_text())["sessions"]
         assert [session["epochs done"] for session in sessions] == [0]
         assert sessions[0]["versions"]["torch"] == torch.__version__
+
+
+def test_each_script_reads_the_settings_that_it_is_said_to_read(trained_and_reads):
+    *_, found = trained_and_reads
+    # The evaluation sets these itself, for each student that it finds.
+    found["eval.evaluation"] -= {"ethnicity", "ada_source", "has_dropout", "student_network", "ada_student_network"}
+    assert {*found} >= {*SCRIPTS} - {"eval.ijb"}
+    wrong = {
+        script: {name for name in found[script] if not reads(script, name)} for script in found if script in SCRIPTS
+    }
+    assert not any(wrong.values()), wrong
+
+
+def test_a_run_keeps_the_values_that_it_took_for_none(trained):
+    cfg, _ = trained
+
+    def kept(folder):
+        return json.loads((folder / "config.json").read_text())["settings"]
+
+    assert kept(cfg.teacher_dir("Asian"))["std"] == 0.05
+    assert kept(cfg.teacher_dir("Asian"))["milestones"] == [2]
+    assert kept(cfg.adaptor_dir("DuL"))["std_fc"] == 0.0125
+    assert kept(cfg.student_dir("AdaArcDistill"))["ada_m"] == 0.45
+
+
+def test_the_best_epoch_of_a_baseline_teacher_is_that_of_its_group(trained):
+    cfg, _ = trained
+    log = Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2/log.jsonl"
+    first, second = [json.loads(line) for line in log.read_text().splitlines()]
+    assert second["best"] == (second["scores"]["Asian"] > first["scores"]["Asian"])
 
 
 def test_headers_count_the_identities_of_their_stage(trained):
@@ -396,7 +427,10 @@ def test_a_teacher_that_would_be_refused_is_found_before_another_is_trained(face
     given = arguments(faces, tmp_path / "output")
     run_script("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
     run_script("train.py", given, expect=2)
-    assert "teachers/Indian holds a run with other settings or data (num_epoch was 1, now 2)" in capsys.readouterr().err
+    assert (
+        "teachers/Indian holds a run with other settings or data (milestones was [], now [2]; num_epoch was 1, now 2)"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in (tmp_path / "output/specialized/iresnet_tiny/teachers").iterdir()] == ["Indian"]
 
 

@@ -390,7 +390,7 @@ def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
     def checkpoint() -> str:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            state = Run(folder, cfg, faces.sources, faces.identities).load()
+            state = Run(folder, replace(cfg, num_epoch=3), "teacher", faces.sources, faces.identities).load()
         good = (state["epoch"], state["step"]) == (2, 0) and not (folder / "previous_checkpoint.pth").exists()
         (folder / "damaged_checkpoint.pth").unlink()
         shutil.copy(kept / "previous_checkpoint.pth", folder)
@@ -484,7 +484,7 @@ def refusals(cfg: Config) -> Result:
             losses["n"] += 1
             return {"margin": network(image).square().mean() * (float("nan") if losses["n"] == 8 else 1)}
 
-        fit(bad, Faces(cfg), cfg.teacher_dir("N"), cfg, network, schedule=cfg.schedule)
+        fit(bad, Faces(cfg), cfg.teacher_dir("N"), cfg, network, kind="teacher")
 
     tried("Not a finite number", "The loss 'margin' is nan in epoch 2, step 3, which was not taken", diverge)
     (folder / "best_backbone.pth").write_bytes(b"")

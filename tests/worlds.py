@@ -170,8 +170,8 @@ def train(
         return loss | ({"alpha": header.alpha} if kind == "AdaDistill" else {})
 
     validated = (lambda: ({}, validate(network))) if validate else None
-    folder, schedule = folder_of(cfg, name, kind, sharding), replace(cfg, num_epoch=2, lr=0.5).schedule
-    fit(losses, faces, folder, cfg, network, header, schedule=schedule, validate=validated)
+    folder, cfg = folder_of(cfg, name, kind, sharding), replace(cfg, num_epoch=2, lr=0.5)
+    fit(losses, faces, folder, cfg, network, header, kind="teacher", validate=validated)
     return network, header
 
 

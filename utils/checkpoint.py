@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from config.config import Config
+from config.published import ADA_MARGINS, scaled_milestones
 from utils.distributed import on_first
 from utils.errors import Damaged, InputError
 from utils.files import check_seal, replaced, seal, sha256, sha256_of, write_json, write_text
@@ -164,10 +165,10 @@ class Run:
     Of several processes, all of which call its methods, rank 0 reads and writes it.
     """
 
-    def __init__(self, folder: Path, cfg: Config, sources: dict, identities: tuple[str, ...]):
-        """Raises InputError where the folder holds a run of other settings or data."""
+    def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
+        """Raises InputError where the folder holds a run of another kind, or of other settings or data."""
         self.folder, self.cfg, self.identities = folder, cfg, identities
-        self.decided_by = {"settings": _plain(cfg.decisive(kind_of(folder))), "sources": sources}
+        self.decided_by = {"kind": kind, "settings": _plain(cfg.decisive(kind)), "sources": sources}
         self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
         self._is_described = False
         self._state, self._damage = None, ""
@@ -176,7 +177,10 @@ class Run:
     def _read(self) -> bool:
         """Whether there is a checkpoint, which is read once: it is as large as the networks and the optimizer."""
         self._state, self._damage = _newest(self.folder)
-        if self._state and (different := _differences(_completed(self._state["decided_by"]), self.decided_by)):
+        if self._state is None:
+            return False
+        stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
+        if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
                 text = text.replace("batch_size was", "batch_size of all processes was")
@@ -184,7 +188,7 @@ class Run:
                 f"{self.folder} holds a run with other settings or data ({text}): "
                 "set them as they were, set another output, or move the folder away to train anew."
             )
-        return self._state is not None
+        return True
 
     def load(self) -> dict | None:
         """Hands over the state of the newest good checkpoint, or None where the run has none, and on other ranks.
@@ -274,12 +278,6 @@ def _newest(folder: Path) -> tuple[dict | None, str]:
     return None, ""
 
 
-def kind_of(folder: Path) -> str:
-    """What is trained in a run folder <output>/<setting>/<network>/<kind>/...: a key of config.config.DECISIVE."""
-    kind = next(part for part in reversed(folder.parts) if part in ("teachers", "adaptors", "students"))
-    return "AdaDistill" if kind == "students" and folder.name.removesuffix("-alpha").endswith("Distill") else kind
-
-
 def versions(cfg: Config) -> dict[str, str]:
     """What the last bits of a run's numbers depend on beside its settings and data."""
     return {
@@ -335,14 +333,27 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _completed(stored: dict) -> dict:
-    """What decided a run, of which an earlier version of this code did not know all."""
-    return {**stored, "settings": {"sync_bn": False, **stored.get("settings", {})}}
+def _completed(stored: dict, now: dict, defaults: Config) -> dict:
+    """What decided a run, completed by the settings that did not exist when the run began.
+
+    A setting that is missing from the run takes its default. Runs from before `kind` was kept hold a choice of the
+    settings only, and other spellings of None.
+    """
+    settings = stored.get("settings", {})
+    if "kind" in stored:
+        return {**stored, "settings": _plain(defaults.decisive(stored["kind"])) | settings}
+    chosen = {name: settings.get(name, value) for name, value in now["settings"].items()}
+    for name, epochs in (("milestones", "num_epoch"), ("milestones_fc", "num_epoch_fc")):
+        if settings.get(name) == []:
+            chosen[name] = list(scaled_milestones(settings[epochs]))
+    if settings.get("ada_m") == -1:
+        chosen["ada_m"] = ADA_MARGINS[chosen["ada_loss"]]
+    return {**stored, "kind": now["kind"], "settings": chosen}
 
 
 def _differences(stored: dict, now: dict) -> list[str]:
-    found = []
-    for part in now:
+    found = [] if stored["kind"] == now["kind"] else [f"it trains {stored['kind']}, not {now['kind']}"]
+    for part in ("settings", "sources"):
         before, after = stored.get(part, {}), now[part]
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from config.config import Config
+from config.readers import EXTRACT, script_that_trains
 from utils.embeddings import check_weights, read_embeddings
 from utils.errors import InputError
 from utils.files import sha256
@@ -33,8 +34,6 @@ PART = 1 << 26  # bytes that pass through memory together on their way to the de
 AHEAD = 2  # batches gathered ahead of the consumer by each worker
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
 
-EXTRACT = "extract_all.py"
-ADAPT = {"SL": "fc_EArc.py", "DuL": "dual_layer_EAF-Fusion.py", "DLDPO": "dual_layer_EAF-Fusion.py"}
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 """Rows (B,) int64 and whether each is seen flipped (B,) bool, or None where none is."""
@@ -143,7 +142,7 @@ class Faces:
     @property
     def _source_script(self) -> str:
         """The script that writes the targets."""
-        return ADAPT[self.cfg.source] if self.cfg.ada_source == "adaptor" else EXTRACT
+        return script_that_trains(self.cfg.source) if self.cfg.ada_source == "adaptor" else EXTRACT
 
     def _require(self, paths: list[Path], script: str) -> None:
         missing = [str(path) for path in paths if not path.exists()]
@@ -245,15 +244,15 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gigabytes: float) -> dict:
+def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gigabytes: float | None) -> dict:
     """The columns, those in the memory of the device that fit into so many gigabytes, the narrowest first.
 
-    -1 stands for half of what is free on a GPU, and for nothing on a CPU: there the files that are read often stay in
-    memory by themselves. What more is asked for than is free is not taken, and said.
+    None stands for half of what is free on a GPU, and for nothing on a CPU: there the files that are read often stay in
+    the page cache by themselves. If more is asked for than is free, what is free is used, and a line says so.
     """
     on_gpu = device.type == "cuda"
     free = _free_on_gpu(device) if on_gpu else free_memory()
-    budget = gigabytes * 1e9 if gigabytes != -1 else free / 2 if on_gpu else 0
+    budget = gigabytes * 1e9 if gigabytes is not None else free / 2 if on_gpu else 0
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
         budget = 0.9 * free

@@ -20,13 +20,13 @@ def build_distiller(cfg: Config, faces: Faces) -> tuple[AdaDistill, dict[str, st
     That is the SHA-256 of the header whose centres it has, if they are to stay. Raises InputError where the centres of
     the students' source are not there, or not those of these classes.
     """
-    shape = (cfg.embedding_size, faces.num_classes)
+    shape, (m, _) = (cfg.embedding_size, faces.num_classes), cfg.margin(cfg.ada_method)
     frozen = {"ArcDistill": ArcDistill, "CosDistill": CosDistill}.get(cfg.ada_loss)
     if frozen is None:
         margin = "arc" if cfg.ada_loss == "AdaArcDistill" else "cos"
         kind = spread(AdaDistill, cfg.header_sharding)
-        return kind(*shape, cfg.s, cfg.ada_margin, margin, cfg.ada_weighted), {}
-    header = spread(frozen, cfg.header_sharding)(*shape, cfg.s, cfg.ada_margin)
+        return kind(*shape, cfg.s, m, margin, cfg.ada_weighted), {}
+    header = spread(frozen, cfg.header_sharding)(*shape, cfg.s, m)
     centres, digest = _centres_of_source(cfg, faces)
     header.set_centres(centres)
     return header, {"centres": digest}

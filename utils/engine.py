@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config.config import Config, Schedule
+from config.arguments import as_text
+from config.config import Config
 from utils import distributed
 from utils.batchnorm import share_statistics
 from utils.checkpoint import CHECKPOINTS, Run, device_of, find_weights
@@ -78,20 +79,22 @@ def fit(
     backbone: nn.Module,
     header: nn.Module | None = None,
     *,
-    schedule: Schedule,
+    kind: str,
     validate: Validate | None = None,
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
-    The learning rate follows `schedule`; gradients of the backbone are clipped to `cfg.max_grad_norm`. After every
-    epoch `validate` scores it; without one the epoch with the lowest training loss is the best. An interrupted run
-    continues where it was when it is started again, a finished one is left as it is.
+    `kind` says what is trained: "teacher", an adaptor's name, or a student's method. It decides the epochs and the
+    learning rate (`cfg.schedule`), and which settings have to stay as they are when the run is resumed
+    (`cfg.decisive`). Gradients of the backbone are clipped to `cfg.max_grad_norm`. After every epoch `validate` scores
+    it; without one the epoch with the lowest training loss is the best. An interrupted run is resumed when `fit` is
+    called again, a finished one is left as it is.
 
     Raises InputError where `check_run` does, and where a loss or gradient is not finite: that step is not taken.
     """
     _need_a_batch(faces, cfg)
     with _held(folder):
-        run = Run(folder, cfg, faces.sources, faces.identities)
+        run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
             return
         device = device_of(cfg)
@@ -107,6 +110,10 @@ def fit(
         if progress.epoch >= schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
+        if published := cfg.published(kind):
+            print(
+                f"{kind}, as published: {', '.join(f'{name} {as_text(value)}' for name, value in published.items())}."
+            )
         run.begin(progress.epoch, progress.step)
         with arithmetic(backbone, cfg.precision, device, cfg.compile), events(cfg, progress):
             _train(losses, faces, cfg, progress, validate)
@@ -191,15 +198,15 @@ def _held(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder) if is_first() else contextlib.nullcontext()
 
 
-def check_run(faces: Faces, folder: Path, cfg: Config) -> None:
-    """Raises InputError for what can be known before training begins.
+def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
+    """Raises InputError for what can be known before training of this `kind` (see `fit`) begins.
 
     That is a folder that another process works on or that holds a run of other settings or data, and fewer rows than
     one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
     _need_a_batch(faces, cfg)
     distributed.on_first(lambda: refuse_if_locked(folder))
-    Run(folder, cfg, faces.sources, faces.identities)
+    Run(folder, cfg, kind, faces.sources, faces.identities)
 
 
 def is_given(folder: Path) -> bool:

@@ -90,19 +90,21 @@ def _end_without(error: Exception) -> NoReturn:
 
 
 def setup(cfg: Config, trains: bool = True) -> None:
-    """Joins the other processes, if there are any, seeds the generators and sets up the CPU and the device.
+    """Joins the other processes, if any, and sets up the CPU and the device; seeds the generators if it `trains`.
 
-    Raises InputError for a device that is not there, where processes that belong together have other settings, and
-    where, if the script `trains`, they cannot divide a batch.
+    Raises InputError for a device that does not exist and for processes of one run that have different settings; for a
+    script that `trains` also where the processes cannot divide a batch and where TensorBoard is asked for and missing.
     """
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or auto.")
-    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
+        raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or None.")
     distributed.join(cfg, device_of(cfg), _end_without)
     if trains:
         distributed.require_whole_batch(cfg)
-    torch.manual_seed(cfg.seed)
+        if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
+        if reason := _lacks(cfg.precision, device_of(cfg)):
+            print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
+        torch.manual_seed(cfg.seed)
     if threads := cfg.num_threads or share_of_cores():
         torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
@@ -111,8 +113,6 @@ def setup(cfg: Config, trains: bool = True) -> None:
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
     torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
-    if reason := _lacks(cfg.precision, device_of(cfg)):
-        print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
     keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
 

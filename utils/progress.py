@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from config.config import Config, Schedule
+from config.config import Config
+from config.published import Schedule
 from utils.capture import Replayed
 from utils.checkpoint import Run, wrong_with
 from utils.distributed import averaged, from_first, on_first, wait_for_all

@@ -1,0 +1,48 @@
+"""What None stands for in a setting: schedules and margins as published."""
+
+from dataclasses import dataclass
+
+MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25), 60: (40, 48, 52)}
+"""By number of epochs: MST-KD's teachers (paper 4.6), its students and adaptors, AdaDistill on CASIA-WebFace."""
+
+MARGINS = {
+    "ElasticArcFace": (0.50, 0.05),
+    "ElasticArcFace+": (0.50, 0.0175),
+    "ElasticCosFace": (0.35, 0.05),
+    "ElasticCosFace+": (0.35, 0.02),
+    "ArcFace": (0.50, 0.0),
+    "CosFace": (0.35, 0.0),
+    "CurricularFace": (0.50, 0.0),
+}
+"""By loss, mean and standard deviation of its margin, from MST-KD (paper 4.2) and ElasticFace's configuration."""
+
+ADA_MARGINS = {"AdaArcDistill": 0.45, "AdaCosDistill": 0.35, "ArcDistill": 0.45, "CosDistill": 0.35}
+"""Margins of AdaDistill's losses, from its ablation; those of the two with frozen centres are not stated."""
+
+STD_FC = 0.0125
+"""Standard deviation of the margin in the adaptors' header: the released code's default; the paper names 0.05 only."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs and learning rate of one run: `base_lr`, divided by ten at every milestone."""
+
+    epochs: int
+    base_lr: float
+    milestones: tuple[int, ...]
+
+    def lr(self, epoch: int) -> float:
+        """The learning rate of the 0-based `epoch`: a drop at m applies after m - 1 finished epochs."""
+        return self.base_lr * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
+
+
+def scaled_milestones(epochs: int) -> tuple[int, ...]:
+    """The published milestones for 52, 26 and 60 epochs; for other numbers those of 26, scaled and rounded.
+
+    Milestones that fall on the same epoch count once. One that falls on epoch 1 is dropped: no run starts below its
+    learning rate.
+    """
+    if epochs in MILESTONES:
+        return MILESTONES[epochs]
+    scaled = {int(m * epochs / 26 + 0.5) for m in MILESTONES[26]}
+    return tuple(sorted(m for m in scaled if m > 1))

@@ -1,0 +1,91 @@
+"""Which script reads which setting: the source of `--help`, of docs/configuration.md and of the check at resume."""
+
+from pathlib import Path
+
+SPLIT, TRAIN, EXTRACT = "baseline_data_split.py", "train.py", "extract_all.py"
+SL, DUAL = "fc_EArc.py", "dual_layer_EAF-Fusion.py"
+A_KD, EAF_KD, ADA = "KD_alone.py", "KD_CEL.py", "KD_AdaDistill.py"
+EVALUATION, IJB = "eval.evaluation", "eval.ijb"
+SCRIPTS = (SPLIT, TRAIN, EXTRACT, SL, DUAL, A_KD, EAF_KD, ADA, EVALUATION, IJB)
+
+_ADAPTORS, _STUDENTS = (SL, DUAL), (A_KD, EAF_KD, ADA)
+_TRAINING = (TRAIN, *_ADAPTORS, *_STUDENTS)
+_STAGES = (TRAIN, EXTRACT, *_ADAPTORS, *_STUDENTS)
+_TABLE = (
+    ("data", (SPLIT, *_STAGES)),
+    ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
+    ("cache", (*_STAGES, EVALUATION)),
+    ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),
+    ("leave_out skip_bad_images", _STAGES),
+    ("ethnicity", (SPLIT, TRAIN, EXTRACT, *_STUDENTS)),
+    ("is_standalone", (*_STAGES, EVALUATION)),
+    ("is_dual_layer", (*_STUDENTS, EVALUATION)),
+    ("has_dropout", (DUAL, *_STUDENTS)),
+    ("network embedding_size device cudnn_benchmark num_threads num_workers infer_batch_size", SCRIPTS[1:]),
+    ("weights", SCRIPTS[1:-1]),
+    ("student_network", (A_KD, EAF_KD)),
+    ("middle_layer_size", (DUAL, EVALUATION)),
+    ("loss", (TRAIN,)),
+    ("s", (TRAIN, *_ADAPTORS, EAF_KD, ADA)),
+    ("m", (TRAIN, *_ADAPTORS, EAF_KD)),
+    ("std", (TRAIN, EAF_KD)),
+    ("header_sharding", (TRAIN, *_ADAPTORS, EAF_KD, ADA)),
+    ("std_fc num_epoch_fc milestones_fc lr_fc", _ADAPTORS),
+    ("loss_lambda", (A_KD, EAF_KD)),
+    ("flip_targets", (EXTRACT, *_ADAPTORS, *_STUDENTS)),
+    ("ada_source", _STUDENTS),
+    ("ada_student_network ada_loss ada_weighted ada_m", (ADA,)),
+    ("num_epoch milestones lr", (TRAIN, *_STUDENTS)),
+    ("batch_size global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
+    ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
+    ("seed", (SPLIT, *_TRAINING)),
+    ("checkpoint teacher published_adaptor_input report", (EVALUATION,)),
+)
+READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
+"""The scripts that read a setting; one that is not listed is read by all."""
+
+CHANGES_NO_NUMBER = {
+    # What lies there is compared by its digest.
+    *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "weights"),
+    # They name the run folder.
+    *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
+    # They change the rounding at most, and a change is printed; batch_size is that of all processes together.
+    *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
+    *("device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+}
+"""Settings that a run may change when it is resumed. Every other one that its script reads takes part in the check."""
+
+_TRAINED_BY = {"teacher": TRAIN, "SL": SL, "DuL": DUAL, "DLDPO": DUAL, "a-KD": A_KD, "EAF-KD": EAF_KD}
+
+
+def script_that_trains(kind: str) -> str:
+    """The script that trains a teacher, an adaptor or a student by this method; "" for a kind that is none of ours."""
+    return ADA if kind.removesuffix("-alpha").endswith("Distill") else _TRAINED_BY.get(kind, "")
+
+
+def reads(script: str, setting: str) -> bool:
+    """Whether a script reads a setting; a script that is none of ours may read all of them."""
+    return script not in SCRIPTS or script in READ_BY.get(setting, SCRIPTS)
+
+
+def called(path: str) -> str:
+    """The name in SCRIPTS of the script that was started as `path` (sys.argv[0])."""
+    name = Path(path).name
+    return {"evaluation.py": EVALUATION, "ijb.py": IJB}.get(name, name)
+
+
+def unread(script: str, settings: list[str]) -> str:
+    """The sentence that names those of `settings` that a script does not read, and who reads them; "" for none."""
+    names_by_readers: dict[str, list[str]] = {}
+    for name in settings:
+        if not reads(script, name):
+            readers = READ_BY[name]
+            who = f"{listed(readers)} {'reads' if len(readers) == 1 else 'read'}"
+            names_by_readers.setdefault(who if len(readers) <= 3 else "other scripts read", []).append(name)
+    parts = [f"{listed(names)}, which {who}" for who, names in names_by_readers.items()]
+    return f"not read by {script}: {'; '.join(parts)}." if parts else ""
+
+
+def listed(names: list[str] | tuple[str, ...]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
