@@ -8,13 +8,21 @@ import numpy as np
 def summary(accuracies: Sequence[float]) -> tuple[float, float, float]:
     """Average, STD and SER of the groups' accuracies in percent.
 
-    STD is the standard deviation with ddof 0, SER (skewed error ratio) is (100 - lowest) / (100 - highest): the
-    convention of the authors' laboratory (FairnessOCFR, src/extract_metrics.py), since the paper's own is not at hand.
-    SER is 1 where all groups are without error, and infinite where only the best is.
+    STD is that of `std`. SER (skewed error ratio) is (100 - lowest) / (100 - highest), Eq. 7 of the MST-KD paper: 1
+    where no group has an error, and infinite where only some groups have errors.
     """
     values = np.asarray(accuracies, np.float64)
     errors = 100 - values
-    if errors.max() == 0:
-        return 100.0, 0.0, 1.0
-    ser = float(errors.max() / errors.min()) if errors.min() > 0 else float("inf")
-    return float(values.mean()), float(values.std()), ser
+    ser = 1.0 if errors.max() == 0 else float("inf") if errors.min() == 0 else float(errors.max() / errors.min())
+    return float(values.mean()), float(std(values)), ser
+
+
+def std(accuracies: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Sample standard deviation (ddof 1) of the groups' accuracies, which lie along `axis`; NaN for a single group.
+
+    All 40 rows of the MST-KD paper's six tables have ddof 1.
+    """
+    values = np.asarray(accuracies, np.float64)
+    if values.shape[axis] == 1:
+        return np.full_like(values.mean(axis), np.nan)  # NumPy gives NaN too, but warns
+    return values.std(axis, ddof=1)

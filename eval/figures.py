@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from eval.fairness import std
 from eval.rates import roc
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -52,8 +53,8 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     """One dot per model, average against STD; shaded is what perfectly fair models show by chance, 95 of 100."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    averages = np.array([np.mean(model.accuracies) for model in models])
-    stds = [np.std(model.accuracies) for model in models]
+    accuracies = np.array([model.accuracies for model in models])
+    averages, stds = accuracies.mean(1), std(accuracies)
     margin = max(0.5, 0.08 * np.ptp(averages))
     along = np.linspace(averages.min() - margin, min(100, averages.max() + margin), 12)
     chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
@@ -63,10 +64,10 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
         # A ninth has the colour of the first with another marker.
         style = {"color": COLOURS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "linestyle": "none", "markersize": 9}
-        axes.plot(averages[of_look], [stds[i] for i in of_look], label=f"{setting} {kind}".strip(), **style)
-    for average, std, model in zip(averages, stds, models, strict=True):
+        axes.plot(averages[of_look], stds[of_look], label=f"{setting} {kind}".strip(), **style)
+    for average, spread, model in zip(averages, stds, models, strict=True):
         name = model.name if len({one.network for one in models}) == 1 else f"{model.network} {model.name}"
-        axes.annotate(name, (average, std), (5, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(name, (average, spread), (5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("average accuracy (%): further right is better")
     axes.set_ylabel("STD of the groups (points): lower is fairer")
     axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names

@@ -165,7 +165,10 @@ def max_fmr_over_geometric_mean(rates: Mapping[str, ErrorRates]) -> float | None
 
 
 def average_minus_std(accuracies: Sequence[float]) -> float:
-    """AVG - STD of the groups' accuracies in percent, ddof 0 as in `eval.fairness.summary`; high is good and fair."""
+    """AVG - STD of the groups' accuracies in percent, as in `eval.fairness.summary`: high is accurate and fair.
+
+    NaN for a single group.
+    """
     average, std, _ = summary(accuracies)
     return average - std
 

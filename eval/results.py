@@ -78,7 +78,7 @@ class Results:
             rows.append((*_names(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
-            notes.append("Within chance: these pairs show no unfairness (see the table of chance).")
+            notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
 
     def _chance(self) -> Table:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.fairness import summary
+from eval.fairness import std, summary
 from eval.verification import FOLDS, Counts, first_above, fold_of
 from utils.dataset import cut
 
@@ -68,17 +68,21 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def stds(samples: np.ndarray) -> np.ndarray:
     """STD of the sets' accuracies (resamples, sets) in each resample, without what drawing pairs anew adds to it.
 
-    Every resample spreads the sets' accuracies by the noise of its pairs, once more than the pairs themselves did. The
-    variance that this adds on average is taken away again, so that the figures lie about that of the set itself.
+    Drawing pairs anew spreads the sets' accuracies by the noise of the pairs a second time. The noise of one set is
+    independent of another's: it adds to the sample variance (ddof 1) of the sets, on average, the mean over the sets of
+    the variance between resamples. This is subtracted, so that the figures lie around the STD of the original pairs.
+    NaN for a single set.
     """
-    count = samples.shape[1]
-    added = samples.var(0).mean() * (count - 1) / count
-    return np.sqrt(np.maximum(samples.var(1) - added, 0))
+    added = samples.var(0).mean()
+    return np.sqrt(np.maximum(std(samples) ** 2 - added, 0))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's figures minus another's, with intervals over pairs that both see alike."""
+    """One model's average and STD minus another's, with intervals over the resamples, which both share.
+
+    The STD and its interval are NaN for a single set.
+    """
 
     average: float
     average_interval: tuple[float, float]
@@ -92,7 +96,7 @@ def difference(one: int, other: int, accuracies: np.ndarray, samples: np.ndarray
     return Difference(
         float(accuracies[one].mean() - accuracies[other].mean()),
         interval(average),
-        float(accuracies[one].std() - accuracies[other].std()),
+        float(std(accuracies[one]) - std(accuracies[other])),
         interval(stds(samples[:, one]) - stds(samples[:, other])),
     )
 
@@ -115,15 +119,15 @@ def by_chance(average: float, pairs: tuple[int, ...]) -> ByChance:
     random = np.random.default_rng(0)
     counts = np.array(pairs)
     accuracies = 100 * random.binomial(counts, min(1.0, average / 100), (DRAWS, len(counts))) / counts
-    std = accuracies.std(1)
+    spread = std(accuracies)
     errors = 100 - accuracies
     with np.errstate(divide="ignore", invalid="ignore"):
         ser = np.where(errors.max(1) == 0, 1.0, errors.max(1) / errors.min(1))  # as `summary`: it may be infinite
-    return ByChance(float(std.mean()), *(float(np.quantile(one, 0.95, method="higher")) for one in (std, ser)))
+    return ByChance(float(spread.mean()), *(float(np.quantile(one, 0.95, method="higher")) for one in (spread, ser)))
 
 
 def is_within_chance(accuracies: tuple[float, ...], pairs: tuple[int, ...]) -> bool:
     """Whether STD and SER are no larger than 95 of 100 perfectly fair models would show."""
-    average, std, ser = summary(accuracies)
+    average, spread, ser = summary(accuracies)
     chance = by_chance(round(average, 2), pairs)
-    return std <= chance.std_95 + ROUNDING and ser <= chance.ser_95 + ROUNDING
+    return spread <= chance.std_95 + ROUNDING and ser <= chance.ser_95 + ROUNDING

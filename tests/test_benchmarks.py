@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import distillation, networks, records, sharding
+from benchmarks import demo_seeds, distillation, networks, records, sharding
 from utils.recordio import write_records
 
 
@@ -158,3 +158,15 @@ def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
     row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
     page = records.report({"versions": {}, "images": 5, "steps": [row]})
     assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
+
+
+def test_the_demo_over_seeds_has_means_spreads_and_claims():
+    groups = demo_seeds.GROUPS
+    models = [("adaptor", "SL"), *((method, "SL iresnet_tiny") for method in ("a-KD", "EAF-KD", "AdaArcDistill"))]
+    teachers = {("teacher", name): [90.0 if name == group else 50.0 for group in groups] for name in groups}
+    tables = [teachers | {key: [70.0, 72.0, 74.0, 76.0 + shift] for key in models} for shift in (0.0, 3.0, 6.0)]
+    page = demo_seeds.report([tables[0]] * 3)
+    # STD has ddof 1: the sample variance is 20 / 3 here, and that of each teacher 400.
+    assert "| 73.00 ± 0.00 | 2.58 ± 0.00 | 1.25 ± 0.00 |" in page
+    assert "| 0 | +40.00 | +13.00 | +17.42 | +0.00 |" in page
+    assert "| 79.00 ± 3.00 | 73.75 ± 0.75 |" in demo_seeds.report(tables)

@@ -216,8 +216,8 @@ def test_garbe_comes_near_one_where_one_group_bears_all_errors(others):
 
 
 def test_average_minus_std_by_hand():
-    assert average_minus_std((90, 92, 94, 96)) == pytest.approx(93 - 5**0.5)  # deviations 3, 1, 1, 3: variance 20 / 4
-    assert average_minus_std((95.5,)) == 95.5
+    assert average_minus_std((90, 92, 94, 96)) == pytest.approx(93 - (20 / 3) ** 0.5)  # deviations 3, 1, 1, 3
+    assert np.isnan(average_minus_std((95.5,)))
 
 
 def test_one_group_has_nothing_to_be_compared_with():

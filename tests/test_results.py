@@ -53,10 +53,10 @@ def test_every_table_has_its_figures_in_their_columns(results):
     for m, model in enumerate(results.models):
         accuracy, chance = cells(tables["accuracy"])[model.name], cells(tables["chance"])[model.name]
         assert (accuracy["A"], accuracy["B"]) == model.accuracies
-        assert accuracy["STD"] == pytest.approx(np.std(model.accuracies))
+        assert accuracy["STD"] == pytest.approx(np.std(model.accuracies, ddof=1))
         assert accuracy["Within chance"] is (model.name == "fair")
         assert chance["STD 95 of 100"] == by_chance(round(np.mean(model.accuracies), 2), (4000, 4000)).std_95
-        assert chance["AVG - STD"] == pytest.approx(np.mean(model.accuracies) - np.std(model.accuracies))
+        assert chance["AVG - STD"] == pytest.approx(np.mean(model.accuracies) - np.std(model.accuracies, ddof=1))
         interval = cells(tables["intervals"])[model.name]["B"]
         assert (interval.low, interval.high) == tuple(results.intervals[m, 1])
         assert interval.low < interval.value < interval.high

@@ -1,9 +1,11 @@
 """Intervals against plain resampling, and the figures of chance against those that were simulated elsewhere."""
 
+import warnings
+
 import numpy as np
 import pytest
 
-from eval.uncertainty import by_chance, difference, fewest, interval, is_within_chance, resampled
+from eval.uncertainty import by_chance, difference, fewest, interval, is_within_chance, resampled, stds
 from eval.verification import fold_of, ten_fold_of
 
 SAME = np.arange(600) // 30 % 2 == 0  # ten folds of 30 genuine and 30 impostor pairs
@@ -64,16 +66,35 @@ def test_differences_are_paired():
     width = np.diff
     assert width(paired.average_interval) < 0.6 * width(unpaired.average_interval)
     assert unpaired.average == pytest.approx(accuracies[0].mean() - accuracies[3].mean())
-    assert unpaired.std == pytest.approx(accuracies[0].std() - accuracies[3].std())
+    assert unpaired.std == pytest.approx(accuracies[0].std(ddof=1) - accuracies[3].std(ddof=1))
+
+
+def test_the_variance_that_resampling_adds_is_subtracted():
+    """True STD 2 with noise of standard deviations 0.5 to 3: what is left in the squares is 4 on average."""
+    random = np.random.default_rng(0)
+    apart = np.array([-1.0, 1.0, -1.0, 1.0]) * np.sqrt(3)
+    assert apart.std(ddof=1) == pytest.approx(2)
+    samples = apart + random.normal(0, (0.5, 1.0, 0.5, 3.0), (20_000, 4))
+    added = np.square((0.5, 1.0, 0.5, 3.0)).mean()
+    assert samples.var(1, ddof=1).mean() == pytest.approx(4 + added, rel=0.02)
+    assert np.square(stds(samples + 90)).mean() == pytest.approx(4, abs=0.1)
+
+
+def test_a_single_set_has_no_std_and_gives_no_warning():
+    random = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = difference(0, 1, np.array([[95.0], [94.0]]), random.normal(95, 1, (200, 2, 1)))
+    assert found.average == 1
+    assert np.isnan([found.std, *found.std_interval]).all()
 
 
 def test_a_fair_model_looks_as_unfair_as_was_simulated_elsewhere():
-    """FACTS.md 7: 200,000 simulations of four groups of 6,000 pairs, whose STD has ddof 1; ours has ddof 0."""
-    ddof_1 = np.sqrt(4 / 3)
+    """FACTS.md 7: 200,000 simulations of four groups of 6,000 pairs; rounding gives 0.005, simulating here 0.001."""
     at_95, at_90 = by_chance(95.0, (6000,) * 4), by_chance(90.0, (6000,) * 4)
-    assert (at_95.std_mean * ddof_1, at_95.std_95 * ddof_1) == pytest.approx((0.26, 0.45), abs=0.01)
+    assert (at_95.std_mean, at_95.std_95) == pytest.approx((0.26, 0.45), abs=0.006)
     assert at_95.ser_95 == pytest.approx(1.23, abs=0.006)
-    assert (at_90.std_mean * ddof_1, at_90.std_95 * ddof_1) == pytest.approx((0.36, 0.63), abs=0.01)
+    assert (at_90.std_mean, at_90.std_95) == pytest.approx((0.36, 0.63), abs=0.006)
     assert at_90.ser_95 == pytest.approx(1.15, abs=0.006)
 
 
