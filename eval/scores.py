@@ -70,7 +70,7 @@ class Scores:
         """Distances and sample; features of networks that were needed are left in `features`."""
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
-        which = np.unique(np.linspace(0, len(pairs.images) - 1, SAMPLE).astype(np.int64))
+        which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
         forms = [
             (folder / f"{name}.npy", (len(pairs.same),), np.float64),
             (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32),
@@ -78,10 +78,10 @@ class Scores:
         if any(outdated(*form, made_from) is not None for form in forms):
             for network in set(model.networks) - features.keys():
                 title = f"{name} pairs, {model.kind} {model.name}"
-                features[network] = views(network, pairs.images, self._cfg, title)
+                features[network] = views(network, pairs.distinct, self._cfg, title)
             seen = [features[network] for network in model.networks]
             both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
-            embeddings = embed(both)
+            embeddings = embed(both)[pairs.rows]
             try:
                 write(forms[0][0], squared_distances(embeddings), made_from)
             except InputError as error:

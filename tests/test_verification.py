@@ -5,28 +5,37 @@ import os
 import pickle
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.model_selection import KFold
 
 from config.config import Config
 from eval import verification
+from eval.models import Model
+from eval.scores import Scores, fuse
 from eval.verification import (
     THRESHOLDS,
     Pairs,
     _DType,
     _latin1,
+    accuracy,
     embed,
     load_bin,
     load_pairs,
+    pair_distances,
+    squared_distances,
     ten_fold,
     validator,
     views,
 )
-from tests.conftest import encode, noise, write_pairs
+from tests.conftest import encode, noise, put, write_pairs
+from utils.arrays import write
 from utils.errors import InputError
+from utils.store import BLOCK
 
 
 def plain_loop(embeddings, same, folds=10):
@@ -113,8 +122,6 @@ def test_both_views_are_summed_and_scaled_to_unit_length():
 
 
 def test_views_are_the_features_of_the_image_and_its_mirror_image():
-    import torch
-
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
     images = np.stack([noise(k) for k in range(5)])
     result = views(network, images, Config(device="cpu", infer_batch_size=2), "test")
@@ -125,14 +132,121 @@ def test_views_are_the_features_of_the_image_and_its_mirror_image():
 
 
 def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
-    import torch
-
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
     sets = load_pairs(cfg)
     scores, value = validator(network, sets, cfg)()
     assert value == scores["average"] == pytest.approx((scores["A"] + scores["B"]) / 2)
     assert validator(network, sets, cfg, best_on="B")()[1] == scores["B"]
     assert network.training
+
+
+# Sets with repeated images --------------------------------------------------------------------------------------------
+
+PLACES = [0, 1, 2, 0, 3, 3, 1, 4, 5, 0] * 8
+"""Which image each of 80 is: one is paired with itself, others are in several pairs."""
+
+
+class Counting(torch.nn.Module):
+    """A small network that counts the images it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9, 8), torch.nn.Flatten(), torch.nn.Linear(676, 16))
+        self.seen = 0
+
+    def forward(self, image):
+        self.seen += len(image)
+        return self.layers(image)
+
+
+@pytest.fixture
+def repeated(cfg) -> tuple[Config, Path]:
+    """A set of 40 pairs from 6 distinct images, the only set of `cfg`."""
+    cfg = replace(cfg, ethnicities=("A",), infer_batch_size=4)
+    same = [k // 2 % 2 == 0 for k in range(len(PLACES) // 2)]
+    path = put(cfg.pairs_file("A"), pickle.dumps(([encode(noise(place)) for place in PLACES], same), protocol=2))
+    return cfg, path
+
+
+def test_an_image_of_several_pairs_is_held_once(repeated, monkeypatch):
+    cfg, path = repeated
+    decoded = []
+    plain = verification.decode
+    monkeypatch.setattr(verification, "decode", lambda content: decoded.append(1) or plain(content))
+    for pairs in (load_bin(path), load_bin(path, Path(cfg.cache)), load_bin(path, Path(cfg.cache))):
+        assert pairs.distinct.shape == (6, 112, 112, 3)
+        assert pairs.rows.tolist() == PLACES
+        assert np.array_equal(pairs.images, np.stack([plain(encode(noise(place))) for place in PLACES]))
+    assert len(decoded) == 2 * 6
+
+
+def test_repeated_images_are_embedded_once_and_score_as_if_each_were_embedded(repeated):
+    cfg, path = repeated
+    network, pairs = Counting(), load_bin(path)
+    each = squared_distances(embed(views(network, pairs.images, cfg, "each")))
+    network.seen = 0
+    once = pair_distances(views(network, pairs.distinct, cfg, "once"), pairs.rows)
+    assert network.seen == 2 * 6  # both views
+    assert np.allclose(once, each, rtol=0, atol=1e-6)
+    assert once[2] == 0  # an image and itself
+    assert accuracy(once, pairs.same) == accuracy(each, pairs.same)
+    network.seen = 0
+    scores, value = validator(network, load_pairs(cfg), cfg)()
+    assert network.seen == 2 * 6
+    assert scores["A"] == value == round(accuracy(each, pairs.same), 4)
+
+
+def test_scores_and_samples_are_those_of_all_images(repeated, tmp_path):
+    """The sample is of the images of the pairs, repetitions included, by a network and by a fusing adaptor."""
+    cfg, _ = repeated
+    cfg = replace(cfg, embedding_size=16)
+    network, pairs = Counting(), load_pairs(cfg)
+    adaptor = torch.nn.Linear(32, 16)
+    models = [
+        Model("teacher", "x", ("1",), (network,)),
+        Model("adaptor", "SL", ("2", "1", "1"), (network, network), adaptor),
+    ]
+    found = Scores(cfg, pairs, tmp_path / "kept").of(models)
+    assert network.seen == 2 * 6
+    features = views(network, pairs["A"].images, cfg, "each")
+    for one, each in zip(found, (features, fuse(adaptor, [features, features], cfg)), strict=True):
+        assert np.allclose(one.distances["A"], squared_distances(embed(each)), rtol=0, atol=1e-6)
+        assert np.allclose(one.samples["A"], embed(each), rtol=0, atol=1e-6)
+        assert one.accuracies == (accuracy(squared_distances(embed(each)), pairs["A"].same),)
+
+
+def test_without_repetitions_nothing_changes(cfg):
+    path, network = cfg.pairs_file("A"), Counting()
+    pairs = load_bin(path)
+    assert pairs.rows.tolist() == [*range(40)]
+    assert np.array_equal(pairs.images, pairs.distinct)
+    features = views(network, pairs.distinct, cfg, "test")
+    assert pair_distances(features, pairs.rows).tolist() == squared_distances(embed(features)).tolist()
+
+
+def test_a_cache_of_all_images_is_used_only_where_none_is_repeated(repeated, cfg, capsys):
+    """Earlier versions cached all 2P images of a set, made from its digest."""
+    for path in (repeated[1], cfg.pairs_file("B")):
+        plain, cache = load_bin(path), Path(cfg.cache)
+        load_bin(path, cache)
+        (stored,) = cache.glob(f"{path.stem}-*.npy")
+        write(stored, plain.images, {"pairs": plain.digest}, BLOCK)
+        before = stored.stat().st_ino
+        capsys.readouterr()
+        again = load_bin(path, cache)
+        assert np.array_equal(again.images, plain.images)
+        assert again.distinct.shape == plain.distinct.shape
+        has_repetitions = len(plain.distinct) < len(plain.rows)
+        assert (stored.stat().st_ino != before) == has_repetitions
+        assert ("was made from something else" in capsys.readouterr().out) == has_repetitions
+
+
+def test_a_bad_image_is_named_by_its_place_in_the_file(tmp_path):
+    images = [IMAGES[0], IMAGES[0], IMAGES[1], b"x"]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images, SAME)))
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
+        load_bin(tmp_path / "x.bin")
 
 
 # .bin files -----------------------------------------------------------------------------------------------------------
@@ -274,9 +388,9 @@ def test_all_missing_bin_files_are_named(cfg):
 
 def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
     path, cache = tmp_path / "x.bin", tmp_path / "cache"
-    path.write_bytes(pickle.dumps(([encode(noise(k % 7), ".png") for k in range(600)], [True, False] * 150)))
+    path.write_bytes(pickle.dumps(([encode(noise(k), ".png") for k in range(600)], [True, False] * 150)))
     plain = load_bin(path)
-    assert isinstance(load_bin(path, cache).images, np.memmap)
+    assert isinstance(load_bin(path, cache).distinct, np.memmap)
     stored = next(cache.glob("*.npy"))
     with open(stored, "r+b") as file:  # in the last of three blocks
         file.seek(-1000, 2)

@@ -39,7 +39,10 @@ def read_pairs(folder: Path) -> PairsImages:
     found: dict[bytes, tuple[Path, int]] = {}
     fingerprints = bytearray()
     for path in paths:
-        for number, image in enumerate(tqdm(load_bin(path).images, path.name, unit=" images", disable=None)):
+        pairs = load_bin(path)
+        first = np.unique(pairs.rows, return_index=True)[1]
+        images = zip(first.tolist(), pairs.distinct, strict=True)
+        for number, image in tqdm(images, path.name, len(first), unit=" images", disable=None):
             bgr = np.ascontiguousarray(image[..., ::-1])
             digest = digest_of(bgr)
             if digest not in found:
