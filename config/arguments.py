@@ -28,7 +28,7 @@ def parse(cls: type, argv: list[str] | None):
             f"--{field.name}",
             type=_reader(field),
             default=field.default,
-            metavar="a,b,..." if is_list else type(field.default).__name__,
+            metavar="a,b,..." if is_list else _kind(field).__name__,
             help=f"{text} [{shown}]".replace("%", "%%"),
             **switch,
         )
@@ -52,7 +52,7 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
 
 def _reader(field: dataclasses.Field):
     """The function that turns the text after `--name` into the value of a field."""
-    kind = type(field.default)
+    kind = _kind(field)
 
     def read(text: str):
         if kind is bool:
@@ -66,6 +66,11 @@ def _reader(field: dataclasses.Field):
 
     read.__name__ = "list" if kind is tuple else kind.__name__
     return read
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """The type of a setting's value; one whose default is None is text."""
+    return str if field.default is None else type(field.default)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -88,6 +88,7 @@ class Config:
     pairs_sets: tuple[str, ...] = ()  # verify on <pairs>/<name>.bin instead of the groups, in training too: lfw,cfp_fp
     checkpoint: str = ""  # evaluate this file of weights only: of a `network`, or of an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    row: str | None = None  # compare `checkpoint` with this row of a paper's tables: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     report: bool = False  # write report.html too, with all tables and pictures
 
@@ -101,8 +102,9 @@ class Config:
             if isinstance(value, list):
                 value = tuple(value)
             object.__setattr__(self, field.name, value)
-            if type(value) is not type(field.default):
-                raise InputError(f"{field.name} = {value!r} must be of type {type(field.default).__name__}.")
+            kind = str if field.default is None else type(field.default)
+            if type(value) is not kind and not (value is None and field.default is None):
+                raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}.")
         for name, allowed in CHOICES.items():
             self._check(name, getattr(self, name) in allowed, "one of " + ", ".join(allowed))
         self._check("batch_size", self.batch_size >= 2, "at least 2: one image has no statistics to normalise by")
