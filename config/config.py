@@ -91,6 +91,7 @@ class Config:
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     report: bool = False  # write report.html too, with all tables and pictures
 

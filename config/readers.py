@@ -40,6 +40,7 @@ _TABLE = (
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
     ("checkpoint teacher published_adaptor_input report", (EVALUATION,)),
+    ("row", (EVALUATION, IJB)),
 )
 READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 """The scripts that read a setting; one that is not listed is read by all."""

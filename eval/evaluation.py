@@ -3,9 +3,10 @@
 Reads   <pairs>, and <output>: teachers, adaptors (through their teachers) and students, of every setting; or the
         files that --checkpoint and --teacher name
 Writes  <output>/evaluation/ (other sets and named files: a folder in it): accuracy, intervals, differences and rates as
-        .md, .csv and .tex, results.json, scores/ with a line per pair, pictures, with --report report.html; distances/,
-        from which it goes on
+        .md, .csv and .tex; on RFW paper.* with the paper's printed results beside those here; results.json, scores/
+        with a line per pair, pictures, with --report report.html; distances/, from which it goes on
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
+        python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.config import NETWORKS, SETTINGS, Config
-from eval import figures, report
+from eval import figures, paper, report
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.results import Results
 from eval.scores import Scored, Scores
@@ -32,36 +33,35 @@ LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
 
 def main(cfg: Config) -> None:
     setup(cfg, trains=False)
+    paper.check(cfg)
     folder = _folder(cfg)
-    if cfg.checkpoint:
-        model = model_of_files(cfg)
-        sets = load_pairs(cfg)
+    model = model_of_files(cfg) if cfg.checkpoint else None
+    found = [] if model else _families(cfg)
+    sets = load_pairs(cfg)
+    printed = paper.comparable(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
+    if model:
         scored = Scores(cfg, sets, folder / "distances").of([model])
     else:
-        found = families(cfg)
-        if not found:
-            command = replace(cfg, report=False).command("train.py")
-            raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {command}")
-        sets = load_pairs(cfg)
         scored = [one for family in found for one in _scored(family, sets, folder)]
     scored.sort(key=lambda one: (SETTINGS.index(one.setting), NETWORKS.index(one.network), KINDS.index(one.kind)))
 
     results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
+    compared = paper.compare(printed, scored, cfg, _notes(cfg))
     tables = results.tables()
+    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
+    if compared:
+        tables |= compared.tables()
+        forms["paper"] = compared.forms()
     for table in tables.values():
         if table.is_printed:
             print(table.markdown())
     if results.of_groups and results.of_one_kind:
         print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
-    written = {}  # names of files by what is said of them
-    for name, table in tables.items():
-        for kind, text in (("md", table.markdown()), ("csv", table.csv()), ("tex", table.latex())):
-            write_text(folder / f"{name}.{kind}", text)
-        written[f"{name}.md, .csv, .tex"] = [f"{name}.{kind}" for kind in ("md", "csv", "tex")]
+    written = _write_forms(forms, folder)
     write_json(folder / "results.json", _all_of(cfg, sets, scored, tables))
     for one in scored:
         write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores(one, sets))
-    pictures = _draw(results, _logs(cfg), folder)
+    pictures = _draw(results, compared, _logs(cfg), folder)
     written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
     written |= {name: [name] for name in pictures.values() if "/" not in name}
     written["curves/"] = [name for name in pictures.values() if "/" in name]
@@ -71,6 +71,22 @@ def main(cfg: Config) -> None:
         written["report.html"] = ["report.html"]
     _remove_others(folder, {folder / name for names in written.values() for name in names})
     print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
+
+
+def _families(cfg: Config) -> list[Config]:
+    found = families(cfg)
+    if not found:
+        command = replace(cfg, report=False).command("train.py")
+        raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {command}")
+    return found
+
+
+def _write_forms(forms: dict[str, dict[str, str]], folder: Path) -> dict[str, list[str]]:
+    """Writes texts by the name and the extension of their files; returns the files by what is said of them."""
+    for name, texts in forms.items():
+        for kind, text in texts.items():
+            write_text(folder / f"{name}.{kind}", text)
+    return {f"{name}.md, .csv, .tex": [f"{name}.{kind}" for kind in texts] for name, texts in forms.items()}
 
 
 def _folder(cfg: Config) -> Path:
@@ -110,7 +126,7 @@ def _all_of(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: d
 
 def _remove_others(folder: Path, written: set[Path]) -> None:
     """Deletes what an earlier evaluation wrote of models or tables that are not there any more."""
-    ours = [folder / name for name in ("report.html", "trade_off.png", "training.png")]
+    ours = [folder / name for name in ("report.html", "trade_off.png", "training.png", "paper.png")]
     ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
     ours += [*folder.glob("scores/*.csv"), *folder.glob("curves/*.png")]
     for path in ours:
@@ -136,7 +152,9 @@ def _scores(one: Scored, sets: dict[str, Pairs]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(results: Results, logs: dict[str, list[dict]], folder: Path) -> dict[str, str]:
+def _draw(
+    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
+) -> dict[str, str]:
     """Draws all pictures; their files below the folder by title."""
     models, note = results.models, " ".join(results.notes)
     drawn = {"Accuracy of each group": "accuracy.png"}
@@ -144,6 +162,9 @@ def _draw(results: Results, logs: dict[str, list[dict]], folder: Path) -> dict[s
     if results.of_groups:
         drawn["Average against STD"] = "trade_off.png"
         figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note)
+    if compared:
+        drawn["Printed accuracies and those here"] = "paper.png"
+        figures.draw_paper(compared.panels, compared.sets, folder / "paper.png", note)
     for one, shared in zip(models, results.shared, strict=True):
         if shared:
             name = f"curves/{_file_name(one)}.png"

@@ -1,5 +1,6 @@
 """Pictures of results."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.fairness import std
+from eval.published import Row
 from eval.rates import roc
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -47,6 +49,54 @@ def draw_accuracies(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     _save(figure, axes, path, note)
+
+
+def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], path: Path, note: str = "") -> None:
+    """A panel per table of a paper; per row one marker per set, hollow as printed and filled as measured here.
+
+    `panels` holds the printed and the measured row by the table's title, `pairs` the number of pairs of each set. The
+    bars are binomial 95 % intervals; those of the printed accuracies are dotted.
+    """
+    columns = 1 if len(panels) <= 3 else 2
+    lines = -(-len(panels) // columns)
+    titles = list(panels)
+    heights = [max(len(panels[title]) for title in titles[k::lines]) for k in range(lines)]
+    size = (8.5 * columns, 1.4 + sum(0.75 + 0.62 * height for height in heights))
+    figure = Figure(figsize=size, layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False, height_ratios=[1 + height for height in heights])
+    for axes, title in itertools.zip_longest(every.T.flat, titles):
+        if title is None:
+            axes.set_visible(False)
+        else:
+            _draw_panel(axes, title, panels[title], pairs)
+    handles, labels = every[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(pairs), frameon=False)
+    _save(figure, None, path, note)
+
+
+def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict[str, int]) -> None:
+    places = np.linspace(-0.34, 0.34, 2 * len(pairs)) if len(pairs) > 1 else np.array([-0.1, 0.1])
+    for i, (name, count) in enumerate(pairs.items()):
+        style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 6}
+        looks = (("printed", LINES[3], {"markerfacecolor": "white"}), ("here", LINES[0], {}))
+        for k, (which, line, look) in enumerate(looks):
+            found = [(y, row[k].accuracies[name]) for y, row in enumerate(rows) if name in row[k].accuracies]
+            height, value = np.array(found).T
+            half = 1.96 * np.sqrt(value * (100 - value) / count)
+            height = height + places[2 * i + k]
+            axes.hlines(
+                height, value - half, value + half, color=style["color"], linestyle=line, linewidth=1.3, zorder=2
+            )
+            axes.plot(value, height, linestyle="none", label=f"{name}, {which}", zorder=3, **style, **look)
+    axes.set_yticks(range(len(rows)), [printed.name for printed, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    for boundary in range(1, len(rows)):
+        axes.axhline(boundary - 0.5, color="0.85", linewidth=0.8)
+    axes.grid(axis="x", color="0.92")
+    axes.set_axisbelow(True)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("verification accuracy (%), with binomial 95 % intervals")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:

@@ -8,6 +8,7 @@ Reads   <folder>, as insightface distributes it, ijbc_ or ijbb_:
         the checkpoints: state dicts of one kind of network
 Writes  <output>/ijb/<name>/: features.npy, from which it goes on; tar.json, tar.md
 Run     python -m eval.ijb --folder data/IJBC --checkpoint path [path ...] --network iresnet50
+        python -m eval.ijb --folder data/IJBC --checkpoint path --network mobilefacenet --row "AdaArcDistill m=0.45"
 
 <name> holds the digest of the weights. Features are made again where the weights or meta/*_name_5pts_score.txt are
 others; images that are exchanged are not noticed: delete features.npy then. On a GPU the reading of images sets the
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from backbones import load_backbone
 from config.config import Config
+from eval import published
 from eval.rates import just_above
 from eval.verification import normalize
 from utils import images
@@ -64,6 +66,7 @@ class Benchmark:
 def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: bool = True, norm: bool = True) -> None:
     """Evaluates networks of the kind `cfg.network`; the two switches are those of `image_weights`."""
     setup(cfg, trains=False)
+    printed = _printed(cfg.row, SETS[_which(folder)], len(checkpoints)) if cfg.row else {}
     networks = [load_backbone(cfg.network, path, cfg) for path in checkpoints]
     benchmark = load_benchmark(folder)
     about = {"benchmark": benchmark.name, "network": cfg.network, "detector score": detector_score, "norm": norm}
@@ -81,10 +84,23 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
         scores = pair_scores(embeddings, benchmark.pairs)
         results[name] = tar_at_far(scores[benchmark.same], scores[~benchmark.same])
         about |= {"checkpoint": str(checkpoint), "weights": digest}
+        about |= {"row": cfg.row, "printed TAR in %": printed} if printed else {}
         write_json(place / f"{stem}.json", {**about, "at FAR": results[name]})
-        write_text(place / f"{stem}.md", as_table({name: results[name]}, about) + "\n")
+        write_text(place / f"{stem}.md", as_table({name: results[name]}, about, printed) + "\n")
         print(f"Written to {place}: {stem}.json, {stem}.md.")
-    print(as_table(results, about))
+    print(as_table(results, about, printed))
+
+
+def _printed(row: str, benchmark: str, checkpoints: int) -> dict[str, float]:
+    """The TAR in percent that AdaDistill prints in this row, by FAR; raises InputError where it prints none."""
+    if checkpoints > 1:
+        raise InputError(f"row = {row!r} is compared with one checkpoint: give one, not {checkpoints}.")
+    rows = published.adadistill().values()
+    found = {one.name: {far: tar for (name, far), tar in one.tar.items() if name == benchmark} for one in rows}
+    found = {name: tar for name, tar in found.items() if tar}
+    if row not in found:
+        raise InputError(f"row = {row!r} has no printed TAR on {benchmark}. Set row to one of: {', '.join(found)}.")
+    return found[row]
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
@@ -282,17 +298,27 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def as_table(results: dict[str, dict], about: dict) -> str:
-    """Markdown table with one line per name, TAR in percent; a dash where the FAR is not resolved."""
+def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | None = None) -> str:
+    """Markdown table with one line per name, TAR in percent; a dash where the FAR is not resolved.
+
+    Where a row of the paper is `printed`, TAR in percent by FAR, it and the difference from it are two lines more.
+    """
     rows = [["TAR in % at FAR", *FARS]]
     for name, found in results.items():
         rows.append([name, *(f"{100 * point['tar']:.2f}" if point else "-" for point in found.values())])
+    if printed:
+        (found,) = results.values()
+        both = {far: (found[far], printed.get(far)) for far in FARS}
+        rows.append(["printed", *("" if tar is None else f"{tar:.2f}" for _, tar in both.values())])
+        apart = [None if point is None or tar is None else 100 * point["tar"] - tar for point, tar in both.values()]
+        rows.append(["difference", *("" if value is None else f"{value:+.2f}" for value in apart)])
     width = max(len(row[0]) for row in rows)
     lines = [f"| {row[0].ljust(width)} | {' | '.join(cell.rjust(6) for cell in row[1:])} |" for row in rows]
     lines.insert(1, f"|{'-' * (width + 2)}|{'-------:|' * len(FARS)}")
     counts = ", ".join(f"{about[name]:,} {name}" for name in ("images", "templates", "genuine pairs", "impostor pairs"))
     switches = ", ".join(f"{name} {'on' if about[name] else 'off'}" for name in ("detector score", "norm"))
     text = [f"{about['benchmark']} 1:1: {counts}; {switches}.", "", *lines]
+    text += ["", f"Printed: AdaDistill's {about['row']}."] if printed else []
     if any(point is None for found in results.values() for point in found.values()):
         limit = 3 / about["impostor pairs"]
         text += [

@@ -166,6 +166,16 @@ def test_the_table_shows_a_dash_and_a_note_only_where_a_rate_is_not_resolved():
     assert "below 1.0e-01 (rule of three)" in part
 
 
+def test_a_printed_row_stands_below_its_checkpoint():
+    about = {"benchmark": "IJB-C", "detector score": True, "norm": True, "images": 1000, "templates": 9}
+    about |= {"genuine pairs": 4, "impostor pairs": 30, "row": "AdaArcDistill m=0.45"}
+    points = {far: {"tar": 0.9, "threshold": 0.1} for far in FARS} | {"1e-5": None}
+    lines = as_table({"x": points}, about, {"1e-5": 89.32, "1e-4": 93.27}).splitlines()
+    assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == ["printed", "", "89.32", "93.27", "", "", ""]
+    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == ["difference", "", "", "-3.27", "", "", ""]
+    assert "Printed: AdaDistill's AdaArcDistill m=0.45." in lines
+
+
 # The whole command ----------------------------------------------------------------------------------------------------
 
 COUNT = 20
@@ -303,6 +313,21 @@ def test_several_networks_share_a_table(folder, network, tmp_path, capsys):
     assert len(names) == 2
     table = capsys.readouterr().out.split("IJB-C 1:1")[-1]
     assert all(name in table for name in names)
+
+
+def test_a_row_is_compared_with_one_checkpoint(folder, network, capsys):
+    result = run(folder, "--row", "AdaArcDistill m=0.45")
+    assert "93.27" in (result / "tar.md").read_text()
+    assert json.loads((result / "tar.json").read_text())["printed TAR in %"] == {"1e-4": 93.27, "1e-5": 89.32}
+    capsys.readouterr()
+    for more, sentence in (
+        (["--row", "EAF-KD SL iresnet34 specialized"], "has no printed TAR on IJB-C. Set row to one of: ResNet50 teac"),
+        (["--row", "MFN", "--checkpoint", "a.pth", "b.pth"], "is compared with one checkpoint: give one, not 2."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(folder, *more)
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_in_a_sentence_that_says_how_to_go_on(folder, network, monkeypatch, capsys):
