@@ -12,7 +12,7 @@ _ADAPTORS, _STUDENTS = (SL, DUAL), (A_KD, EAF_KD, ADA)
 _TRAINING = (TRAIN, *_ADAPTORS, *_STUDENTS)
 _STAGES = (TRAIN, EXTRACT, *_ADAPTORS, *_STUDENTS)
 _TABLE = (
-    ("data", (SPLIT, *_STAGES)),
+    ("data", SCRIPTS[:-1]),
     ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),
