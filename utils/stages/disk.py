@@ -1,6 +1,5 @@
 """What the stages take on each file system, and whether there is room for it."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,7 +74,7 @@ def rooms(found: list[Item], cfg: Config) -> list[Room]:
     for item in found:
         folder = Path(getattr(cfg, item.setting)).absolute()
         folder = next(path for path in (folder, *folder.parents) if path.is_dir())
-        by_device.setdefault(os.stat(folder).st_dev, (folder, []))[1].append(item)
+        by_device.setdefault(_file_system(folder), (folder, []))[1].append(item)
     return [
         Room(
             tuple(dict.fromkeys(item.setting for item in own)),
@@ -86,6 +85,10 @@ def rooms(found: list[Item], cfg: Config) -> list[Room]:
         )
         for folder, own in by_device.values()
     ]
+
+
+def _file_system(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def require_room(found: list[Room]) -> None:

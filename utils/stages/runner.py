@@ -178,8 +178,9 @@ class Runner:
         self._running.remove(running)
         self.seconds[stage.name] = time.monotonic() - running.started
         if status:
-            self.failed[stage.name] = _failure(status, running.log)
-            print(f"{stage.name} failed: {self.failed[stage.name].splitlines()[0]}", flush=True)
+            reason = f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}"
+            self.failed[stage.name] = f"{reason}; the last lines of {running.log}:" if running.log else f"{reason}."
+            print(f"{stage.name} failed: {reason}.", flush=True)
             return
         self._finished.add(stage.name)
         if self._record:
@@ -218,18 +219,13 @@ class Runner:
             return
         print()
         for name, reason in self.failed.items():
-            print(f"{name} failed: {reason}")
+            print(f"{name} failed: {reason}", *(_tail(self._logs / f"{name}.log") if self._logs else ()), sep="\n    ")
         if self._waiting:
             print(f"Not started, for they need what failed: {', '.join(stage.name for stage in self._waiting)}.")
 
 
-def _failure(status: int, log: Path | None) -> str:
-    """What a stage's status says, with the last lines of its log."""
-    what = f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}"
-    if log is None:
-        return f"{what}."
-    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").rstrip())[-TAIL:]
-    return "\n    ".join([f"{what}; the last lines of {log}:", *lines])
+def _tail(log: Path) -> list[str]:
+    return re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").rstrip())[-TAIL:]
 
 
 def _ends_with_parent() -> Callable[[], None] | None:
