@@ -46,18 +46,20 @@ def settings(work: Path, groups: tuple[str, ...], pairs: int) -> list[str]:
     return [*places.split(), "--ethnicities", ",".join(groups), *SMALL.split()]
 
 
-def kills(work: Path, after: tuple[int, int], names: str, groups: tuple[str, ...], pairs: int = 20) -> Result:
-    """Two slots; SIGTERM, then SIGKILL to the process group, after so many stages; then the same command twice.
+def kills(
+    work: Path, at: dict[signal.Signals, int], names: str = EVERY, groups: tuple[str, ...] = GROUPS, pairs: int = 20
+) -> Result:
+    """reproduce.py in two slots is sent signals, each after so many stages; then the same command is given twice.
 
-    `names` are the stages that are kept, separated by commas, or EVERY. Holds where the signal is passed on and the
-    command that goes on is said, where the end has a row for every model and all tables, and where the last command
-    passes over everything.
+    `names` are the stages that are kept, separated by commas, or EVERY. SIGKILL goes to the process group. Holds where
+    SIGTERM ends it with the command that goes on, where the end has a row for every model and all tables, and where the
+    last command passes over everything.
     """
     given, result, random = settings(work, groups, pairs), Result(), np.random.default_rng(0)
     stages = only(paper(Config.from_args(given)), names)
     script = ["reproduce.py"] if names == EVERY else ["-m", "tests.reproduction", names]
     command = [sys.executable, *script, "--devices", "0,1", *given]
-    for number, count in zip((signal.SIGTERM, signal.SIGKILL), after, strict=True):
+    for number, count in at.items():
         status, text = _run(command, work, number, count, float(random.uniform(0, 1)))
         wanted = (143, r".*: stopped, .* kept; continue with: python .*") if number == signal.SIGTERM else (-9, "")
         said = re.search(wanted[1], text)
