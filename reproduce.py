@@ -4,7 +4,7 @@ With iresnet34 these are the models of Tables 1 to 3, with iresnet50 of Tables 4
 alone on all identities, which the paper does not have. What is finished is passed over, what was stopped goes on.
 
 Reads   <data>, <pairs>
-Writes  what its stages write below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs
+Writes  what its stages write below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
 Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--network iresnet50] [any other setting]
 """
 
@@ -25,7 +25,7 @@ from utils.stages.paper import FIXED, paper
 from utils.stages.plan import describe
 from utils.stages.rates import measured_rates, rates_from
 from utils.stages.runner import Record, Runner
-from utils.stages.work import RFW_PAIRS, Counts, counted, papers_counts, seconds, share_done, work_of_all
+from utils.stages.work import RFW_IMAGES, Counts, counted, papers_counts, seconds, share_done, work_of_all
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     require_room(found)
     weights = {name: seconds(own, rates_from(1.0, cfg)) for name, own in work.items()}
-    logs = output / "logs" if given.devices else None
+    logs = output / "logs" / cfg.network if given.devices else None
     with locked(output / "reproduce.json"):
         runner = Runner(stages, given.devices or ("",), record, logs, weights, share_done)
         if not runner.run():
@@ -98,8 +98,8 @@ def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
     if missing and not may_assume:
         raise InputError(f"Missing: {', '.join(map(str, missing))}. Set pairs to the folder of these files.")
     if missing:
-        assumed = [f"{cfg.pairs} lacks {missing[0].name}: sets that are not there count as {RFW_PAIRS:,} pairs.\n"]
-    pairs = {name: RFW_PAIRS if p in missing else len(read_bin(p)[1]) for name, p in cfg.pairs_files.items()}
+        assumed = [f"{cfg.pairs} lacks {missing[0].name}: sets that are not there count as {RFW_IMAGES:,} images.\n"]
+    pairs = {name: RFW_IMAGES if p in missing else len({*read_bin(p)[0]}) for name, p in cfg.pairs_files.items()}
     papers = papers_counts(cfg, pairs)
     if may_assume and papers and not Path(cfg.data).is_dir():
         number = papers.images["All"]

@@ -93,13 +93,13 @@ def test_data_without_groups_are_refused():
 
 
 def test_images_that_are_seen_are_those_counted_by_hand(cfg):
-    """Groups A of 12 and B of 8 images (3 and 2 identities), 20 pairs each, batch 4, 2 epochs."""
-    counts = counted(cfg, {"A": 20, "B": 20})
+    """Groups A of 12 and B of 8 images (3 and 2 identities), 20 pairs of distinct images each, batch 4, 2 epochs."""
+    counts = counted(cfg, {"A": 40, "B": 40})
     assert counts.images == {"All": 20, "A": 12, "B": 8, "quarter1": 12, "quarter2": 8}
     assert counts.identities == {"All": 5, "A": 3, "B": 2, "quarter1": 3, "quarter2": 2}
     net = "iresnet_tiny"
     work = work_of_all(paper(cfg), counts)
-    verified = 2 * 20 * 2 * 2  # sets, pairs, images, views
+    verified = 2 * 40 * 2  # sets, images, views
     assert work["split"] == {}
     assert work["teacher-A"] == work["teacher-quarter1"] == {(TRAIN, net): 24, (INFER, net): 2 * verified}
     assert work["teacher-B"] == work["teacher-quarter2"] == {(TRAIN, net): 16, (INFER, net): 2 * verified}
@@ -127,7 +127,7 @@ def test_images_that_are_left_out_are_not_counted(cfg, tmp_path):
 
 def test_the_papers_numbers_and_epochs():
     cfg = Config()
-    counts = papers_counts(cfg, dict.fromkeys(GROUPS, 6000))
+    counts = papers_counts(cfg, dict.fromkeys(GROUPS, 12_000))
     assert (counts.images["All"], counts.identities["All"]) == (1_248_932, 27_997)
     assert sum(counts.images[f"quarter{k}"] for k in (1, 2, 3, 4)) == 1_248_932
     work = work_of_all(paper(cfg), counts)
@@ -173,7 +173,7 @@ def test_the_time_on_several_devices():
 
 
 def test_disk_space_is_that_counted_by_hand(cfg):
-    counts = counted(cfg, {"A": 20, "B": 20})
+    counts = counted(cfg, {"A": 40, "B": 40})
     found = {item.what: item for item in disk.items(paper(cfg), cfg, counts, slots=2)}
     network = 4 * sum(value.numel() for value in build_backbone("iresnet_tiny", 16).state_dict().values())
     network += 4 * sum(value.dtype.itemsize == 8 for value in build_backbone("iresnet_tiny").state_dict().values())
@@ -183,7 +183,7 @@ def test_disk_space_is_that_counted_by_hand(cfg):
     adaptors = 2 * (single + 2 * dual + 3 * 5 * of_class)
     students = 12 * network + 6 * 5 * of_class  # a-KD has no header
     assert found["decoded images"].needed == 20 * IMAGE
-    assert found["decoded pairs"].needed == 2 * 2 * 20 * IMAGE
+    assert found["decoded pairs"].needed == 2 * 40 * IMAGE
     assert found["embeddings"].needed == (2 + 3) * 2 * 20 * 16 * 4
     assert found["weights and checkpoints"].needed == 6 * (teachers + adaptors + students)
     assert found["checkpoints while they are written"].needed == 2 * 2 * (network + 5 * of_class)
@@ -242,7 +242,7 @@ def test_a_plan_without_data_counts_the_papers(cfg, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "16,952,832 images in training of iresnet34; 4,992,000 images in inference of iresnet34" in text
     assert f"{cfg.data}/none is not there: counted with the paper's 1,248,932 images." in text
-    assert f"{cfg.pairs}/none lacks African_test.bin: sets that are not there count as 6,000 pairs." in text
+    assert f"{cfg.pairs}/none lacks African_test.bin: sets that are not there count as 12,000 images." in text
     with pytest.raises(InputError, match="There is no folder .*none"):
         reproduce.main(["--plan", "--rate", "4000", *given, "--ethnicities", "A,B"])
     with pytest.raises(InputError, match="Missing: .*African_test.bin, .*Set pairs"):
@@ -415,6 +415,10 @@ def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path
     assert run(lr=0.2) == ["a", "b"]  # b reads what a has written anew
     assert run(lr=0.2) == []
     assert run(lr=0.1) == ["a", "b"]
+    os.replace(tmp_path / "a", tmp_path / "kept")
+    assert run(network="iresnet50") == ["a", "b"]  # another entry
+    os.replace(tmp_path / "kept", tmp_path / "a")
+    assert run(lr=0.1) == ["b"]
     (tmp_path / "b").write_text("other")
     assert run() == ["b"]
     (tmp_path / "b").unlink()

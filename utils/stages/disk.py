@@ -44,7 +44,7 @@ class Room:
 def items(stages: list[Stage], cfg: Config, counts: Counts, slots: int) -> list[Item]:
     """All that is written; with so many `slots` as many checkpoints may be written at once."""
     images = counts.images["All"] * IMAGE
-    pairs = 2 * sum(counts.pairs.values()) * IMAGE
+    pairs = sum(counts.pairs.values()) * IMAGE
     folder = Path(cfg.cache, "pairs")
     cached = [path for file in cfg.pairs_files.values() for path in folder.glob(f"{file.stem}-*.npy*")]
     found = [

@@ -35,11 +35,11 @@ class Record:
     def holds(self, stage: Stage, needed: list[Stage]) -> bool:
         """Whether the stage was finished with these settings, and the files that it read and wrote are unchanged."""
         state = self._state(stage, needed)
-        return all(state["writes"].values()) and self._stages.get(stage.name) == state
+        return all(state["writes"].values()) and self._stages.get(_key(stage)) == state
 
     def note(self, stage: Stage, needed: list[Stage]) -> None:
         """Writes down that a stage is finished."""
-        self._stages[stage.name] = self._state(stage, needed)
+        self._stages[_key(stage)] = self._state(stage, needed)
         write_json(self._path, self._stages)
 
     def _state(self, stage: Stage, needed: list[Stage]) -> dict:
@@ -47,6 +47,11 @@ class Record:
         state = {"settings": asdict(stage.cfg), "sources": self._sources}
         state |= {"reads": _stamps(read), "writes": _stamps(stage.results)}
         return json.loads(json.dumps(state))
+
+
+def _key(stage: Stage) -> str:
+    """Stages of several teachers' networks may share the file."""
+    return f"{stage.cfg.network} {stage.name}"
 
 
 def _stamps(paths: list[Path]) -> dict[str, list[int]]:

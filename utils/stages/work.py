@@ -24,7 +24,7 @@ PAPERS_IMAGES = {"African": 324_106, "Asian": 324_202, "Caucasian": 326_070, "In
 PAPERS_IDENTITIES = {"African": 7_000, "Asian": 7_000, "Caucasian": 7_000, "Indian": 6_997}
 """Of the published training set; which of the first two groups has 324,106 images is not known."""
 
-RFW_PAIRS = 6_000  # of each group
+RFW_IMAGES = 12_000  # of 6,000 pairs of one group, if no image is in two of them
 STATES_IN_CHECKPOINT, CHECKPOINTS, WEIGHTS = 2, 2, 2
 """Parameters and momentum; the newest checkpoint and the one before; the best and the last weights."""
 
@@ -34,20 +34,20 @@ Work = Counter[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images and identities each teacher sees, by its name, and how many pairs each verification set has.
+    """Images and identities that each teacher sees, by its name, and distinct images of each verification set.
 
     "All" stands for all groups together. The digest is that of the data folder's index.
     """
 
     images: dict[str, int]
     identities: dict[str, int]
-    pairs: dict[str, int]
+    pairs: dict[str, int]  # images, not pairs
     digest: str = ""
 
     @property
     def verified(self) -> int:
-        """Images that one verification embeds: both views of both images of every pair."""
-        return 2 * 2 * sum(self.pairs.values())
+        """Images that one verification embeds: both views of every distinct image."""
+        return 2 * sum(self.pairs.values())
 
 
 def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
