@@ -6,13 +6,14 @@ Run     python demo.py [--seed 1]   (or: make demo)
 
 import argparse
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from utils.errors import InputError
+from config.config import Config
+from utils.process import guarded
+from utils.stages.paper import Stage
+from utils.stages.runner import Runner
 from utils.synthetic import generate
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
@@ -44,42 +45,35 @@ def main() -> None:
     if seed < 0:
         parser.error("seed must be 0 or more.")
     folder = Path("demo" if seed == 0 else f"demo-{seed}")
-    faces, output = folder / "faces", folder / "output"
-    paths = f"--data {faces}/train --pairs {faces}/pairs --output {output} --cache {folder}/cache --seed {seed}"
-
+    faces = folder / "faces"
     print(f"Drawing generated faces in {faces}: not photographs, and the group names mean nothing.", flush=True)
     started = time.monotonic()
     generate(faces, GROUPS, identities=60, images=16, pairs=300, seed=seed)
-    times = [("drawing the faces", time.monotonic() - started)]
-    for script, own in STAGES:
-        command = f"{script} {paths} {SMALL} {own}".strip()
-        print(f"\n$ python {command}", flush=True)
-        started = time.monotonic()
-        status = run_stage(command)
-        if status:
-            sys.exit(status)
-        times.append((f"{script} {own}".strip(), time.monotonic() - started))
+    drawn = time.monotonic() - started
+    runner = Runner(stages(folder, seed))
+    if not runner.run():
+        sys.exit(1)
 
+    times = {"drawing the faces": drawn, **runner.seconds}
     print("\nSeconds per stage")
-    for name, seconds in [*times, ("together", sum(seconds for _, seconds in times))]:
+    for name, seconds in [*times.items(), ("together", sum(times.values()))]:
         print(f"  {seconds:6.0f}  {name}")
-    print(f"\nAll tables and pictures on one page: {output}/evaluation/report.html")
+    print(f"\nAll tables and pictures on one page: {folder}/output/evaluation/report.html")
     print("For real data, edit config/config.py and run the same scripts in the same order, beginning with")
     print("  python train.py --data data/BUPT-BalancedFace --pairs data/RFW")
 
 
-def run_stage(command: str) -> int:
-    """Runs a stage and waits for its end, also when a signal comes: the stage saves what it has, then it ends."""
-    processes = []
-    # Ctrl-C reaches the stage from the terminal by itself; SIGTERM has to be handed on.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda number, _: [process.send_signal(number) for process in processes])
-    processes.append(subprocess.Popen([sys.executable, *shlex.split(command)]))
-    return processes[0].wait()
+def stages(folder: Path, seed: int) -> list[Stage]:
+    """Each needs the one before it."""
+    faces = folder / "faces"
+    paths = f"--data {faces}/train --pairs {faces}/pairs --output {folder}/output --cache {folder}/cache --seed {seed}"
+    found: list[Stage] = []
+    for script, own in STAGES:
+        cfg = Config.from_args(shlex.split(f"{paths} {SMALL} {own}"))
+        needs = tuple(stage.name for stage in found[-1:])
+        found.append(Stage(f"{script} {own}".strip(), script, cfg, needs))
+    return found
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"demo.py: {error}")
+    guarded(main)

@@ -4,6 +4,7 @@ Run     python -m tests.soak   (or: make soak)
 """
 
 import datetime
+import signal
 import sys
 import tempfile
 import time
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from config.config import Config
-from tests import trials
+from tests import reproduction, trials
 from tests.conftest import small_config
 from utils.checkpoint import versions
 from utils.files import write_text
@@ -83,6 +84,11 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
             "SIGKILL of either of two processes, six times in a run that torchrun starts again; four such runs",
             "they end equal to one that was not killed",
             partial(trials.kills_of_processes, faces, runs=4, kills=6),
+        ),
+        (
+            "SIGTERM, then SIGKILL, of `reproduce.py`: all 31 stages in two slots, 6,000 pairs a group",
+            "it ends with a row for every model and all tables; started once more, it passes over everything",
+            partial(reproduction.kills, at={signal.SIGTERM: 6, signal.SIGKILL: 17}, pairs=6000),
         ),
         ("SIGTERM in each of 30 steps", ends_equal, small(trials.stops, steps=30)),
         (

@@ -1,6 +1,5 @@
 """The demo calls scripts and settings that exist, and the report over seeds computes what it says."""
 
-import shlex
 from pathlib import Path
 
 import demo
@@ -11,13 +10,22 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_stage_is_called_with_settings_that_exist():
-    scripts = [script for script, _ in demo.STAGES]
+    stages = demo.stages(Path("demo-7"), seed=7)
+    scripts = [stage.script for stage in stages]
     assert scripts[:3] == ["baseline_data_split.py", "train.py", "extract_all.py"]
     assert scripts[-1] == "-m eval.evaluation"
-    for script, own in demo.STAGES:
-        assert script.startswith("-m ") or (ROOT / script).exists()
-        cfg = Config.from_args(shlex.split(f"{demo.SMALL} {own}"))
+    for stage in stages:
+        assert stage.script.startswith("-m ") or (ROOT / stage.script).exists()
+        cfg = stage.cfg
         assert cfg.network == cfg.student_network == "iresnet_tiny"
+        assert (cfg.seed, cfg.output, cfg.batch_size, cfg.lr, cfg.num_epoch_fc) == (7, "demo-7/output", 32, 0.3, 20)
+        assert cfg.num_epoch == (14 if stage.script.startswith("KD_") else 12)
+    assert [stage.name for stage in stages if stage.cfg.flip_targets] == [
+        "extract_all.py --flip_targets",
+        "fc_EArc.py --flip_targets",
+    ]
+    assert [stage.name for stage in stages if stage.cfg.has_dropout] == ["dual_layer_EAF-Fusion.py --has_dropout"]
+    assert [stage.needs for stage in stages] == [(), *((stage.name,) for stage in stages[:-1])]
     assert tuple(demo.GROUPS) == Config().ethnicities
 
 

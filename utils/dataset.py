@@ -109,11 +109,11 @@ class Faces:
         if target:
             self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
         if cfg.leave_out and store is None:
-            _left_out(cfg, find_images(cfg))  # a wrong list is refused before the images are decoded
+            left_out(cfg, find_images(cfg))  # a wrong list is refused before the images are decoded
         self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
-        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~_left_out(cfg, index))
+        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~left_out(cfg, index))
         if cfg.leave_out and not len(self.rows):
             raise InputError(f"{cfg.leave_out} leaves out every image of {teacher or cfg.data}: shorten it.")
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
@@ -331,7 +331,7 @@ def to_network(images: torch.Tensor) -> torch.Tensor:
     return images.float().mul_(1 / 127.5).sub_(1)  # on a CPU half the time of a single call with mixed types
 
 
-def _left_out(cfg: Config, index: Index) -> np.ndarray:
+def left_out(cfg: Config, index: Index) -> np.ndarray:
     """(N,) bool: images that `cfg.leave_out` names, by themselves or by their identity."""
     out = np.zeros(len(index.paths), bool)
     if not cfg.leave_out:

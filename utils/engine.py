@@ -169,7 +169,7 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
             if steps > first:  # an epoch that was stopped while verifying has no steps left to measure
                 seconds = (trained - started) / (steps - first)
                 left = (schedule.epochs - epoch - 1) * (seconds * steps + time.monotonic() - trained)
-                line += f"  {batch_size / seconds:,.0f} images/s, {_duration(left)} left"
+                line += f"  {batch_size / seconds:,.0f} images/s, {duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
 
@@ -310,7 +310,7 @@ def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

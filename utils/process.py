@@ -86,7 +86,7 @@ def _end_without(error: Exception) -> NoReturn:
     # Of gloo's text: [where it was compiled] what has happened. What may be the cause.
     text = re.sub(r"^\[[^]]*\] ", "", str(error).split("\n")[0]).split(". ")[0][:200]
     what = f"another process of this run has ended{text and f' ({text})'}; what was saved last is kept"
-    _end(1, f"{what}; continue with: {_this_command()}")
+    _end(1, f"{what}; continue with: {this_command()}")
 
 
 def setup(cfg: Config, trains: bool = True) -> None:
@@ -135,7 +135,7 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, with everything saved that there was to save; the message says how to continue."""
 
     def __init__(self, what: str, number: int):
-        super().__init__(f"{what}; continue with: {_this_command()}")
+        super().__init__(f"{what}; continue with: {this_command()}")
         self.signal = number
 
 
@@ -175,7 +175,8 @@ class StopSignals:
             self._at_once = False
 
 
-def _this_command() -> str:
+def this_command() -> str:
+    """The command line that started this process, as a user types it."""
     module = _module_name()
     script = ["-m", module] if module else [sys.argv[0]]
     return f"{launcher()} {shlex.join([*script, *sys.argv[1:]])}"

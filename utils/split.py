@@ -14,15 +14,20 @@ def deal(identities: list[str], parts: int, random: np.random.Generator) -> list
     return [sorted(part.tolist()) for part in np.array_split(np.array(shuffled, dtype=object), parts)]
 
 
+def split_of(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str, list[str]]:
+    """The identities of one group ("<group>/<identity>") by quarter, as the seed deals them."""
+    # The group's name is part of the seed: all groups are dealt alike whether together or one at a time.
+    random = np.random.default_rng((cfg.seed, *ethnicity.encode()))
+    return dict(zip(cfg.quarters, deal(identities, len(cfg.quarters), random), strict=True))
+
+
 def write_split(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str, list[str]]:
     """Deals one group's identities ("<group>/<identity>") and writes the lists to `cfg.split_dir`.
 
     Raises InputError where another split is there already: teachers may have been trained on it.
     """
     path = cfg.split_dir / f"{ethnicity}.json"
-    # The group's name is part of the seed: all groups are dealt alike whether together or one at a time.
-    random = np.random.default_rng((cfg.seed, *ethnicity.encode()))
-    split = dict(zip(cfg.quarters, deal(identities, len(cfg.quarters), random), strict=True))
+    split = split_of(cfg, ethnicity, identities)
     if path.exists() and read_json(path) != split:
         raise InputError(f"{path} holds another split (other seed or identities): delete it to deal again.")
     write_json(path, split)

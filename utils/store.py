@@ -99,7 +99,8 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
     needed, free = count * SIZE * SIZE * 3, shutil.disk_usage(folder).free
     there = sum(path.stat().st_size for path in folder.glob("images.npy*"))
     if needed > free + there:
-        raise InputError(f"{folder} has only {_size(free)} free of {_size(needed)}: set cache to a larger disk.")
+        sizes = f"{printed_bytes(free)} free of {printed_bytes(needed)}"
+        raise InputError(f"{folder} has only {sizes}: set cache to a larger disk.")
 
     def decode_block(block: int) -> tuple[str, str, list[tuple[int, str]]]:
         """SHA-256 of the rows and of the files that they come from, and what cannot be used of them."""
@@ -114,8 +115,8 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
     with _reader(index, data) as read, filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
         left = sum(len(filling.rows(block)) for block in filling.missing)
         which = f"{left:,}" if left == count else f"{left:,} of {count:,}"
-        source, room = data / RECORDS if index.in_records else data, f"{_size(free)} free"
-        print(f"Decoding {which} images of {source} once: {_size(needed)} in {folder} ({room}).", flush=True)
+        source, room = data / RECORDS if index.in_records else data, f"{printed_bytes(free)} free"
+        print(f"Decoding {which} images of {source} once: {printed_bytes(needed)} in {folder} ({room}).", flush=True)
         with tqdm(desc="decode", total=count, initial=count - left, unit=" images", disable=None) as bar:
             results = map_ahead(pool, decode_block, filling.missing, 2 * (os.cpu_count() or 1))
             for block, (digest, content, bad) in zip(filling.missing, results, strict=True):
@@ -178,5 +179,5 @@ def _chatter_silenced() -> Iterator[None]:
         logging.setLogLevel(level)
 
 
-def _size(count: float) -> str:
+def printed_bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,131 @@
+"""The stages of the paper's tables, in order: each is a script with settings, and names what it reads and writes."""
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config.config import Config
+
+FIXED = (
+    "ethnicity",
+    "is_teacher_baseline",
+    "is_standalone",
+    "is_dual_layer",
+    "has_dropout",
+    "ada_source",
+    "checkpoint",
+    "teacher",
+    "published_adaptor_input",
+    "report",
+)
+"""Settings that tell one stage from another, so that no user gives them to all stages."""
+
+ADAPTORS = {
+    "SL": {},
+    "DuL": {"is_dual_layer": True},
+    "DLDPO": {"is_dual_layer": True, "has_dropout": True},
+}
+"""The settings of the students of each adaptor."""
+
+STUDENTS = {"a-KD": "KD_alone.py", "EAF-KD": "KD_CEL.py"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A script with its settings. It may start when all stages that it `needs` are finished."""
+
+    name: str  # also that of its log file
+    script: str  # "train.py", or "-m eval.evaluation"
+    cfg: Config
+    needs: tuple[str, ...] = ()  # names of stages
+    kind: str = ""  # split, teacher, embeddings, adaptor, a-KD, EAF-KD or evaluation
+    reads: tuple[Path, ...] = ()  # files and folders
+    writes: tuple[Path, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """What follows the interpreter on the command line."""
+        return [*shlex.split(self.script), *self.cfg.changed]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", *self.arguments])
+
+    @property
+    def results(self) -> list[Path]:
+        """The files by which a finished stage is known: weights in a run folder, all figures of an evaluation."""
+        found = []
+        for path in self.writes:
+            found += sorted([*path.glob("*backbone.pth"), *path.rglob("results.json")]) if path.is_dir() else [path]
+        return found
+
+
+def paper(cfg: Config) -> list[Stage]:
+    """All stages of the tables of one teachers' network; a stage comes after those that it needs.
+
+    These are both settings with their teachers, adaptors and students, and a network of the students' architecture that
+    is trained alone on all identities. Raises InputError for data without groups.
+    """
+    groups = cfg.selected_ethnicities
+    baseline = replace(cfg, is_teacher_baseline=True)
+    lists = tuple(cfg.split_dir / f"{name}.json" for name in groups)
+    split = Stage("split", "baseline_data_split.py", cfg, (), "split", (Path(cfg.data),), lists)
+    alone = replace(cfg, is_standalone=True, network=cfg.student_network)
+    stages = [split, *_setting(cfg, (), ()), *_setting(baseline, (split.name,), lists), *_teachers(alone, (), ())]
+    runs = [stage for stage in stages if stage.kind not in ("split", "embeddings")]
+    needs, results = tuple(stage.name for stage in stages), (Path(cfg.output) / "evaluation",)
+    reads = (*cfg.pairs_files.values(), *(stage.writes[0] for stage in runs))
+    evaluated = replace(cfg, report=True)
+    return [*stages, Stage("evaluation", "-m eval.evaluation", evaluated, needs, "evaluation", reads, results)]
+
+
+def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:
+    read = (Path(cfg.data), *cfg.pairs_files.values(), *reads)
+    return [
+        Stage(
+            f"teacher-{name}",
+            "train.py",
+            replace(cfg, ethnicity=name),
+            needs,
+            "teacher",
+            read,
+            (cfg.teacher_dir(name),),
+        )
+        for name in cfg.teachers
+    ]
+
+
+def _setting(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:
+    """Teachers, embeddings, adaptors and students of the specialized or the baseline setting."""
+    teachers = _teachers(cfg, needs, reads)
+    folders = tuple(cfg.teacher_dir(name) for name in cfg.teachers)
+    arrays = tuple(cfg.teacher_embeddings(name, view) for name in cfg.teachers for view in cfg.target_views)
+    names = tuple(stage.name for stage in teachers)
+    read = (Path(cfg.data), *folders)
+    embeddings = Stage(f"embeddings-{cfg.setting}", "extract_all.py", cfg, names, "embeddings", read, arrays)
+    adaptors = [_adaptor(cfg, name, embeddings) for name in ADAPTORS]
+    students = [_student(cfg, name, method) for method in STUDENTS for name in ADAPTORS]
+    return [*teachers, embeddings, *adaptors, *students]
+
+
+def _adaptor(cfg: Config, name: str, embeddings: Stage) -> Stage:
+    script = "fc_EArc.py" if name == "SL" else "dual_layer_EAF-Fusion.py"
+    own = replace(cfg, has_dropout=name == "DLDPO")
+    writes = (cfg.adaptor_dir(name), *_targets(cfg, name))
+    return Stage(_of(cfg, name), script, own, (embeddings.name,), "adaptor", embeddings.writes, writes)
+
+
+def _student(cfg: Config, name: str, method: str) -> Stage:
+    """The student that learns from the adaptor `name`."""
+    own = replace(cfg, **ADAPTORS[name])
+    reads = (Path(cfg.data), *cfg.pairs_files.values(), cfg.adaptor_dir(name), *_targets(cfg, name))
+    writes = (own.student_dir(method),)
+    return Stage(f"{method}-{_of(cfg, name)}", STUDENTS[method], own, (_of(cfg, name),), method, reads, writes)
+
+
+def _targets(cfg: Config, adaptor: str) -> tuple[Path, ...]:
+    return tuple(cfg.adaptor_embeddings(adaptor, view) for view in cfg.target_views)
+
+
+def _of(cfg: Config, adaptor: str) -> str:
+    return f"{adaptor}-{cfg.setting}"

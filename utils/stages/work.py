@@ -1,0 +1,199 @@
+"""How much each stage has to do: images that it sees, by kind of work and network, and the bytes that it writes."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backbones import build_adaptor, build_backbone
+from config.config import Config
+from utils.dataset import left_out
+from utils.index import scan
+from utils.split import split_of
+from utils.stages.paper import STUDENTS, Stage
+from utils.stages.rates import ADAPT, INFER, TRAIN, Rates
+from utils.store import SIZE
+
+IMAGE = SIZE * SIZE * 3  # bytes
+PAPERS_IMAGES = {"African": 324_106, "Asian": 324_202, "Caucasian": 326_070, "Indian": 274_554}
+PAPERS_IDENTITIES = {"African": 7_000, "Asian": 7_000, "Caucasian": 7_000, "Indian": 6_997}
+"""Of the published training set; which of the first two groups has 324,106 images is not known."""
+
+RFW_IMAGES = 12_000  # of 6,000 pairs of one group, if no image is in two of them
+STATES_IN_CHECKPOINT, CHECKPOINTS, WEIGHTS = 2, 2, 2
+"""Parameters and momentum; the newest checkpoint and the one before; the best and the last weights."""
+
+Work = Counter[tuple[str, str]]
+"""Images (or rows) by kind of work and name of the network, as in `Rates`."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images and identities that each teacher sees, by its name, and distinct images of each verification set.
+
+    "All" stands for all groups together. The digest is that of the data folder's index.
+    """
+
+    images: dict[str, int]
+    identities: dict[str, int]
+    pairs: dict[str, int]  # images, not pairs
+    digest: str = ""
+
+    @property
+    def verified(self) -> int:
+        """Images that one verification embeds: both views of every distinct image."""
+        return 2 * sum(self.pairs.values())
+
+
+def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
+    """What the data folder holds. Raises InputError for a folder that cannot be used."""
+    index = scan(Path(cfg.data), cfg.selected_ethnicities)
+    used = index.identity[~left_out(cfg, index)]
+    of_identity = dict(zip(index.identities, np.bincount(used, minlength=len(index.identities)).tolist(), strict=True))
+    seen = {"All": list(index.identities)}
+    for group in cfg.ethnicities:
+        seen[group] = index.identities_of(group)
+        for quarter, names in split_of(cfg, group, seen[group]).items():
+            seen.setdefault(quarter, []).extend(names)
+    images = {name: sum(of_identity[one] for one in identities) for name, identities in seen.items()}
+    identities = {name: sum(of_identity[one] > 0 for one in identities) for name, identities in seen.items()}
+    return Counts(images, identities, pairs, index.digest)
+
+
+def papers_counts(cfg: Config, pairs: dict[str, int]) -> Counts | None:
+    """Those of the published training set, with even quarters; None where the groups are not the paper's."""
+    if not set(cfg.ethnicities) <= PAPERS_IMAGES.keys():
+        return None
+
+    def by_teacher(of: dict[str, int]) -> dict[str, int]:
+        own = {name: of[name] for name in cfg.ethnicities}
+        total = sum(own.values())
+        parts = dict(zip(cfg.quarters, map(len, np.array_split(np.arange(total), len(own))), strict=True))
+        return {**own, **parts, "All": total}
+
+    return Counts(by_teacher(PAPERS_IMAGES), by_teacher(PAPERS_IDENTITIES), pairs)
+
+
+def work_of(stage: Stage, counts: Counts) -> Work:
+    """Epochs of whole batches, verification after every epoch, and what is embedded."""
+    cfg, images = stage.cfg, counts.images["All"]
+    if stage.kind in ("teacher", *STUDENTS):
+        is_teacher = stage.kind == "teacher"
+        network = cfg.network if is_teacher else cfg.student_network
+        seen = counts.images[cfg.ethnicity] if is_teacher else images
+        return Work({(TRAIN, network): _seen(stage, seen), (INFER, network): epochs(stage) * counts.verified})
+    if stage.kind == "adaptor":
+        return Work({(ADAPT, ""): _seen(stage, images) + images * len(cfg.target_views)})
+    if stage.kind == "embeddings":
+        return Work({(INFER, cfg.network): len(stage.needs) * images * len(cfg.target_views)})
+    return Work()
+
+
+def work_of_all(stages: list[Stage], counts: Counts) -> dict[str, Work]:
+    """Of each stage by name; the evaluation verifies every network that another stage trains."""
+    work = {stage.name: work_of(stage, counts) for stage in stages}
+    for stage in stages:
+        if stage.kind == "evaluation":
+            networks = [network for name in stage.needs for kind, network in work[name] if kind == TRAIN]
+            work[stage.name] = Work({(INFER, network): 0 for network in networks})
+            for network in networks:
+                work[stage.name][INFER, network] += counts.verified
+    return work
+
+
+def epochs(stage: Stage) -> int:
+    """Of a stage that trains."""
+    cfg = stage.cfg
+    if stage.kind == "adaptor":
+        return cfg.num_epoch_fc
+    if cfg.num_epoch != 52:
+        return cfg.num_epoch
+    return 52 if stage.kind == "teacher" and not cfg.is_standalone else 26
+
+
+def _seen(stage: Stage, images: int) -> int:
+    """Images in all epochs, each without its incomplete last batch."""
+    size = stage.cfg.total_batch
+    return epochs(stage) * (images // size) * size
+
+
+def seconds(work: Mapping[tuple[str, str], int], rates: Rates) -> float:
+    return sum(count / rates[kind] for kind, count in work.items())
+
+
+def share_done(stage: Stage) -> float:
+    """The share of its epochs that a stage has finished, as its log says; 0 for a stage that trains nothing."""
+    log = stage.writes[0] / "log.jsonl" if stage.writes else None
+    if stage.kind not in ("teacher", "adaptor", *STUDENTS) or not log.is_file():
+        return 0.0
+    return min(1.0, log.read_bytes().count(b"\n") / epochs(stage))
+
+
+def makespan(durations: dict[str, float], stages: list[Stage], slots: int) -> float:
+    """How long so many slots take for these stages; each slot takes the first stage that may start."""
+    waiting = [stage for stage in stages if stage.name in durations]
+    open_, ends, now = {stage.name for stage in waiting}, {}, 0.0
+    while waiting or ends:
+        for stage in [*waiting]:
+            if len(ends) < slots and open_.isdisjoint(stage.needs):
+                ends[stage.name] = now + durations[stage.name]
+                waiting.remove(stage)
+        name = min(ends, key=ends.get)
+        now = ends.pop(name)
+        open_.discard(name)
+    return now
+
+
+# Disk -----------------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(stage: Stage, counts: Counts) -> dict[Path, int]:
+    """What each array and run folder that a stage writes takes in the end; tables and lists are not counted."""
+    found = {}
+    for path in stage.writes:
+        if path.suffix == ".npy":
+            found[path] = counts.images["All"] * stage.cfg.embedding_size * 4
+        elif stage.kind in ("teacher", "adaptor", *STUDENTS):
+            states = WEIGHTS + STATES_IN_CHECKPOINT * CHECKPOINTS
+            found[path] = states * _state(stage, counts)
+    return found
+
+
+def bytes_while_saving(stage: Stage, counts: Counts) -> int:
+    """Of the checkpoint that takes the place of the newest when it is whole."""
+    trains = stage.kind in ("teacher", "adaptor", *STUDENTS)
+    return STATES_IN_CHECKPOINT * _state(stage, counts) if trains else 0
+
+
+def _state(stage: Stage, counts: Counts) -> int:
+    """Bytes of the parameters and statistics of a stage's network and header."""
+    cfg = stage.cfg
+    if stage.kind == "adaptor":
+        own = _bytes_of_adaptor(stage.writes[0].name, cfg)
+    else:
+        own = _bytes_of_network(cfg.network if stage.kind == "teacher" else cfg.student_network, cfg.embedding_size)
+    if stage.kind == "a-KD":
+        return own
+    classes = counts.identities[cfg.ethnicity if stage.kind == "teacher" else "All"]
+    return own + 4 * cfg.embedding_size * classes
+
+
+@functools.cache
+def _bytes_of_network(network: str, embedding_size: int) -> int:
+    with torch.device("meta"):
+        return _bytes(build_backbone(network, embedding_size))
+
+
+@functools.cache
+def _bytes_of_adaptor(name: str, cfg: Config) -> int:
+    with torch.device("meta"):
+        return _bytes(build_adaptor(name, cfg))
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(math.prod(value.shape) * value.element_size() for value in module.state_dict().values())
