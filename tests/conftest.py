@@ -14,6 +14,7 @@ import torch
 
 from config.config import Config
 from config.readers import called
+from eval.published import mst_kd
 from tests.runs import GROUPS, arguments, run_script
 from utils.synthetic import generate
 
@@ -86,6 +87,19 @@ def blank_pictures(monkeypatch) -> None:
         put(path, encode(np.zeros((1, 1, 3), np.uint8), ".png"))
 
     monkeypatch.setattr("eval.figures._save", save)
+
+
+@pytest.fixture
+def printed_for_tiny(monkeypatch) -> None:
+    """Compares generated faces with the paper's rows of iresnet34 as if iresnet_tiny were that network."""
+    rows = {}
+    for row in mst_kd().values():
+        name = row.name.replace("iresnet34", "iresnet_tiny")
+        key = tuple(part.replace("iresnet34", "iresnet_tiny") for part in row.key)
+        rows[name] = dataclasses.replace(row, name=name, key=key)
+    monkeypatch.setattr("eval.paper.is_generated", lambda _: False)
+    for name in ("mst_kd", "every"):
+        monkeypatch.setattr(f"eval.paper.{name}", lambda: rows)
 
 
 @pytest.fixture(scope="session")

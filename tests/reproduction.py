@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import reproduce
-from config.config import Config
+from config.config import ADAPTORS, Config
 from tests.trials import ROOT, Result
 from utils.process import guarded
 from utils.stages.paper import Stage, paper
@@ -34,16 +34,20 @@ EVERY = "every"
 TABLES = ("accuracy.md", "accuracy.csv", "accuracy.tex", "intervals.md", "differences.md", "chance.md", "report.html")
 
 
-def settings(work: Path, groups: tuple[str, ...], pairs: int) -> list[str]:
-    """The command line, for generated faces with so many pairs a group, each of 20 repeated."""
+def settings(work: Path, groups: tuple[str, ...] = GROUPS) -> list[str]:
+    """The command line."""
     faces = work / "faces"
+    places = f"--data {faces}/train --pairs {faces}/pairs --output {work}/output --cache {work}/cache"
+    return [*places.split(), "--ethnicities", ",".join(groups), *SMALL.split()]
+
+
+def draw(faces: Path, groups: tuple[str, ...], pairs: int) -> None:
+    """Generated faces with so many pairs a group: 20 pairs, repeated."""
     generate(faces, groups, identities=4, images=3, pairs=20, seed=7)
     for group in groups:
         path = faces / "pairs" / f"{group}_test.bin"
         images, same = pickle.loads(path.read_bytes())
         path.write_bytes(pickle.dumps((images * (pairs // 20), same * (pairs // 20)), protocol=2))
-    places = f"--data {faces}/train --pairs {faces}/pairs --output {work}/output --cache {work}/cache"
-    return [*places.split(), "--ethnicities", ",".join(groups), *SMALL.split()]
 
 
 def kills(
@@ -55,7 +59,8 @@ def kills(
     SIGTERM ends it with the command that goes on, where the end has a row for every model and all tables, and where the
     last command passes over everything.
     """
-    given, result, random = settings(work, groups, pairs), Result(), np.random.default_rng(0)
+    draw(work / "faces", groups, pairs)
+    given, result, random = settings(work, groups), Result(), np.random.default_rng(0)
     stages = only(paper(Config.from_args(given)), names)
     script = ["reproduce.py"] if names == EVERY else ["-m", "tests.reproduction", names]
     command = [sys.executable, *script, "--devices", "0,1", *given]
@@ -103,8 +108,8 @@ def missing(folder: Path, stages: list[Stage]) -> str:
     wanted = set()
     for stage in stages:
         cfg, name = stage.cfg, stage.writes[0].name
-        if stage.kind in ("teacher", "adaptor"):
-            wanted.add((cfg.setting, cfg.network, stage.kind, name))
+        if stage.kind == "teacher" or stage.kind in ADAPTORS:
+            wanted.add((cfg.setting, cfg.network, "adaptor" if stage.kind in ADAPTORS else "teacher", name))
         elif stage.kind in ("a-KD", "EAF-KD"):
             wanted.add((cfg.setting, cfg.network, stage.kind, f"{cfg.adaptor} {cfg.student_network}"))
     rows = csv.DictReader((folder / "accuracy.csv").read_text(encoding="utf-8").splitlines())

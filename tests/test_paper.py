@@ -320,17 +320,9 @@ def test_a_row_goes_with_the_file_of_a_network_only():
 
 
 @pytest.fixture
-def as_if_rfw(monkeypatch):
-    """Takes generated sets of 20 pairs for RFW, and the rows of iresnet34 for those of the tests' tiny network."""
-    rows = {}
-    for row in mst_kd().values():
-        name = row.name.replace("iresnet34", "iresnet_tiny")
-        key = tuple(part.replace("iresnet34", "iresnet_tiny") for part in row.key)
-        rows[name] = replace(row, name=name, key=key)
+def as_if_rfw(monkeypatch, printed_for_tiny):
+    """Takes generated sets of 20 pairs for RFW."""
     monkeypatch.setitem(PAIRS, "MST-KD", dict.fromkeys(GROUPS, 20))
-    monkeypatch.setattr("eval.paper.is_generated", lambda _: False)
-    for name in ("mst_kd", "every"):
-        monkeypatch.setattr(f"eval.paper.{name}", lambda: rows)
 
 
 def test_the_evaluation_writes_tables_picture_and_report(trained, tmp_path, as_if_rfw, capsys):

@@ -1,5 +1,6 @@
 """The stages of the paper's tables: their list, the plan, the process that runs them, and what it does when stopped."""
 
+import csv
 import os
 import shutil
 import signal
@@ -16,7 +17,9 @@ import pytest
 import reproduce
 from backbones import build_backbone
 from config.config import Config
+from eval.published import mst_kd
 from tests import reproduction
+from tests.runs import run_script
 from utils.errors import InputError
 from utils.process import Interrupted
 from utils.stages import disk, rates
@@ -504,9 +507,14 @@ def test_stages_save_and_end_when_their_parent_is_killed(tmp_path):
 # Everything together --------------------------------------------------------------------------------------------------
 
 
-def test_a_short_list_is_killed_and_ends_with_all_tables(tmp_path):
-    """`make soak` kills all 31 stages twice."""
-    kept = "teacher-African,teacher-Asian,embeddings-specialized,SL-specialized,evaluation"
-    result = reproduction.kills(tmp_path, {signal.SIGKILL: 2}, kept, ("African", "Asian"))
+def test_all_stages_are_killed_twice_and_end_with_the_papers_tables(tmp_path, printed_for_tiny):
+    """Both settings with sets of 6,000 generated pairs, which are taken for RFW after the run."""
+    result = reproduction.kills(tmp_path, {signal.SIGTERM: 6, signal.SIGKILL: 17}, pairs=6000)
     assert result.failures == []
-    assert result.of == 3
+    assert result.of == 4
+    assert not [*(tmp_path / "output" / "evaluation").glob("paper.*")]  # never on generated faces
+    run_script("eval.evaluation", reproduction.settings(tmp_path))
+    rows = csv.DictReader((tmp_path / "output" / "evaluation" / "paper.csv").read_text().splitlines())
+    assert {row["Row"] for row in rows} == {
+        name.replace("iresnet34", "iresnet_tiny") for name, row in mst_kd().items() if row.table <= "Table 3"
+    }

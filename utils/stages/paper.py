@@ -4,7 +4,8 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config.config import Config
+from config.config import ADAPTORS, Config
+from config.readers import script_that_trains
 
 FIXED = (
     "ethnicity",
@@ -16,18 +17,18 @@ FIXED = (
     "checkpoint",
     "teacher",
     "published_adaptor_input",
+    "row",
     "report",
 )
 """Settings that tell one stage from another, so that no user gives them to all stages."""
 
-ADAPTORS = {
+STUDENTS = ("a-KD", "EAF-KD")
+SETTINGS_OF = {
     "SL": {},
     "DuL": {"is_dual_layer": True},
     "DLDPO": {"is_dual_layer": True, "has_dropout": True},
 }
-"""The settings of the students of each adaptor."""
-
-STUDENTS = {"a-KD": "KD_alone.py", "EAF-KD": "KD_CEL.py"}
+"""By adaptor, the settings of the students that learn from it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stage:
     script: str  # "train.py", or "-m eval.evaluation"
     cfg: Config
     needs: tuple[str, ...] = ()  # names of stages
-    kind: str = ""  # split, teacher, embeddings, adaptor, a-KD, EAF-KD or evaluation
+    kind: str = ""  # what is trained, as `utils.engine.fit` knows it; or split, embeddings, evaluation
     reads: tuple[Path, ...] = ()  # files and folders
     writes: tuple[Path, ...] = ()
 
@@ -109,18 +110,19 @@ def _setting(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> li
 
 
 def _adaptor(cfg: Config, name: str, embeddings: Stage) -> Stage:
-    script = "fc_EArc.py" if name == "SL" else "dual_layer_EAF-Fusion.py"
     own = replace(cfg, has_dropout=name == "DLDPO")
     writes = (cfg.adaptor_dir(name), *_targets(cfg, name))
-    return Stage(_of(cfg, name), script, own, (embeddings.name,), "adaptor", embeddings.writes, writes)
+    return Stage(_of(cfg, name), script_that_trains(name), own, (embeddings.name,), name, embeddings.writes, writes)
 
 
 def _student(cfg: Config, name: str, method: str) -> Stage:
     """The student that learns from the adaptor `name`."""
-    own = replace(cfg, **ADAPTORS[name])
+    own = replace(cfg, **SETTINGS_OF[name])
     reads = (Path(cfg.data), *cfg.pairs_files.values(), cfg.adaptor_dir(name), *_targets(cfg, name))
     writes = (own.student_dir(method),)
-    return Stage(f"{method}-{_of(cfg, name)}", STUDENTS[method], own, (_of(cfg, name),), method, reads, writes)
+    return Stage(
+        f"{method}-{_of(cfg, name)}", script_that_trains(method), own, (_of(cfg, name),), method, reads, writes
+    )
 
 
 def _targets(cfg: Config, adaptor: str) -> tuple[Path, ...]:

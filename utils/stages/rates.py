@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import build_adaptor, build_backbone
-from config.config import Config, Schedule
+from config.config import Config
 from utils.checkpoint import device_of
 from utils.dataset import Batch, Column, Faces
 from utils.engine import fit, infer
@@ -128,7 +128,7 @@ def _training(network: str, cfg: Config, classes: int) -> float:
     def losses(image, label):
         return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
 
-    return _fitted(losses, "teachers", {"image": images}, cfg, classes, backbone, header)
+    return _fitted(losses, "teacher", {"image": images}, cfg, classes, backbone, header)
 
 
 def _adaptor(cfg: Config, classes: int) -> float:
@@ -139,7 +139,7 @@ def _adaptor(cfg: Config, classes: int) -> float:
     def losses(embedding, label):
         return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
 
-    return _fitted(losses, "adaptors", {"embedding": rows}, cfg, classes, adaptor, header)
+    return _fitted(losses, "SL", {"embedding": rows}, cfg, classes, adaptor, header)
 
 
 def _fitted(losses: Callable, kind: str, columns: dict, cfg: Config, classes: int, *modules: torch.nn.Module) -> float:
@@ -147,8 +147,7 @@ def _fitted(losses: Callable, kind: str, columns: dict, cfg: Config, classes: in
     columns["label"] = np.random.default_rng(1).integers(0, classes, cfg.batch_size)
     clock = _Clock(device_of(cfg), cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        run = Path(folder) / kind / "measured"
-        fit(losses, _Endless(cfg, columns, clock), run, cfg, *modules, schedule=Schedule(1, 0.0, ()))
+        fit(losses, _Endless(cfg, columns, clock), Path(folder) / "measured", cfg, *modules, kind=kind)
     return clock.rate
 
 

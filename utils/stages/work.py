@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backbones import build_adaptor, build_backbone
-from config.config import Config
+from config.config import ADAPTORS, Config
 from utils.dataset import left_out
 from utils.index import scan
 from utils.split import split_of
@@ -25,6 +25,7 @@ PAPERS_IDENTITIES = {"African": 7_000, "Asian": 7_000, "Caucasian": 7_000, "Indi
 """Of the published training set; which of the first two groups has 324,106 images is not known."""
 
 RFW_IMAGES = 12_000  # of 6,000 pairs of one group, if no image is in two of them
+TRAINED = ("teacher", *ADAPTORS, *STUDENTS)  # kinds of stages
 STATES_IN_CHECKPOINT, CHECKPOINTS, WEIGHTS = 2, 2, 2
 """Parameters and momentum; the newest checkpoint and the one before; the best and the last weights."""
 
@@ -87,7 +88,7 @@ def work_of(stage: Stage, counts: Counts) -> Work:
         network = cfg.network if is_teacher else cfg.student_network
         seen = counts.images[cfg.ethnicity] if is_teacher else images
         return Work({(TRAIN, network): _seen(stage, seen), (INFER, network): epochs(stage) * counts.verified})
-    if stage.kind == "adaptor":
+    if stage.kind in ADAPTORS:
         return Work({(ADAPT, ""): _seen(stage, images) + images * len(cfg.target_views)})
     if stage.kind == "embeddings":
         return Work({(INFER, cfg.network): len(stage.needs) * images * len(cfg.target_views)})
@@ -108,12 +109,7 @@ def work_of_all(stages: list[Stage], counts: Counts) -> dict[str, Work]:
 
 def epochs(stage: Stage) -> int:
     """Of a stage that trains."""
-    cfg = stage.cfg
-    if stage.kind == "adaptor":
-        return cfg.num_epoch_fc
-    if cfg.num_epoch != 52:
-        return cfg.num_epoch
-    return 52 if stage.kind == "teacher" and not cfg.is_standalone else 26
+    return stage.cfg.schedule(stage.kind).epochs
 
 
 def _seen(stage: Stage, images: int) -> int:
@@ -129,7 +125,7 @@ def seconds(work: Mapping[tuple[str, str], int], rates: Rates) -> float:
 def share_done(stage: Stage) -> float:
     """The share of its epochs that a stage has finished, as its log says; 0 for a stage that trains nothing."""
     log = stage.writes[0] / "log.jsonl" if stage.writes else None
-    if stage.kind not in ("teacher", "adaptor", *STUDENTS) or not log.is_file():
+    if stage.kind not in TRAINED or not log.is_file():
         return 0.0
     return min(1.0, log.read_bytes().count(b"\n") / epochs(stage))
 
@@ -158,7 +154,7 @@ def bytes_of(stage: Stage, counts: Counts) -> dict[Path, int]:
     for path in stage.writes:
         if path.suffix == ".npy":
             found[path] = counts.images["All"] * stage.cfg.embedding_size * 4
-        elif stage.kind in ("teacher", "adaptor", *STUDENTS):
+        elif stage.kind in TRAINED:
             states = WEIGHTS + STATES_IN_CHECKPOINT * CHECKPOINTS
             found[path] = states * _state(stage, counts)
     return found
@@ -166,15 +162,15 @@ def bytes_of(stage: Stage, counts: Counts) -> dict[Path, int]:
 
 def bytes_while_saving(stage: Stage, counts: Counts) -> int:
     """Of the checkpoint that takes the place of the newest when it is whole."""
-    trains = stage.kind in ("teacher", "adaptor", *STUDENTS)
+    trains = stage.kind in TRAINED
     return STATES_IN_CHECKPOINT * _state(stage, counts) if trains else 0
 
 
 def _state(stage: Stage, counts: Counts) -> int:
     """Bytes of the parameters and statistics of a stage's network and header."""
     cfg = stage.cfg
-    if stage.kind == "adaptor":
-        own = _bytes_of_adaptor(stage.writes[0].name, cfg)
+    if stage.kind in ADAPTORS:
+        own = _bytes_of_adaptor(stage.kind, cfg)
     else:
         own = _bytes_of_network(cfg.network if stage.kind == "teacher" else cfg.student_network, cfg.embedding_size)
     if stage.kind == "a-KD":
