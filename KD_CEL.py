@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from config.config import Config
-from eval.verification import load_pairs, validator
-from utils.dataset import Faces
-from utils.engine import fit, is_given
-from utils.losses import ElasticArcFace
+from eval.verification import validator
+from utils.data.faces import Faces
+from utils.data.pairs import load_pairs
+from utils.losses import ElasticArcFace, margin_loss, spread
 from utils.process import announce, run, setup
-from utils.sharding import margin_loss, spread
+from utils.training.engine import fit, is_given
 
 
 def main(cfg: Config) -> None:

@@ -1,5 +1,5 @@
 # make demo: every stage on generated faces.  make test: the whole suite.  make soak: long trials of reliability.
-# Each installs what it needs into .venv; the last four packages there are for the tests of utils.export.
+# Each installs what it needs into .venv; the last four packages there are for the tests of export.py.
 
 PYTHON ?= python3
 BIN := .venv/bin

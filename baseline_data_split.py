@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.config import Config
-from utils.index import scan
+from utils.data.index import scan
+from utils.data.split import write_split
 from utils.process import announce, run
-from utils.split import write_split
 
 
 def main(cfg: Config) -> None:

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from config.config import Config
+from utils.data.synthetic import generate
 from utils.process import guarded
 from utils.stages.paper import Stage
 from utils.stages.runner import Runner
-from utils.synthetic import generate
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
 """Names only: the scripts look for folders of these names. The faces are generated and show nobody."""

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 
 from backbones import build_adaptor
 from config.config import Config
-from utils.dataset import Faces
-from utils.engine import fit
-from utils.extract import embed_targets
-from utils.losses import ElasticArcFace
+from utils.data.faces import Faces
+from utils.losses import ElasticArcFace, margin_loss, spread
 from utils.process import announce, run, setup
-from utils.sharding import margin_loss, spread
+from utils.training.engine import fit
+from utils.training.extract import embed_targets
 
 
 def main(cfg: Config) -> None:

@@ -10,13 +10,12 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import load_backbone
 from config.config import Config
-from utils.checkpoint import need_weights
-from utils.dataset import Faces
-from utils.embeddings import origin
-from utils.extract import Output, embed_all
+from utils.data.embeddings import origin
+from utils.data.faces import Faces
 from utils.process import announce, run, setup
+from utils.training.extract import Output, embed_all
+from utils.weights import load_backbone, need_weights
 
 
 def main(cfg: Config) -> None:

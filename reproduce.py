@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from config.config import Config
-from eval.verification import read_bin
+from utils.data.pairs import read_bin
 from utils.errors import InputError
-from utils.files import locked
 from utils.process import guarded, this_command
 from utils.stages.disk import items, require_room, rooms
 from utils.stages.paper import FIXED, paper
@@ -26,6 +25,7 @@ from utils.stages.plan import describe
 from utils.stages.rates import measured_rates, rates_from
 from utils.stages.runner import Record, Runner
 from utils.stages.work import RFW_IMAGES, Counts, counted, papers_counts, seconds, share_done, work_of_all
+from utils.storage.locks import locked
 
 
 def main(argv: list[str] | None = None) -> None:

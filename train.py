@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from config.config import Config
-from eval.verification import Pairs, load_pairs, validator
-from utils.dataset import Faces
-from utils.engine import check_run, fit
-from utils.losses import build_header
+from eval.verification import validator
+from utils.data.faces import Faces
+from utils.data.pairs import Pairs, load_pairs
+from utils.losses import build_header, margin_loss
 from utils.process import announce, run, setup
-from utils.sharding import margin_loss
+from utils.training.engine import check_run, fit
 
 
 def main(cfg: Config) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from config.config import Config
 from eval.fairness import std, summary
-from utils.checkpoint import versions
-from utils.files import write_text
+from utils.environment import versions
+from utils.storage.files import write_text
 
 SEEDS = (0, 1, 2)
 GROUPS = Config().ethnicities

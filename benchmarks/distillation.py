@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from backbones import build_backbone
 from benchmarks.timing import EPOCHS, Timed, rates
 from config.config import Config
-from utils.checkpoint import device_of, versions
-from utils.dataset import Column
-from utils.engine import fit
-from utils.extract import Output, embed_all
-from utils.files import write_json, write_text
+from utils.data.columns import Column
+from utils.environment import device_of, versions
 from utils.losses import AdaDistill
 from utils.process import setup
+from utils.storage.files import write_json, write_text
+from utils.training.engine import fit
+from utils.training.extract import Output, embed_all
 
 DEVICE = device_of(Config())
 TEACHER, STUDENT = "iresnet50", "mobilefacenet"

@@ -1,8 +1,8 @@
 """Training steps of every network on a GPU: images/s, the share of its measured matrix peak, and hours for the paper.
 
-Each is `utils.engine.fit` as the scripts call it, reader and head of 27,997 classes included, on noise that lies in the
-memory of the device. What was measured before on the same machine with the same packages is kept and not measured
-again, so that it can be done in several sittings.
+Each is `utils.training.engine.fit` as the scripts call it, reader and head of 27,997 classes included, on noise that
+lies in the memory of the device. What was measured before on the same machine with the same packages is kept and not
+measured again, so that it can be done in several sittings.
 
 Reads   nothing
 Writes  benchmarks/results/networks_<cuda or cpu>.json and .md
@@ -26,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import build_adaptor, build_backbone
 from benchmarks.timing import EPOCHS, Timed, adaptor_losses, graphs, rates
 from config.config import NETWORKS, Config
-from utils.checkpoint import device_of, versions
-from utils.dataset import Column
-from utils.engine import fit, infer
-from utils.files import write_json, write_text
+from utils.data.columns import Column
+from utils.environment import device_of, versions
 from utils.losses import ElasticArcFace
 from utils.process import setup
+from utils.storage.files import write_json, write_text
+from utils.training.engine import fit, infer
 
 PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
 CLASSES, IMAGES = 27_997, 1_248_932  # of the paper's training set

@@ -2,8 +2,8 @@
 
 A bare loop decodes the same encoded bytes, which it has in memory, in as many processes, and throws the images away. It
 is given twice: as Python starts, and with glibc told to keep freed memory, as our processes are (see
-`utils.images.prepare_process`). What we do includes reading the files and writing the result, and, but for `align`,
-starting the processes. Rates are medians of five, taken in turn.
+`utils.data.images.prepare_process`). What we do includes reading the files and writing the result, and, but for
+`align`, starting the processes. Rates are medians of five, taken in turn.
 
 Reads   nothing; draws generated faces
 Writes  benchmarks/results/prepare_cpu.json and .md
@@ -25,16 +25,16 @@ import cv2
 import numpy as np
 
 from config.config import Config
-from utils import images
-from utils.align import TEMPLATE
-from utils.files import write_json, write_text
+from utils.data import images
+from utils.data.align import TEMPLATE
+from utils.data.store import ImageStore
+from utils.data.synthetic import draw_face, identity_parameters
 from utils.prepare.align import Aligner, aligned
 from utils.prepare.contents import list_images, look_at_all
 from utils.prepare.landmarks import match, read_landmarks
 from utils.prepare.rec import pack, unpack
 from utils.prepare.work import TOGETHER
-from utils.store import ImageStore
-from utils.synthetic import draw_face, identity_parameters
+from utils.storage.files import write_json, write_text
 
 REPEATS = 5
 IMAGES, DRAWN = 6144, 256
@@ -207,7 +207,7 @@ def mean_size(folder: Path) -> float:
 
 def main() -> None:
     # Not at the top, which every process that is started reads: PyTorch comes with them.
-    from utils.checkpoint import versions
+    from utils.environment import versions
     from utils.process import setup
 
     with tempfile.TemporaryDirectory() as name:

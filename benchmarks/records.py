@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from config.config import Config
-from utils.checkpoint import versions
-from utils.files import write_json, write_text
-from utils.index import find_images
-from utils.recordio import INDEX, MAGIC, RECORDS, read_index
+from utils.data.index import find_images
+from utils.data.recordio import INDEX, MAGIC, RECORDS, read_index
+from utils.environment import versions
+from utils.storage.files import write_json, write_text
 
 IMAGES, EACH = 2_000_000, 20
 WEBFACE42M = 42_474_557  # images
@@ -62,7 +62,7 @@ def measure(images: int) -> list[dict]:
         return [
             {"step": step, **_apart(function, folder, images)}
             for step, function in (
-                ("the records found (`utils.recordio.read_index`)", _found),
+                ("the records found (`utils.data.recordio.read_index`)", _found),
                 ("the index made and kept", _indexed),
                 ("the index read back", _indexed),
             )

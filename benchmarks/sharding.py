@@ -1,6 +1,6 @@
 """Three ways to train a header on several processes, side by side: the time of a step, and the most memory of a rank.
 
-sharded        utils.sharding: every rank holds its columns, and an exact softmax of our own goes over all
+sharded        utils.losses.sharded: every rank holds its columns, and an exact softmax of our own goes over all
 dense          every rank holds the whole kernel, and DistributedDataParallel averages its gradient
 loss_parallel  every rank holds its columns, in PyTorch's own parts: plain operations, DTensor, loss_parallel
 
@@ -35,12 +35,13 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from config.config import Config
-from utils.checkpoint import versions
-from utils.distributed import gathered
-from utils.files import write_json, write_text
-from utils.losses import ArcFace, cos_of_sum
+from utils.distributed.collectives import gathered
+from utils.environment import versions
+from utils.losses import ArcFace, margin_loss
+from utils.losses.margin import cos_of_sum
+from utils.losses.sharded import Gathered, columns_of, sharded
 from utils.memory import free_memory
-from utils.sharding import Gathered, columns_of, margin_loss, sharded
+from utils.storage.files import write_json, write_text
 
 CLASSES, RANKS, BATCH = (28_000, 100_000, 1_000_000, 10_000_000), (1, 2), 128
 WAYS = ("sharded", "dense", "loss_parallel")

@@ -37,18 +37,19 @@ from backbones import build_adaptor, build_backbone
 from benchmarks.networks import CLASSES, PUBLISHED, measure_all
 from benchmarks.timing import EPOCHS, Timed, adaptor_losses, graphs, rates
 from config.config import Config
-from eval.verification import THRESHOLDS, load_bin, pair_distances, ten_fold, views
-from utils.checkpoint import device_of, versions
-from utils.dataset import Column, stream
-from utils.engine import fit
-from utils.extract import Output, embed_all
-from utils.files import write_json, write_text
-from utils.index import SETTLED, find_images, scan
+from eval.verification import THRESHOLDS, pair_distances, ten_fold, views
+from utils.data.columns import Column, stream
+from utils.data.index import SETTLED, find_images, scan
+from utils.data.pairs import load_bin
+from utils.data.split import deal
+from utils.data.store import ImageStore
+from utils.data.synthetic import generate
+from utils.environment import device_of, versions
 from utils.losses import ElasticArcFace
 from utils.process import setup
-from utils.split import deal
-from utils.store import ImageStore
-from utils.synthetic import generate
+from utils.storage.files import write_json, write_text
+from utils.training.engine import fit
+from utils.training.extract import Output, embed_all
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
 ROWS = 8192  # of the adaptor: a part of those of the paper

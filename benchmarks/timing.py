@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from config.config import Config
-from utils.dataset import Batch, Column, Faces
+from utils.data.columns import Batch, Column
+from utils.data.faces import Faces
 
 REPEATS = 5
 EPOCHS = REPEATS + 1

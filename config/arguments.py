@@ -12,8 +12,8 @@ import sys
 import types
 import typing
 
+from config.errors import InputError
 from config.readers import READ_BY, SCRIPTS, called, listed, reads, unread
-from utils.errors import InputError
 
 
 def parse(cls: type, argv: list[str] | None):
@@ -123,7 +123,9 @@ class _Parser(argparse.ArgumentParser):
         return settings
 
     def error(self, message: str):
-        from utils.distributed import speaks  # PyTorch, which who reads settings without a fault need not have imported
+        from utils.distributed.launch import (
+            speaks,  # PyTorch, which who reads settings without a fault need not have imported
+        )
 
         self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from config import arguments
+from config.errors import InputError
 from config.published import ADA_MARGINS, MARGINS, STD_FC, Schedule, scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
-from utils.errors import InputError
-from utils.world import launcher, world_size
+from utils.distributed.world import launcher, world_size
 
 
 @dataclass(frozen=True)

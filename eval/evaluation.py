@@ -20,13 +20,13 @@ from eval import figures, paper, report
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.results import Results
 from eval.scores import Scored, Scores
-from eval.tables import Table
-from eval.verification import Pairs, load_pairs
-from utils.checkpoint import versions
+from utils.data.pairs import Pairs, load_pairs
+from utils.data.synthetic import is_generated
+from utils.environment import versions
 from utils.errors import InputError
-from utils.files import write_json, write_text
 from utils.process import run, setup
-from utils.synthetic import is_generated
+from utils.storage.files import write_json, write_text
+from utils.tables import Table
 
 LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
 

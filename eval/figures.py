@@ -14,7 +14,7 @@ from eval.published import Row
 from eval.rates import roc
 from eval.scores import Scored
 from eval.uncertainty import by_chance
-from utils.files import replaced
+from utils.storage.files import replaced
 
 # Okabe and Ito's colours, told apart with every form of colour vision; markers and lines tell them apart in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")

@@ -26,19 +26,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from backbones import load_backbone
 from config.config import Config
 from eval import published
 from eval.rates import just_above
 from eval.verification import normalize
-from utils import images
-from utils.align import TEMPLATE, align
-from utils.arrays import read
-from utils.dataset import Column, cut
+from utils.data import images
+from utils.data.align import TEMPLATE, align
+from utils.data.columns import Column, cut
 from utils.errors import InputError
-from utils.extract import Output, embed_all
-from utils.files import sha256, write_json, write_text
 from utils.process import run, setup
+from utils.storage.arrays import read
+from utils.storage.files import sha256, write_json, write_text
+from utils.training.extract import Output, embed_all
+from utils.weights import load_backbone
 
 SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from backbones import build_adaptor, load_backbone, load_weights
+from backbones import build_adaptor
+from backbones.state_dicts import UnexpectedAdaptor
 from config.config import ADAPTORS, METHODS, NETWORKS, Config
-from utils.checkpoint import decided_by, find_weights, weights_with_digest
-from utils.errors import InputError, UnexpectedAdaptor
+from utils.errors import InputError
+from utils.training.checkpoint import decided_by
+from utils.weights import find_weights, load_backbone, load_weights, weights_with_digest
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 

@@ -8,9 +8,9 @@ from config.config import ADAPTORS, Config
 from eval.fairness import summary
 from eval.published import PAIRS, SIC, Row, adadistill, every, fairness_ocfr, mst_kd
 from eval.scores import Scored
-from eval.tables import Cell, Table
+from utils.data.synthetic import is_generated
 from utils.errors import InputError
-from utils.synthetic import is_generated
+from utils.tables import Cell, Table
 
 AGREES = 1.96  # standard errors: 95 of 100 differences between two equally good models are smaller
 METHOD = (

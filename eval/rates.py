@@ -8,46 +8,18 @@ the share of impostor pairs that are accepted; FNMR, the false non-match rate, t
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context
 
 import numpy as np
 
 from eval.fairness import summary
-from utils.dataset import cut
+from utils.data.columns import cut
 from utils.errors import InputError
+from utils.tables import RULE_OF_THREE, Rate
 
 Groups = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 WEIGHTS = np.array([0.5, 0.5])  # of FMR and FNMR in a measure of both: alpha and 1 - alpha
-RULE_OF_THREE = 3
-"""With n pairs and no error the rate lies below 3 / n at 95 % (Hanley and Lippman-Hand, JAMA 1983)."""
 BLOCK = 1024  # images of a group that are compared at once with as many of another: 8 MB of distances
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Share of pairs that are decided wrongly, with the counts that it comes from."""
-
-    errors: int
-    of: int
-
-    @property
-    def value(self) -> float:
-        """In [0, 1]."""
-        return self.errors / self.of
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the rate is at least 3 / of, and can thus be told from zero: whether there are three errors."""
-        return self.errors >= RULE_OF_THREE
-
-    def text(self) -> str:
-        """Three digits of the rate, or "< 0.001" where it is not resolved: it is below 3 / of, here rounded up."""
-        if self.resolved:
-            return f"{self.value:#.3g}"
-        if self.of < RULE_OF_THREE:
-            return "unknown"
-        return f"< {float(Context(prec=2, rounding=ROUND_CEILING).divide(RULE_OF_THREE, self.of)):.2g}"
 
 
 @dataclass(frozen=True)

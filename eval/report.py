@@ -5,8 +5,8 @@ import html
 from pathlib import Path
 
 from config.config import Config
-from eval.tables import Table
-from utils.checkpoint import versions
+from utils.environment import versions
+from utils.tables import Table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; color: #222; }

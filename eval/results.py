@@ -7,8 +7,8 @@ import numpy as np
 from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
-from eval.tables import Cell, Estimate, Table
 from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
+from utils.tables import Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # from the least strict on
 FEW = 10  # pairs of a kind in a fold, which make an interval a twentieth too narrow

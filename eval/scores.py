@@ -8,12 +8,13 @@ from torch import nn
 
 from config.config import Config
 from eval.models import Model
-from eval.verification import Pairs, accuracy, embed, normalize, squared_distances, views
-from utils.arrays import outdated, read, write
-from utils.checkpoint import numerics
-from utils.dataset import Column
-from utils.engine import infer
+from eval.verification import accuracy, embed, normalize, squared_distances, views
+from utils.data.columns import Column
+from utils.data.pairs import Pairs
+from utils.environment import numerics
 from utils.errors import InputError
+from utils.storage.arrays import outdated, read, write
+from utils.training.engine import infer
 
 SAMPLE = 1000  # images of a set whose embeddings are kept, to pair those of different groups
 

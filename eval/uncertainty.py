@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.fairness import std, summary
-from eval.verification import FOLDS, Counts, first_above, fold_of
-from utils.dataset import cut
+from eval.verification import Counts, first_above
+from utils.data.columns import cut
+from utils.data.pairs import FOLDS, fold_of
 
 RESAMPLES = 1000
 AT_ONCE = 32  # resamples

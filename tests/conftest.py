@@ -16,7 +16,7 @@ from config.config import Config
 from config.readers import called
 from eval.published import mst_kd
 from tests.runs import GROUPS, arguments, run_script
-from utils.synthetic import generate
+from utils.data.synthetic import generate
 
 torch.set_num_threads(2)
 

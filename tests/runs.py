@@ -11,15 +11,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import arrays
-from utils.checkpoint import save
-from utils.dataset import Faces
-from utils.embeddings import origin
-from utils.engine import fit
-from utils.files import sha256
+from utils.data.embeddings import origin
+from utils.data.faces import Faces
+from utils.data.store import ImageStore
 from utils.losses import ElasticArcFace
 from utils.process import setup
-from utils.store import ImageStore
+from utils.storage import arrays
+from utils.storage.files import sha256
+from utils.storage.tensors import save
+from utils.training.engine import fit
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("African", "Asian", "Caucasian", "Indian")

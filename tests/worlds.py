@@ -16,16 +16,16 @@ from torch import nn
 
 from config.config import Config
 from tests.runs import FEATURES, run_script
-from utils import distributed, meeting
-from utils.dataset import Column, Faces
-from utils.engine import fit, infer
+from utils.data.columns import Column
+from utils.data.faces import Faces
+from utils.distributed import collectives, launch
+from utils.distributed.world import rank, world_size
 from utils.errors import InputError
-from utils.extract import Output, embed_all
-from utils.losses import AdaDistill, ArcDistill, build_header
+from utils.losses import AdaDistill, ArcDistill, build_header, margin_loss, spread
 from utils.process import Interrupted, guarded, setup
-from utils.progress import Progress
-from utils.sharding import margin_loss, spread
-from utils.world import rank, world_size
+from utils.training.engine import fit, infer
+from utils.training.extract import Output, embed_all
+from utils.training.state import Progress
 
 HEADERS = ("ElasticArcFace", "ElasticArcFace+", "CurricularFace", "AdaDistill", "ArcDistill")
 CASES = [(header, sharding) for header in HEADERS for sharding in (False, True)]
@@ -88,7 +88,7 @@ def run_while_one_waits(*given: str) -> None:
                 time.sleep(0.1)
         take(self, *values)
 
-    meeting.GRACE, Progress._take_step = 0.5, take_wait_or_die
+    launch.GRACE, Progress._take_step = 0.5, take_wait_or_die
     run_script("train.py", [*given])
 
 
@@ -319,7 +319,7 @@ def _refusals(cfg: Config) -> None:
         lambda: setup(replace(cfg, batch_size=3), trains=False),
         lambda: train(moved, "refused"),
         lambda: embed_all([Output(Path(cfg.output) / "x.npy", {"weights": here}, None)], nn.Linear(1, 1), columns, cfg),
-        lambda: distributed.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
+        lambda: collectives.on_first(lambda: (_ for _ in ()).throw(InputError("rank 0 is not content"))),
     ]
     for attempt in attempts:
         try:

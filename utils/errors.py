@@ -1,16 +1,10 @@
 """The exceptions for what a user can put right."""
 
-
-class InputError(ValueError):
-    """A setting, file or folder is not as it must be. The message is one sentence that names it and says what to do."""
+from config.errors import InputError
 
 
 class NotWritten(InputError):
     """A disk is full, or a folder must not be written to."""
-
-
-class UnexpectedAdaptor(InputError):
-    """The weights are an adaptor's, where those of a face network were to be loaded."""
 
 
 class Damaged(InputError):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from config.config import Config
-from utils import distributed
-from utils.checkpoint import device_of
+from utils.distributed import launch
+from utils.distributed.world import is_launched, launcher, share_of_cores, world_size
+from utils.environment import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
-from utils.world import is_launched, launcher, share_of_cores, world_size
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bool = False) -> None:
@@ -45,9 +45,9 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
         if alone and is_launched():
             raise InputError("This is the work of one process: start it with python, not with torchrun.")
         if not alone:
-            distributed.meet()
+            launch.meet()
         work()
-        distributed.leave()
+        launch.leave()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb.")
@@ -56,23 +56,23 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
     except Interrupted as stop:
         _end(128 + stop.signal, str(stop))
     except Exception as error:
-        if distributed.number() is None:
+        if launch.number() is None:
             raise
-        if distributed.is_lost(error):
+        if launch.is_lost(error):
             _end_without(error)
         traceback.print_exc()
-        _end(1, f"process {distributed.number()} ended by the error above.")
+        _end(1, f"process {launch.number()} ended by the error above.")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _end(status: int, sentence: str) -> NoReturn:
-    if distributed.number() is not None and threading.current_thread() is threading.main_thread():
+    if launch.number() is not None and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # torchrun sends one as soon as another process has left
     with contextlib.suppress(OSError):  # nobody may be listening
-        if distributed.speaks():
+        if launch.speaks():
             script = Path(sys.argv[0]).name
             print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -97,9 +97,9 @@ def setup(cfg: Config, trains: bool = True) -> None:
     """
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or None.")
-    distributed.join(cfg, device_of(cfg), _end_without)
+    launch.join(cfg, device_of(cfg), _end_without)
     if trains:
-        distributed.require_whole_batch(cfg)
+        launch.require_whole_batch(cfg)
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
         if reason := _lacks(cfg.precision, device_of(cfg)):

@@ -6,7 +6,7 @@ Run     python -m utils.prepare <align|rfw|pairs|rec|inspect> --help
 import argparse
 import importlib
 
-from utils.images import prepare_process
+from utils.data.images import prepare_process
 
 COMMANDS = {
     "align": "photographs or loose crops to aligned faces of 112 x 112",

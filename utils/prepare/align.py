@@ -32,12 +32,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils import images
-from utils.align import align
+from utils.data import images
+from utils.data.align import align
 from utils.errors import InputError
-from utils.files import locked, not_written, read_json, sha256, write_json
 from utils.prepare.landmarks import OF_NO_FACE, match, read_landmarks, unlikeness
 from utils.prepare.work import add_processes, in_processes, path_of, write_failures
+from utils.storage.files import not_written, read_json, sha256, write_json
+from utils.storage.locks import locked
 
 PARAMETERS, FAILURES, SEVERAL = "align.json", "failures.csv", "several_faces.csv"
 QUALITY = 95
@@ -232,8 +233,8 @@ class Aligner:
     def _write(self, target: str, content: bytes) -> str:
         """Writes a face whole or not at all; gives the reason where its name cannot be had.
 
-        Unlike `utils.files.replaced` it does not wait for the disk, which for a million small files would take most
-        of the time. What a power cut leaves of a face has not both markers, and is made anew.
+        Unlike `utils.storage.files.replaced` it does not wait for the disk, which for a million small files would take
+        most of the time. What a power cut leaves of a face has not both markers, and is made anew.
         """
         folder = os.path.dirname(target)
         partial = f"{folder}/{os.getpid()}.partial"  # not in one folder for all: ext4 then takes several times as long

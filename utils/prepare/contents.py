@@ -11,8 +11,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils import images, recordio
-from utils.index import EXTENSIONS, GROUPS_OF_RECORDS, scan
+from utils.data import image_formats, images, recordio
+from utils.data.index import EXTENSIONS, GROUPS_OF_RECORDS, scan
 from utils.prepare.likeness import BYTES, fingerprint
 from utils.prepare.work import in_processes
 
@@ -251,11 +251,11 @@ class _Digester:
 
 def form_of(content: bytes) -> str:
     """The format of an encoded image that can be decoded, with what is unusual in it."""
-    if content.startswith(images.PNG):
+    if content.startswith(image_formats.PNG):
         depth, colour = content[24], content[25]
         grey, deep = " grey" * (colour in (0, 4)), f" {depth}-bit" * (depth > 8)
         animated = " animated" * (0 < content.find(b"acTL") < content.find(b"IDAT"))
         return f"PNG{grey}{deep}{animated}"
-    if content.startswith(images.WEBP):
+    if content.startswith(image_formats.WEBP):
         return "WebP" + " animated" * (content[12:16] == b"VP8X" and content[20] & 2 > 0)
-    return "JPEG" + {1: " grey", 4: " CMYK"}.get(images.components_of_jpeg(content), "")
+    return "JPEG" + {1: " grey", 4: " CMYK"}.get(image_formats.components_of_jpeg(content), "")

@@ -31,10 +31,11 @@ import cv2
 import numpy as np
 
 from config.config import Config
-from utils import recordio
+from utils.data import recordio
+from utils.data.index import GROUPS_OF_RECORDS
+from utils.data.store import SIZE
+from utils.data.synthetic import MARKER
 from utils.errors import InputError
-from utils.files import printable, replaced, write_json, write_text
-from utils.index import GROUPS_OF_RECORDS
 from utils.prepare.contents import (
     Contents,
     Seen,
@@ -59,8 +60,7 @@ from utils.prepare.work import (
     refuse_inside,
     write_failures,
 )
-from utils.store import SIZE
-from utils.synthetic import MARKER
+from utils.storage.files import printable, replaced, write_json, write_text
 
 REPORT, FACTS = "inspect.md", "inspect.json"
 SAMPLES, OVERLAP_PICTURE = "samples.png", "overlap.png"

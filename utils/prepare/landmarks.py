@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import images
-from utils.align import TEMPLATE
+from utils.data import images
+from utils.data.align import TEMPLATE
 from utils.errors import InputError
 
 OF_NO_FACE, MOSTLY_NO_FACES = 0.75, 0.5  # `unlikeness` of landmarks that are refused, of one image and of most

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.data.images import read_bytes, reason_of
+from utils.data.index import EXTENSIONS
+from utils.data.store import SIZE, decode
 from utils.errors import InputError
-from utils.files import replaced
-from utils.images import read_bytes, reason_of
-from utils.index import EXTENSIONS
 from utils.prepare.work import in_processes, write_failures
-from utils.store import SIZE, decode
+from utils.storage.files import replaced
 
 PROTOCOL = 2  # of the pickle, as in the files that are handed out
 NAMED = 20  # bad images that a message names; all are in its list
@@ -165,7 +165,7 @@ def _advice(bad: list[tuple[int, str, str]], of: int) -> str:
 
 
 def write_bin(path: Path, images: list[bytes], same: list[bool]) -> None:
-    """Writes 2P encoded images and P booleans as `eval.verification.load_bin` and the published evaluators read them.
+    """Writes 2P encoded images and P booleans as `utils.data.pairs.load_bin` and the published evaluators read them.
 
     The file is a pickle of (images, same), pair k being images 2k and 2k + 1; an object that is in `images` several
     times is in the file once. Raises InputError where it cannot be written; what was there is then as it was.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval.verification import load_bin
+from utils.data.pairs import load_bin
 from utils.errors import InputError
 from utils.prepare.contents import Seen, digest_of
 from utils.prepare.likeness import BYTES, fingerprint, near

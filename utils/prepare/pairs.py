@@ -28,10 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.verification import FOLDS, decode_image, fold_of, read_bin
+from utils.data.image_formats import ending_of
+from utils.data.pairs import FOLDS, decode_image, fold_of, read_bin
 from utils.errors import InputError
-from utils.files import locked, not_written
-from utils.images import ending_of
 from utils.prepare.lists import (
     Face,
     Pair,
@@ -43,6 +42,8 @@ from utils.prepare.lists import (
     read_pairs,
 )
 from utils.prepare.work import add_processes, new_folder, path_of
+from utils.storage.files import not_written
+from utils.storage.locks import locked
 
 FORM = '"name n1 n2", "name1 n1 name2 n2" or "path1 path2 0|1"'
 

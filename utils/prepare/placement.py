@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from utils.align import TEMPLATE
-from utils.store import SIZE
+from utils.data.align import TEMPLATE
+from utils.data.store import SIZE
 
 LEFT_EYE, RIGHT_EYE, NOSE, LEFT_CORNER, RIGHT_CORNER = TEMPLATE
 DARK = np.array([LEFT_EYE, RIGHT_EYE, LEFT_CORNER, (LEFT_CORNER + RIGHT_CORNER) / 2, RIGHT_CORNER])

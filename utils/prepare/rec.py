@@ -29,10 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import images
+from utils.data import image_formats, images
+from utils.data.index import GROUPS_OF_RECORDS, Index, scan
+from utils.data.recordio import INDEX, PROPERTY, RECORDS, Records, image_of, read_index, write_records
+from utils.data.store import decode
 from utils.errors import InputError
-from utils.files import locked, not_written, read_json, write_json, write_text
-from utils.index import GROUPS_OF_RECORDS, Index, scan
 from utils.prepare.contents import passed_over
 from utils.prepare.work import (
     add_processes,
@@ -44,8 +45,8 @@ from utils.prepare.work import (
     refuse_inside,
     write_failures,
 )
-from utils.recordio import INDEX, PROPERTY, RECORDS, Records, image_of, read_index, write_records
-from utils.store import decode
+from utils.storage.files import not_written, read_json, write_json, write_text
+from utils.storage.locks import locked
 
 IDENTITIES, FAILURES, ORIGIN = "identities.txt", "failures.csv", "rec.json"
 PARTIAL = ".partial"
@@ -224,7 +225,7 @@ class _Unpacker:
             images.decode(content, upright=False)
         except (OSError, ValueError) as error:
             return images.reason_of(error)
-        self._write(f"{self.folder}/{name}{images.ending_of(content)}", content)
+        self._write(f"{self.folder}/{name}{image_formats.ending_of(content)}", content)
         return ""
 
     def _write(self, target: str, content: bytes) -> None:

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from eval.tables import Table
-from eval.verification import decode_image, read_bin
-from utils.files import printable, replaced
+from utils.data.pairs import decode_image, read_bin
+from utils.data.store import SIZE
 from utils.prepare.contents import Contents, decoded
 from utils.prepare.overlap import Match, PairsImages
-from utils.store import SIZE
+from utils.storage.files import printable, replaced
+from utils.tables import Table
 
 NAMED = 20  # identities of the overlap
 KNOWN_OVERLAP = (

@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from eval.verification import FOLDS
+from utils.data.pairs import FOLDS
 from utils.errors import InputError
 from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_lines, read_pairs
 from utils.prepare.work import add_processes, path_of

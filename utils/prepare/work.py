@@ -21,9 +21,9 @@ import cv2
 from tqdm import tqdm
 
 from config.config import Config
-from utils import images
+from utils.data import images
 from utils.errors import InputError
-from utils.files import printable, write_text
+from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
 Item, Result = TypeVar("Item"), TypeVar("Result")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config.config import Config
+from utils.data.store import printed_bytes
 from utils.errors import InputError
 from utils.stages.paper import Stage
 from utils.stages.work import IMAGE, Counts, bytes_of, bytes_while_saving
-from utils.store import printed_bytes
 
 
 @dataclass(frozen=True)

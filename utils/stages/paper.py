@@ -39,7 +39,7 @@ class Stage:
     script: str  # "train.py", or "-m eval.evaluation"
     cfg: Config
     needs: tuple[str, ...] = ()  # names of stages
-    kind: str = ""  # what is trained, as `utils.engine.fit` knows it; or split, embeddings, evaluation
+    kind: str = ""  # what is trained, as `utils.training.engine.fit` knows it; or split, embeddings, evaluation
     reads: tuple[Path, ...] = ()  # files and folders
     writes: tuple[Path, ...] = ()
 

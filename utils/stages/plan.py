@@ -3,11 +3,11 @@
 from collections.abc import Set
 from pathlib import Path
 
+from utils.data.store import printed_bytes
 from utils.stages.disk import Item, Room
 from utils.stages.paper import Stage
 from utils.stages.rates import ADAPT, INFER, TRAIN, Rates
 from utils.stages.work import Work, epochs, makespan, seconds
-from utils.store import printed_bytes
 
 UNITS = {TRAIN: "images", INFER: "images", ADAPT: "rows"}
 

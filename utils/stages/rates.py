@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import build_adaptor, build_backbone
 from config.config import Config
-from utils.checkpoint import device_of
-from utils.dataset import Batch, Column, Faces
-from utils.engine import fit, infer
-from utils.losses import ElasticArcFace
+from utils.data.columns import Batch, Column
+from utils.data.faces import Faces
+from utils.environment import device_of
+from utils.losses import ElasticArcFace, margin_loss
 from utils.process import setup
-from utils.sharding import margin_loss
+from utils.training.engine import fit, infer
 
 TRAIN, INFER, ADAPT = "training", "inference", "training of adaptors"
 """Images a network is trained on, images that it embeds, rows of embeddings that an adaptor is trained on."""
@@ -50,7 +50,8 @@ def rates_from(rate: float, cfg: Config) -> Rates:
 def measured_rates(cfg: Config, classes: int) -> Rates:
     """Rates measured on random data with the device, precision and batch size of `cfg`, in about a minute.
 
-    A step of training is that of `utils.engine.fit` with a header of so many `classes`. What is measured is discarded.
+    A step of training is that of `utils.training.engine.fit` with a header of so many `classes`. What is measured is
+    discarded.
     """
     on_gpu = device_of(cfg).type == "cuda"
     # Data that lies on the device and batches that are read when they are needed: the clock is read between steps.

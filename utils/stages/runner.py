@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.engine import duration
 from utils.errors import InputError
-from utils.files import read_json, refuse_if_locked, write_json
 from utils.process import StopSignals
 from utils.stages.paper import Stage
 from utils.stages.work import makespan
+from utils.storage.files import read_json, write_json
+from utils.storage.locks import refuse_if_locked
+from utils.training.engine import duration
 
 POLL = 0.05  # seconds between looks at the running stages
 TAIL = 8  # lines of a log that are shown of a stage that failed

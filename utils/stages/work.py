@@ -12,12 +12,12 @@ import torch
 
 from backbones import build_adaptor, build_backbone
 from config.config import ADAPTORS, Config
-from utils.dataset import left_out
-from utils.index import scan
-from utils.split import split_of
+from utils.data.faces import left_out
+from utils.data.index import scan
+from utils.data.split import split_of
+from utils.data.store import SIZE
 from utils.stages.paper import STUDENTS, Stage
 from utils.stages.rates import ADAPT, INFER, TRAIN, Rates
-from utils.store import SIZE
 
 IMAGE = SIZE * SIZE * 3  # bytes
 PAPERS_IMAGES = {"African": 324_106, "Asian": 324_202, "Caucasian": 326_070, "Indian": 274_554}

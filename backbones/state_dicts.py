@@ -1,0 +1,77 @@
+"""Strict loading of state dicts, published and own."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backbones.adaptors import DualLayerAdaptor, SingleLayerAdaptor
+from backbones.build import IRESNETS, build_backbone
+from config.errors import InputError
+
+
+class UnexpectedAdaptor(InputError):
+    """The weights are an adaptor's, where those of a face network were to be loaded."""
+
+
+# The published dual-layer adaptor has these parameters, uses none of them, and still saves them.
+UNUSED_IN_PUBLISHED_ADAPTOR = ("attention.", "key_vector", "value_vector")
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Loads a published or own state dict strictly (see `fit_state_dict`)."""
+    fit_state_dict(module, torch.load(path, map_location="cpu", weights_only=True), path)
+
+
+def fit_state_dict(module: nn.Module, state: object, path: Path) -> None:
+    """Loads a state dict, read from `path`, strictly.
+
+    Only the published dual-layer adaptor's unused parameters may be left over. Raises InputError, which says what does
+    not fit, and leaves the module as it was.
+    """
+    if isinstance(state, dict) and "decided_by" in state:
+        raise InputError(f"{path} is the checkpoint of a run: its weights are in best_backbone.pth beside it.")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} is no state dict: expected the parameters of one network.")
+    if isinstance(module, DualLayerAdaptor):
+        state = {name: value for name, value in state.items() if not name.startswith(UNUSED_IN_PUBLISHED_ADAPTOR)}
+    expected = module.state_dict()
+    wrong = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "of another shape": [name for name in expected if name in state and state[name].shape != expected[name].shape],
+    }
+    found = [f"{len(names)} {what} ({', '.join(names[:2])})" for what, names in wrong.items() if names]
+    if found:
+        shapes = [
+            f"{n} is {tuple(state[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong["of another shape"][:1]
+        ]
+        text = "; ".join([f"parameters {', '.join(found)}", *shapes])
+        is_adaptor = _is_adaptor(state) and not isinstance(module, SingleLayerAdaptor | DualLayerAdaptor)
+        error = UnexpectedAdaptor if is_adaptor else InputError
+        raise error(f"{path} does not fit this {type(module).__name__}: {text}. {_looks_like(state)}")
+    module.load_state_dict(state)
+
+
+def _looks_like(state: dict[str, torch.Tensor]) -> str:
+    """A sentence on which network a state dict is of, going by the names and shapes of its parameters."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    size = next((shape[0] for shape in reversed(shapes.values()) if shape), 0)  # every network ends with its embedding
+    known = [(name, {}) for name in (*IRESNETS, "mobilefacenet")] + [(name, {"use_se": True}) for name in IRESNETS]
+    for name, options in known:
+        with torch.device("meta"):
+            expected = build_backbone(name, size, **options).state_dict()
+        if shapes == {key: tuple(value.shape) for key, value in expected.items()}:
+            return f"It looks like {name}{' with SE blocks' if options else ''}, embeddings of {size} numbers."
+    if _is_adaptor(state) and "fc.weight" in shapes:
+        return f"It looks like a single-layer adaptor from {shapes['fc.weight'][1]} to {size} numbers."
+    if _is_adaptor(state):
+        out, into = shapes["fc2.weight"][0], shapes["fc1.weight"][1]  # a published one has more parameters after these
+        return f"It looks like a dual-layer adaptor from {into} to {out} numbers."
+    if len(shapes.get("kernel", ())) == 2:
+        return f"It looks like the header of {shapes['kernel'][1]} identities."
+    return "It looks like none of the networks here."
+
+
+def _is_adaptor(state: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == {"fc.weight", "fc.bias"} or {"fc1.weight", "fc2.weight"} <= state.keys()

@@ -1,0 +1,421 @@
+"""Ten-fold verification against the plain published loop, and .bin files of every kind."""
+
+import errno
+import os
+import pickle
+import struct
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import KFold
+
+from config.config import Config
+from eval.models import Model
+from eval.scores import Scores, fuse
+from eval.verification import THRESHOLDS, accuracy, embed, pair_distances, squared_distances, ten_fold, validator, views
+from tests.conftest import encode, noise, put, write_pairs
+from utils.data import store
+from utils.data.pairs import Pairs, _DType, _latin1, load_bin, load_pairs
+from utils.data.store import BLOCK
+from utils.errors import InputError
+from utils.storage.arrays import write
+
+
+def plain_loop(embeddings, same, folds=10):
+    """FACTS 1.3, written out: all pairs again for every threshold of every fold."""
+    return plain_loop_of(np.sum(np.square(embeddings[0::2] - embeddings[1::2]), 1), same, folds)
+
+
+def plain_loop_of(distance, same, folds=10):
+    thresholds = np.arange(0, 4, 0.01)
+    accuracy, chosen, tpr, fpr = [], [], [], []
+    for train, test in KFold(folds, shuffle=False).split(distance):
+        right = [np.mean((distance[train] < t) == same[train]) for t in thresholds]
+        best = int(np.argmax(right))
+        chosen.append(thresholds[best])
+        accuracy.append(np.mean((distance[test] < thresholds[best]) == same[test]))
+        genuine, impostors = max(1, same[test].sum()), max(1, (~same[test]).sum())
+        tpr.append([np.sum((distance[test] < t) & same[test]) / genuine for t in thresholds])
+        fpr.append([np.sum((distance[test] < t) & ~same[test]) / impostors for t in thresholds])
+    return accuracy, chosen, np.mean(tpr, 0), np.mean(fpr, 0)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("pairs", "noise_level"), [(600, 0.5), (600, 2.0), (107, 1.0), (10, 1.0)])
+def test_ten_fold_equals_the_plain_loop(pairs, noise_level):
+    random = np.random.default_rng(pairs)
+    same = np.arange(pairs) // max(1, pairs // 20) % 2 == 0
+    one = random.normal(size=(pairs, 8))
+    other = np.where(same[:, None], one, random.normal(size=(pairs, 8))) + noise_level * random.normal(size=(pairs, 8))
+    embeddings = unit(np.stack([one, other], 1).reshape(2 * pairs, 8))
+    result, (accuracy, threshold, tpr, fpr) = ten_fold(embeddings, same), plain_loop(embeddings, same)
+    assert result.accuracy.tolist() == accuracy
+    assert result.threshold.tolist() == threshold
+    assert np.allclose(result.tpr, tpr, rtol=0, atol=1e-12)
+    assert np.allclose(result.fpr, fpr, rtol=0, atol=1e-12)
+
+
+def test_distances_exactly_on_a_threshold_are_not_below_it():
+    """A distance of 1.0 is accepted from threshold 1.01 on, as `distance < threshold` says."""
+    embeddings = np.zeros((40, 2))
+    embeddings[0::2, 0] = 1  # squared distance exactly 1 for all 20 pairs
+    same = np.ones(20, bool)
+    result = ten_fold(embeddings, same)
+    assert result.tpr[100] == 0
+    assert result.tpr[101] == 1
+    assert THRESHOLDS[101] == pytest.approx(1.01)
+    assert result.threshold.tolist() == plain_loop(embeddings, same)[1]
+
+
+def test_a_case_computed_by_hand():
+    """Ten folds of a genuine and an impostor pair, at distances 0 and 2; in the first fold the other way round."""
+    east, north = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    pairs = [(east, east), (east, north)] * 10
+    pairs[0], pairs[1] = (east, north), (east, east)  # both of the first fold are decided wrongly
+    result = ten_fold(np.array(pairs).reshape(40, 2), np.arange(20) % 2 == 0)
+    assert result.accuracy.tolist() == [0.0] + [1.0] * 9
+    assert result.threshold.tolist() == [0.01] * 10
+    assert result.tpr[[0, 1, 200, 201]].tolist() == pytest.approx([0, 0.9, 0.9, 1.0])
+    assert result.fpr[[0, 1, 200, 201]].tolist() == pytest.approx([0, 0.1, 0.1, 1.0])
+
+
+def test_a_model_that_maps_all_faces_to_one_point_scores_one_half():
+    result = ten_fold(np.tile([1.0, 0.0], (400, 1)), np.arange(200) // 10 % 2 == 0)
+    assert result.accuracy.mean() == 0.5
+
+
+def test_embeddings_that_cannot_be_scored_are_refused():
+    same = np.arange(20) % 2 == 0
+    with pytest.raises(InputError, match="not finite"):
+        ten_fold(np.full((40, 2), np.nan), same)
+    with pytest.raises(InputError, match="39 embeddings do not make pairs"):
+        ten_fold(np.zeros((39, 2)), same)
+    with pytest.raises(InputError, match="19 distances are not those of 20 pairs"):
+        ten_fold(np.zeros((38, 2)), same)
+    with pytest.raises(InputError, match="9 pairs cannot be cut into 10 folds"):
+        ten_fold(np.zeros((18, 2)), same[:9])
+
+
+def test_both_views_are_summed_and_scaled_to_unit_length():
+    features = np.array([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [-1.0, -1.0]]])
+    assert np.allclose(embed(features), [[0.6, 0.8], [0.0, 0.0]])
+
+
+def test_views_are_the_features_of_the_image_and_its_mirror_image():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
+    images = np.stack([noise(k) for k in range(5)])
+    result = views(network, images, Config(device="cpu", infer_batch_size=2), "test")
+    assert result.shape == (5, 2, 4)
+    for view, seen in enumerate((images, images[:, :, ::-1])):
+        x = (torch.from_numpy(seen.copy()).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        assert np.allclose(result[:, view], network(x).detach().numpy(), atol=1e-4)
+
+
+def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
+    sets = load_pairs(cfg)
+    scores, value = validator(network, sets, cfg)()
+    assert value == scores["average"] == pytest.approx((scores["A"] + scores["B"]) / 2)
+    assert validator(network, sets, cfg, best_on="B")()[1] == scores["B"]
+    assert network.training
+
+
+# Sets with repeated images --------------------------------------------------------------------------------------------
+
+PLACES = [0, 1, 2, 0, 3, 3, 1, 4, 5, 0] * 8
+"""Which image each of 80 is: one is paired with itself, others are in several pairs."""
+
+
+class Counting(torch.nn.Module):
+    """A small network that counts the images it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 9, 8), torch.nn.Flatten(), torch.nn.Linear(676, 16))
+        self.seen = 0
+
+    def forward(self, image):
+        self.seen += len(image)
+        return self.layers(image)
+
+
+@pytest.fixture
+def repeated(cfg) -> tuple[Config, Path]:
+    """A set of 40 pairs from 6 distinct images, the only set of `cfg`."""
+    cfg = replace(cfg, ethnicities=("A",), infer_batch_size=4)
+    same = [k // 2 % 2 == 0 for k in range(len(PLACES) // 2)]
+    path = put(cfg.pairs_file("A"), pickle.dumps(([encode(noise(place)) for place in PLACES], same), protocol=2))
+    return cfg, path
+
+
+def test_an_image_of_several_pairs_is_held_once(repeated, monkeypatch):
+    cfg, path = repeated
+    decoded = []
+    plain = store.decode
+    monkeypatch.setattr("utils.data.pairs.decode", lambda content: decoded.append(1) or plain(content))
+    for pairs in (load_bin(path), load_bin(path, Path(cfg.cache)), load_bin(path, Path(cfg.cache))):
+        assert pairs.distinct.shape == (6, 112, 112, 3)
+        assert pairs.rows.tolist() == PLACES
+        assert np.array_equal(pairs.images, np.stack([plain(encode(noise(place))) for place in PLACES]))
+    assert len(decoded) == 2 * 6
+
+
+def test_repeated_images_are_embedded_once_and_score_as_if_each_were_embedded(repeated):
+    cfg, path = repeated
+    network, pairs = Counting(), load_bin(path)
+    each = squared_distances(embed(views(network, pairs.images, cfg, "each")))
+    network.seen = 0
+    once = pair_distances(views(network, pairs.distinct, cfg, "once"), pairs.rows)
+    assert network.seen == 2 * 6  # both views
+    assert np.allclose(once, each, rtol=0, atol=1e-6)
+    assert once[2] == 0  # an image and itself
+    assert accuracy(once, pairs.same) == accuracy(each, pairs.same)
+    network.seen = 0
+    scores, value = validator(network, load_pairs(cfg), cfg)()
+    assert network.seen == 2 * 6
+    assert scores["A"] == value == round(accuracy(each, pairs.same), 4)
+
+
+def test_scores_and_samples_are_those_of_all_images(repeated, tmp_path):
+    """The sample is of the images of the pairs, repetitions included, by a network and by a fusing adaptor."""
+    cfg, _ = repeated
+    cfg = replace(cfg, embedding_size=16)
+    network, pairs = Counting(), load_pairs(cfg)
+    adaptor = torch.nn.Linear(32, 16)
+    models = [
+        Model("teacher", "x", ("1",), (network,)),
+        Model("adaptor", "SL", ("2", "1", "1"), (network, network), adaptor),
+    ]
+    found = Scores(cfg, pairs, tmp_path / "kept").of(models)
+    assert network.seen == 2 * 6
+    features = views(network, pairs["A"].images, cfg, "each")
+    for one, each in zip(found, (features, fuse(adaptor, [features, features], cfg)), strict=True):
+        assert np.allclose(one.distances["A"], squared_distances(embed(each)), rtol=0, atol=1e-6)
+        assert np.allclose(one.samples["A"], embed(each), rtol=0, atol=1e-6)
+        assert one.accuracies == (accuracy(squared_distances(embed(each)), pairs["A"].same),)
+
+
+def test_without_repetitions_nothing_changes(cfg):
+    path, network = cfg.pairs_file("A"), Counting()
+    pairs = load_bin(path)
+    assert pairs.rows.tolist() == [*range(40)]
+    assert np.array_equal(pairs.images, pairs.distinct)
+    features = views(network, pairs.distinct, cfg, "test")
+    assert pair_distances(features, pairs.rows).tolist() == squared_distances(embed(features)).tolist()
+
+
+def test_a_cache_of_all_images_is_used_only_where_none_is_repeated(repeated, cfg, capsys):
+    """Earlier versions cached all 2P images of a set, made from its digest."""
+    for path in (repeated[1], cfg.pairs_file("B")):
+        plain, cache = load_bin(path), Path(cfg.cache)
+        load_bin(path, cache)
+        (stored,) = cache.glob(f"{path.stem}-*.npy")
+        write(stored, plain.images, {"pairs": plain.digest}, BLOCK)
+        before = stored.stat().st_ino
+        capsys.readouterr()
+        again = load_bin(path, cache)
+        assert np.array_equal(again.images, plain.images)
+        assert again.distinct.shape == plain.distinct.shape
+        has_repetitions = len(plain.distinct) < len(plain.rows)
+        assert (stored.stat().st_ino != before) == has_repetitions
+        assert ("was made from something else" in capsys.readouterr().out) == has_repetitions
+
+
+def test_a_bad_image_is_named_by_its_place_in_the_file(tmp_path):
+    images = [IMAGES[0], IMAGES[0], IMAGES[1], b"x"]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images, SAME)))
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
+        load_bin(tmp_path / "x.bin")
+
+
+# .bin files -----------------------------------------------------------------------------------------------------------
+
+IMAGES = [encode(noise(k)) for k in range(4)]
+SAME = [True, False]
+ARRAYS = [np.frombuffer(image, np.uint8) for image in IMAGES]
+
+
+def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
+    """The opcodes that Python 2 writes for a tuple of a list of str and a list of bool, protocol 2."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + len(value).to_bytes(4, "little") + value
+
+    flags = b"".join(b"\x88" if value else b"\x89" for value in same)
+    return b"\x80\x02(" + b"](" + b"".join(map(string, images)) + b"e" + b"](" + flags + b"e" + b"t."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pickle.dumps((IMAGES, SAME), protocol=protocol) for protocol in range(6)),
+        python2_pickle(IMAGES, SAME),
+        *(pickle.dumps((IMAGES, np.array(SAME)), protocol=protocol) for protocol in range(2, 6)),
+        *(pickle.dumps((ARRAYS, list(map(np.bool_, SAME))), protocol=protocol) for protocol in range(2, 6)),
+    ],
+)
+def test_bin_files_of_every_protocol_are_read(content, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    pairs = load_bin(tmp_path / "x.bin")
+    assert isinstance(pairs, Pairs)
+    assert pairs.images.shape == (4, 112, 112, 3)
+    assert pairs.images.dtype == np.uint8
+    assert pairs.same.tolist() == SAME
+    png = pickle.dumps(([encode(noise(k), ".png") for k in range(4)], SAME))
+    (tmp_path / "png.bin").write_bytes(png)
+    assert np.array_equal(load_bin(tmp_path / "png.bin").images[3], noise(3)[..., ::-1])
+
+
+class Gadget:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        Gadget(Path.touch, Path("executed")),
+        Gadget(eval, "open('executed', 'w')"),
+        Gadget(exec, "open('executed', 'w')"),
+        Gadget(__import__("os").system, "touch executed"),
+        Gadget(getattr, __import__("os"), "system"),
+        Gadget(np.load, "executed", "r"),
+        Gadget(np.ndarray, (4,), np.dtype("O"), b"A" * 32),  # pointers of the file's choice
+        np.array([Path("x")], dtype=object),
+    ],
+    ids=["touch", "eval", "exec", "system", "getattr", "numpy", "ndarray", "objects"],
+)
+def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        content = pickle.dumps(([gadget, *IMAGES[1:]], SAME), protocol=2)
+    except (pickle.PicklingError, TypeError):  # a module as an argument: name it by hand
+        content = b"cos\nsystem\n(S'touch executed'\ntR."
+    Path("x.bin").write_bytes(content)
+    with pytest.raises(InputError, match="x.bin is damaged or no set of pairs"):
+        load_bin("x.bin")
+    assert not Path("executed").exists()
+
+
+def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
+    """BUILD sets attributes of what is on the stack: here, of a function that the reader knows."""
+    before = (_latin1.__doc__, _latin1.__defaults__, vars(_latin1).copy())
+    for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
+        changed = name + b"(N}V__doc__\nVchanged\nsV__defaults__\n(VO\ntstb"
+        (tmp_path / "x.bin").write_bytes(b"\x80\x02((l" + changed + b"a(l\x88at.")
+        with pytest.raises(InputError, match="x.bin"):
+            load_bin(tmp_path / "x.bin")
+    assert (_latin1.__doc__, _latin1.__defaults__, vars(_latin1)) == before
+    assert _DType.__init__.__defaults__ is None
+    assert _DType.__doc__ != "changed"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".", b"\x80\x05\x96" + struct.pack("<Q", 1 << 28) + b"."]
+)
+def test_a_small_file_takes_little_memory(content, tmp_path):
+    """A few bytes that ask for a place far away in the memo, or are said to be a large bytearray."""
+    (tmp_path / "x.bin").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="no set of pairs"):
+            load_bin(tmp_path / "x.bin")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (pickle.dumps((IMAGES, SAME))[:-100], "damaged or no set of pairs"),
+        (b"", "damaged or no set of pairs"),
+        (b"hello", "damaged or no set of pairs"),
+        (pickle.dumps([IMAGES, SAME, 1]), r"expected \(images, same or not\)"),
+        (pickle.dumps((1, 2)), "expected two lists"),
+        (pickle.dumps((np.array(1), SAME)), "expected two lists"),
+        (pickle.dumps(([], [])), "holds 0 images for 0 pairs"),
+        (pickle.dumps((IMAGES[:3], SAME)), "holds 3 images for 2 pairs"),
+        (pickle.dumps((IMAGES, [True])), "holds 4 images for 1 pairs"),
+        (pickle.dumps((IMAGES, [True, 7])), "must be True or False"),
+        (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no JPEG, PNG or WebP image"),
+        (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is no bytes, but int"),
+        (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
+    ],
+)
+def test_foreign_bin_files_are_refused(content, sentence, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        load_bin(tmp_path / "x.bin")
+
+
+def test_too_few_pairs_are_found_before_training(cfg):
+    write_pairs(cfg.pairs_file("B"), pairs=9)
+    with pytest.raises(InputError, match=r"B_test.bin holds 9 pairs, too few for 10 folds"):
+        load_pairs(cfg)
+
+
+def test_all_missing_bin_files_are_named(cfg):
+    for path in (cfg.pairs_file("A"), cfg.pairs_file("B")):
+        path.unlink()
+    with pytest.raises(InputError, match=r"Missing: .*A_test.bin, .*B_test.bin"):
+        load_pairs(cfg)
+
+
+def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps(([encode(noise(k), ".png") for k in range(600)], [True, False] * 150)))
+    plain = load_bin(path)
+    assert isinstance(load_bin(path, cache).distinct, np.memmap)
+    stored = next(cache.glob("*.npy"))
+    with open(stored, "r+b") as file:  # in the last of three blocks
+        file.seek(-1000, 2)
+        file.write(bytes(100))
+    decoded = []
+    whole = store.decode
+    monkeypatch.setattr("utils.data.pairs.decode", lambda content: decoded.append(1) or whole(content))
+    mended, again = load_bin(path, cache), load_bin(path, cache)
+    assert len(decoded) == 600 - 512
+    assert f"{stored} is damaged" in capsys.readouterr().out
+    for pairs in (mended, again):
+        assert np.array_equal(pairs.images, plain.images)
+        assert (pairs.same.tolist(), pairs.digest) == (plain.same.tolist(), plain.digest)
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    assert np.array_equal(load_bin(path, cache).images, load_bin(path).images)
+    assert [*cache.glob("*.npy")] == [stored]
+
+
+def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    cache.write_text("a file where the folder should be")
+    assert load_bin(path, cache).images.shape == (4, 112, 112, 3)
+    said = f"could not be written (File exists). The images of {path} are decoded into memory instead, each time."
+    assert said in capsys.readouterr().out
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.storage.arrays._take_room", full)
+    pairs = load_bin(path, tmp_path / "full")
+    assert "(No space left on device). The images" in capsys.readouterr().out
+    assert np.array_equal(pairs.images, load_bin(path).images)
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_bad_image_leaves_nothing_in_the_cache(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(([*IMAGES[:3], b"x"], SAME)))
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
+        load_bin(tmp_path / "x.bin", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

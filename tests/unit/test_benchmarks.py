@@ -1,0 +1,172 @@
+"""The commands that measure, on networks and numbers that are small; what they measure is not asserted."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor.parallel import loss_parallel
+
+from benchmarks import demo_seeds, distillation, networks, records, sharding
+from utils.data.recordio import write_records
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    plain = networks._config
+    monkeypatch.setattr(networks, "_config", lambda **settings: plain(**settings, device="cpu"))
+    monkeypatch.setattr(networks, "CLASSES", 20)
+    monkeypatch.setattr(networks, "matrix_peak", lambda _: 1e12)
+    networks._operations.cache_clear()
+    yield tmp_path
+    networks._operations.cache_clear()
+
+
+def test_operations_are_those_of_the_products(small, monkeypatch):
+    """Two for each multiplication, three times: forwards, and backwards to the input and to the weights."""
+    plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 512))
+    monkeypatch.setattr(networks, "build_backbone", {"plain": plain}.get)
+    # The image needs no gradient.
+    assert networks._operations("plain") == 2 * 2 * 3 * 112 * 112 * 512 + 3 * 2 * 512 * 20
+
+
+def test_hours_are_those_of_the_papers_epochs():
+    million = 1_248_932 / 3600
+    assert networks.hours(1.0, 1e12, 1e12) == pytest.approx(208 * million)
+    assert networks.hours(1e12, 1.0, 1e12) == pytest.approx(4 * million)
+    assert networks.hours(1e12, 1e12, 1.0) == pytest.approx(78 * million)
+
+
+def test_networks_and_adaptor_are_measured(small):
+    plain = networks.measure("iresnet_tiny", 4, "fp32", False, 16)
+    assert plain.rate > 0
+    assert plain.operations == plain.rate * networks._operations("iresnet_tiny")
+    assert networks.measure_adaptor(4) > 0
+    assert networks.measure_extraction("iresnet_tiny", 8) > 0
+
+
+def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
+    measured = []
+
+    def measure(network, batch, precision, compiled, seen):
+        measured.append((network, compiled))
+        if network == "mobilefacenet" and compiled:
+            raise RuntimeError("mobilefacenet was not compiled.")
+        fits = network != "iresnet100"
+        return networks.Measured(network, batch, precision, compiled, 10_000.0 * fits, 5e11 * fits, 3.0 * fits)
+
+    monkeypatch.setattr(networks, "measure", measure)
+    monkeypatch.setattr(networks, "measure_adaptor", lambda _: 1e6)
+    monkeypatch.setattr(networks, "measure_extraction", lambda *_: 20_000.0)
+    networks.measure_all(["iresnet34", "mobilefacenet"], results=small)
+    assert "was not compiled" in capsys.readouterr().out
+    networks.measure_all(["iresnet34", "iresnet100"], results=small)
+    tried = ("iresnet34", "mobilefacenet", "iresnet100")
+    assert measured == [(name, compiled) for name in tried for compiled in (False, True)]  # none of them twice
+    page = next(small.glob("*.md")).read_text()
+    assert page.count("| iresnet34 | 8 | fp32 | no | 10,000.0 | 50.0% | 3.0 |") == 1
+    assert page.count(f"| 8 | fp32 | yes | {networks.hours(10_000.0, 20_000.0, 1e6):.1f} |") == 1
+    assert page.count("| iresnet100 | 8 | fp32 | yes | does not fit | | |") == 1
+    assert page.count("| mobilefacenet |") == 1
+    monkeypatch.setattr("sys.argv", ["networks", "resnet34"])
+    with pytest.raises(SystemExit):
+        networks.main()
+    assert "there is no network resnet34: name some of iresnet18," in capsys.readouterr().err
+
+
+def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
+    found = distillation.measure(8, 4, tmp_path, teacher="iresnet_tiny", classes=20)
+    step, once = found["student's step, teacher read"], found["both views embedded once"]
+    assert found["ours, 26 epochs"] == pytest.approx(26 / (26 / step + 1 / once))
+    assert found["teacher on every batch"] > 0
+    assert "Over 26 epochs ours is 3.0 times as fast; 75% of the student's step alone." in distillation.report(
+        {"teacher on every batch": 2.0, "student's step, teacher read": 8.0, "ours, 26 epochs": 6.0}, ""
+    )
+
+
+def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
+    """What a rank gets from each way for the same kernel: the loss of the whole batch and its samples' gradient."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    random, found = torch.Generator().manual_seed(0), {}
+    whole, batch = (torch.randn(*shape, generator=random) for shape in ((sharding.WIDTH, 20), (6, sharding.WIDTH)))
+    label = torch.randint(20, (6,), generator=random).chunk(ranks)[rank]
+    for way in sharding.WAYS:
+        kernel, loss = sharding.built(way, 20)
+        own = slice(0, 20) if way == "dense" else slice(10 * rank, 10 * rank + 10)
+        with torch.no_grad():
+            kernel[:, : own.stop - own.start] = whole[:, own]  # sharded has one more
+        embeddings = batch.chunk(ranks)[rank].clone().requires_grad_()
+        with loss_parallel() if way == "loss_parallel" else nullcontext():
+            mean = loss(embeddings, label)
+            mean.backward()
+        mean = mean.detach() if way != "loss_parallel" else mean.to_local().detach()
+        if way == "dense":
+            dist.all_reduce(mean)
+            mean /= ranks
+        found[way] = (mean, embeddings.grad)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
+    mp.set_forkserver_preload([__name__])
+    mp.start_processes(losses_of_ways, (2, tmp_path), 2, start_method="forkserver")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for way in sharding.WAYS:
+            assert torch.allclose(found[way][0], found["dense"][0])
+            assert torch.allclose(found[way][1], found["dense"][1], atol=1e-6)
+
+
+def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
+    seconds = {"sharded": 0.2, "dense": 0.3, "loss_parallel": None}
+
+    def measure(way, *form):
+        row = {"way": way, **dict(zip(("classes", "ranks", "batch"), form, strict=True)), "computed": 2e9}
+        return {**row, "seconds": seconds[way], "measured": seconds[way] and 1e9}
+
+    monkeypatch.setattr(sharding, "measure", measure)
+    sharding.measure_all([28_000], [2], 128, tmp_path)
+    page = (tmp_path / "sharding_cpu.md").read_text()
+    assert "| 28,000 | 2 | 128 | sharded | 0.200 | 1.00 | 1.00 | 2.00 |" in page
+    assert "| 28,000 | 2 | 128 | dense | 0.300 | 1.50 | 1.00 | 2.00 |" in page
+    assert "| 28,000 | 2 | 128 | loss_parallel | does not fit | | | 2.00 |" in page
+    assert len(json.loads((tmp_path / "sharding_cpu.json").read_text())["rows"]) == 3
+
+
+def test_what_does_not_fit_is_computed():
+    kernel = 4 * 512 * 10**9
+    for way, copies in (("sharded", 3), ("dense", 4)):
+        row = sharding.measure(way, 2 * 10**9 if way == "sharded" else 10**9, 2, 1)
+        assert row["seconds"] is row["measured"] is None
+        assert copies * kernel < row["computed"] < 1.02 * copies * kernel
+
+
+def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "EACH", 2)
+    for name in ("ours", "plain"):
+        (tmp_path / name).mkdir()
+    records.make(5, tmp_path / "ours")
+    write_records(tmp_path / "plain", [(bytes(8), k // 2, -1) for k in range(5)], 3)
+    for name in ("train.rec", "train.idx"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert len(records._found(tmp_path / "ours", 5).keys) == 5
+    assert len(records._indexed(tmp_path / "ours", 5).paths) == 5
+    row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
+    page = records.report({"versions": {}, "images": 5, "steps": [row]})
+    assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
+
+
+def test_the_demo_over_seeds_has_means_spreads_and_claims():
+    groups = demo_seeds.GROUPS
+    models = [("adaptor", "SL"), *((method, "SL iresnet_tiny") for method in ("a-KD", "EAF-KD", "AdaArcDistill"))]
+    teachers = {("teacher", name): [90.0 if name == group else 50.0 for group in groups] for name in groups}
+    tables = [teachers | {key: [70.0, 72.0, 74.0, 76.0 + shift] for key in models} for shift in (0.0, 3.0, 6.0)]
+    page = demo_seeds.report([tables[0]] * 3)
+    # STD has ddof 1: the sample variance is 20 / 3 here, and that of each teacher 400.
+    assert "| 73.00 ± 0.00 | 2.58 ± 0.00 | 1.25 ± 0.00 |" in page
+    assert "| 0 | +40.00 | +13.00 | +17.42 | +0.00 |" in page
+    assert "| 79.00 ± 3.00 | 73.75 ± 0.75 |" in demo_seeds.report(tables)

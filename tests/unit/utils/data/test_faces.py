@@ -1,0 +1,268 @@
+"""Columns: which rows, labels and targets a stage sees, and that foreign embeddings are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import encode, noise
+from tests.runs import write_embeddings, write_targets
+from utils.data.columns import Cached, Column, cache, cut, stream, to_network
+from utils.data.faces import Faces
+from utils.data.split import write_split
+from utils.errors import InputError
+from utils.storage.tensors import save
+
+
+def test_labels_count_the_identities_of_the_set(cfg):
+    assert Faces(cfg).num_classes == 5
+    faces = Faces(cfg, teacher="B")
+    assert faces.identities == ("B/b1", "B/b2")
+    labels = faces.columns["label"].arrays[0]
+    assert labels.tolist() == [-1] * 12 + [0] * 4 + [1] * 4
+    assert faces.rows.tolist() == list(range(12, 20))
+
+
+def test_a_quarter_holds_its_share_of_every_group(cfg):
+    cfg = replace(cfg, is_teacher_baseline=True)
+    splits = [write_split(cfg, "A", ["A/a1", "A/a2", "A/a3"]), write_split(cfg, "B", ["B/b1", "B/b2"])]
+    for quarter in cfg.teachers:
+        faces = Faces(cfg, teacher=quarter)
+        assert sorted(faces.identities) == sorted(splits[0][quarter] + splits[1][quarter])
+        assert len(faces) == 4 * faces.num_classes
+
+
+def test_an_image_that_cannot_be_used_is_in_no_set(cfg, monkeypatch):
+    for k in range(4):
+        (Path(cfg.data) / "A" / "a2" / f"{k}.jpg").write_bytes(b"")
+    monkeypatch.setattr("utils.data.store.MAX_BAD_SHARE", 0.5)
+    faces = Faces(replace(cfg, skip_bad_images=True))
+    assert faces.identities == ("A/a1", "A/a3", "B/b1", "B/b2")
+    assert faces.rows.tolist() == [0, 1, 2, 3, *range(8, 20)]
+    assert faces.columns["label"].arrays[0][faces.rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_each_epoch_has_its_own_order_without_the_incomplete_batch(cfg):
+    faces = Faces(replace(cfg, batch_size=6), flip=True)
+    first, again, second = (list(faces.batches(epoch, 0)) for epoch in (0, 0, 1))
+    rows = [np.concatenate([batch[0] for batch in epoch]) for epoch in (first, again, second)]
+    assert [len(batch[0]) for batch in first] == [6, 6, 6]
+    assert len(set(rows[0].tolist())) == 18
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+    resumed = list(faces.batches(0, 2))
+    assert np.array_equal(resumed[0][0], first[2][0])
+    assert np.array_equal(resumed[0][1], first[2][1])
+    flips = np.concatenate([batch[1] for e in range(60) for batch in faces.batches(e, 0)])
+    assert flips.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_images_are_normalised_and_flipped_as_published():
+    images = np.stack([noise(k) for k in range(3)])
+    flips = np.array([False, True, False])
+    ours = to_network(Column((images,)).gather(np.arange(3), flips))
+    wanted = (torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
+    wanted[1] = wanted[1].flip(-1)
+    assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-7)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_teachers_are_concatenated_in_the_order_of_the_config(cfg):
+    values = {name: write_embeddings(cfg, name) for name in ("A", "B")}
+    cfg = replace(cfg, ethnicities=("B", "A"), cache=cfg.cache)
+    assert cfg.teachers == ("B", "A")
+    faces = Faces(cfg, inputs=cfg.teachers)
+    batch = next(stream({"embedding": faces.columns["embedding"]}, [(np.arange(20), None)], torch.device("cpu")))
+    assert np.array_equal(batch["embedding"].numpy(), np.concatenate([values["B"], values["A"]], 1))
+
+
+def test_a_flipped_image_gets_the_flipped_target():
+    plain, mirrored = np.zeros((4, 2), np.float32), np.ones((4, 2), np.float32)
+    column = Column((plain,), (mirrored,))
+    rows, flips = np.array([2, 0, 3]), np.array([True, False, True])
+    assert column.gather(rows, flips)[:, 0].tolist() == [1, 0, 1]
+    assert column.gather(rows, None).sum() == 0
+    assert Column((plain,)).gather(rows, flips).sum() == 0  # as published: the target of the image as it is
+
+
+def test_image_and_target_are_of_the_same_view():
+    images = np.stack([noise(k) for k in range(6)])
+    plain, mirrored = np.arange(6, dtype=np.float32)[:, None], np.arange(6, dtype=np.float32)[:, None] + 100
+    columns = {"image": Column((images,)), "target": Column((plain,), (mirrored,))}
+    rows, flips = np.array([3, 1, 5, 0]), np.array([True, False, False, True])
+    batch = next(stream(columns, [(rows, flips)], torch.device("cpu")))
+    assert batch["target"][:, 0].tolist() == [103, 1, 5, 100]
+    for image, row, flipped in zip(batch["image"], rows, flips, strict=True):
+        seen = images[row][:, ::-1] if flipped else images[row]
+        assert torch.equal(image, to_network(torch.from_numpy(seen.copy()[None]))[0])
+
+
+def test_the_reader_yields_every_batch_in_order_and_passes_errors_on():
+    column = Column((np.arange(100, dtype=np.int64),))
+    batches = [(np.asarray(rows), None) for rows in cut(range(100), 7)]
+    seen = [batch["label"].tolist() for batch in stream({"label": column}, batches, torch.device("cpu"))]
+    assert [len(batch) for batch in seen] == [7] * 14 + [2]
+    assert [row for batch in seen for row in batch] == list(range(100))
+    with pytest.raises(IndexError):
+        list(stream({"label": column}, [(np.array([1000]), None)], torch.device("cpu")))
+
+
+def test_missing_embeddings_are_all_named(cfg):
+    write_embeddings(cfg, "A")
+    with pytest.raises(InputError, match=r"Missing: .*B.npy. Run first: python extract_all.py --data"):
+        Faces(cfg, inputs=cfg.teachers)
+    with pytest.raises(InputError, match=r"SL/embeddings.npy. Run first: python fc_EArc.py"):
+        Faces(cfg, target=True)
+    with pytest.raises(InputError, match=r"embeddings.npy. Run first: python dual_layer_EAF-Fusion.py"):
+        Faces(replace(cfg, is_dual_layer=True), target=True)
+    write_embeddings(cfg, "B")
+    with pytest.raises(
+        InputError, match=r"A_flipped.npy.*B_flipped.npy. Run first: python extract_all.py .*--flip_targets True"
+    ):
+        Faces(replace(cfg, flip_targets=True), inputs=cfg.teachers)
+
+
+def test_embeddings_of_other_images_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    Faces(cfg, inputs=cfg.teachers)
+    (Path(cfg.data) / "A" / "a1" / "0.jpg").write_bytes(encode(noise(77)))
+    with pytest.raises(
+        InputError, match="was made for other images than data holds now. Run again: python extract_all.py"
+    ):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_embeddings_of_other_weights_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    save(cfg.teacher_dir("A") / "best_backbone.pth", {"other": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"A.npy was made by other weights than .*best_backbone.pth"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    with pytest.raises(InputError, match=r"is of shape \(20, 16\), expected \(20, 32\): set embedding"):
+        Faces(replace(cfg, embedding_size=32), inputs=cfg.teachers)
+    path = cfg.teacher_embeddings("B")
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(InputError, match=r"B.npy is damaged \(.*\). Run again: python extract_all.py"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    faces = Faces(cfg, inputs=cfg.teachers)
+    write_targets(cfg, {name: faces.origins[cfg.teacher_embeddings(name)] for name in cfg.teachers})
+    assert "target" in Faces(cfg, target=True).columns
+    with pytest.raises(InputError, match=r"was made from the teachers A, B, in this order: set ethnicities so"):
+        Faces(replace(cfg, ethnicities=("B", "A"), cache=cfg.cache), target=True)
+    save(cfg.teacher_dir("B") / "best_backbone.pth", {"other": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"SL/embeddings.npy was made by other weights than .*B/best_backbone.pth"):
+        Faces(cfg, target=True)
+
+
+def test_what_is_missing_is_said_before_an_image_is_decoded(cfg):
+    for refused in (
+        {"inputs": cfg.teachers},
+        {"target": "DLDPO"},
+    ):
+        with pytest.raises(InputError, match="Missing"):
+            Faces(cfg, **refused)
+    assert not cfg.cache_dir.exists()
+
+
+def test_two_weights_in_one_folder_are_refused(cfg):
+    for name in ("A", "B"):
+        write_embeddings(cfg, name)
+    save(cfg.teacher_dir("A") / "1000backbone.pth", {})
+    with pytest.raises(InputError, match=r"holds 1000backbone.pth, best_backbone.pth: keep the one"):
+        Faces(cfg, inputs=cfg.teachers)
+
+
+# Columns in the memory of the device ----------------------------------------------------------------------------------
+
+
+def columns_of_every_kind():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (40, 112, 112, 3), np.uint8)
+    embeddings = [random.normal(size=(40, 4)).astype(np.float32) for _ in range(4)]
+    return {
+        "image": Column((images,)),
+        "label": Column((np.arange(40),)),
+        "embedding": Column(tuple(embeddings[:2]), tuple(embeddings[2:])),
+        "target": Column((embeddings[3],), (embeddings[0],)),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
+    monkeypatch.setattr("utils.data.columns.PART", 7 * 112 * 112 * 3)  # seven images at once
+    device, columns, random = torch.device("cpu"), columns_of_every_kind(), np.random.default_rng(1)
+    rows = np.sort(random.permutation(40)[:30])
+    cached = cache(columns, rows, device, 1.0)
+    assert all(isinstance(column, Cached) for column in cached.values())
+    batches = [(random.permutation(rows)[:8], flips) for flips in (None, random.random(8) < 0.5, np.ones(8, bool))]
+    for one, other in zip(
+        stream(columns, batches, device, workers), stream(cached, batches, device, workers), strict=True
+    ):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_by_default_half_of_what_a_gpu_has_free_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 80_000))
+    loaded = []
+    monkeypatch.setattr(
+        "utils.data.columns.Cached", lambda column, rows, device: loaded.append(column.row_bytes * len(rows))
+    )
+    cache(columns_of_every_kind(), np.arange(40), torch.device("cuda"), None)
+    assert loaded == [320, 1280]
+    assert capsys.readouterr().out == ""
+
+
+def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
+    columns, rows = columns_of_every_kind(), np.arange(40)
+    kept = cache(columns, rows, torch.device("cpu"), 3e-6)  # 3,000 bytes: labels take 320, targets 1,280
+    assert [name for name, column in kept.items() if isinstance(column, Cached)] == ["label", "target"]
+    assert cache(columns, rows, torch.device("cpu"), None) == columns  # on a CPU
+    assert capsys.readouterr().out == ""
+    kept = cache(columns, rows, torch.device("cpu"), 1e9)
+    assert "device_cache_gb = 1e+09 is more than there is:" in capsys.readouterr().out
+    assert all(isinstance(column, Cached) for column in kept.values())
+
+
+def test_identities_and_images_that_are_listed_are_left_out(cfg, tmp_path):
+    listed = tmp_path / "leave_out.txt"
+    listed.write_text("A/a2\n\nB/b1/3.jpg\nB/b1/0.jpg\n")
+    one, whole = Faces(replace(cfg, leave_out=str(listed))), Faces(cfg)
+    assert one.identities == ("A/a1", "A/a3", "B/b1", "B/b2")
+    left = [whole.store.index.paths[row] for row in whole.rows if row not in one.rows]
+    assert left == [*(f"A/a2/{k}.jpg" for k in range(4)), "B/b1/0.jpg", "B/b1/3.jpg"]
+    labels = one.columns["label"].arrays[0]
+    assert np.bincount(labels[one.rows]).tolist() == [4, 4, 2, 4]
+    assert (np.delete(labels, one.rows) == -1).all()
+    assert (
+        one.sources["left out"] != Faces(replace(cfg, leave_out=str(write_list(listed, "A/a2\n")))).sources["left out"]
+    )
+    with pytest.raises(InputError, match=r"names 'A/a9', which .* does not hold \(1 of 2 lines\)"):
+        Faces(replace(cfg, leave_out=str(write_list(listed, "A/a2\nA/a9\n"))))
+    cold = replace(cfg, cache=str(tmp_path / "cold"), leave_out=str(write_list(listed, "A/a9\n")))
+    with pytest.raises(InputError, match="names 'A/a9'"):
+        Faces(cold)
+    assert not list((tmp_path / "cold").rglob("images*"))  # it was refused before the images were decoded
+    everything = "\n".join(whole.store.index.identities)
+    with pytest.raises(InputError, match="leaves out every image of .*: shorten it"):
+        Faces(replace(cfg, leave_out=str(write_list(listed, everything))))
+    with pytest.raises(InputError, match=r"nowhere.txt cannot be read \(No such file or directory\): set leave_out"):
+        Faces(replace(cfg, leave_out="nowhere.txt"))
+
+
+def write_list(path, text):
+    path.write_text(text)
+    return path

@@ -1,0 +1,821 @@
+"""The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
+
+import dataclasses
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.exc import TorchDynamoException
+
+from benchmarks.timing import Timed
+from config.config import Config
+from tests.runs import Linear, checkpoint, difference, train
+from utils.data.columns import Column
+from utils.data.faces import FLIPS, ORDER, STEP, Faces
+from utils.environment import versions
+from utils.errors import InputError
+from utils.losses import CurricularFace, ElasticArcFace
+from utils.process import Interrupted, run, setup
+from utils.storage.arrays import Filling
+from utils.storage.tensors import load, save
+from utils.training.engine import _seed, fit, infer
+from utils.training.extract import Sink
+from utils.training.precision import arithmetic
+from utils.training.state import Progress, Watch
+
+
+def assert_equal_runs(cfg, other, name="T"):
+    assert difference(cfg.teacher_dir(name), other.teacher_dir(name)) == ""
+
+
+def test_equals_a_plain_loop(cfg):
+    """SGD written out, one image after another gathered, flipped and normalised by hand."""
+    network, header = train(cfg, epochs=2)
+
+    torch.manual_seed(cfg.seed)
+    faces = Faces(cfg)
+    images, labels = faces.columns["image"].arrays[0], faces.columns["label"].arrays[0]
+    plain, plain_header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
+    parameters = [*plain.parameters(), *plain_header.parameters()]
+    momentum = [torch.zeros_like(p) for p in parameters]
+    for epoch in range(2):
+        lr = 0.1 * cfg.batch_size / 512 * (0.1 if epoch == 1 else 1)  # two epochs: one drop, at 2
+        order = np.random.default_rng((ORDER, cfg.seed, epoch)).permutation(20)
+        for step in range(5):
+            rows = order[4 * step : 4 * step + 4]
+            flips = np.random.default_rng((FLIPS, cfg.seed, epoch, step)).random(4) < 0.5
+            batch = [images[r][:, ::-1] if f else images[r] for r, f in zip(rows, flips, strict=True)]
+            x = torch.stack([torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 127.5 - 1 for i in batch])
+            y = torch.from_numpy(labels[rows])
+            torch.manual_seed(_seed(STEP, cfg.seed, epoch, step))
+            for p in parameters:
+                p.grad = None
+            F.cross_entropy(plain_header(plain(x), y), y).backward()
+            norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+            for p in plain.parameters():
+                p.grad *= min(1, cfg.max_grad_norm / (norm + 1e-6))
+            with torch.no_grad():
+                for p, m in zip(parameters, momentum, strict=True):
+                    m.mul_(cfg.momentum).add_(p.grad + cfg.weight_decay * p)
+                    p -= lr * m
+    assert torch.allclose(network.fc.weight, plain.fc.weight, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(header.kernel, plain_header.kernel, rtol=1e-5, atol=1e-7)
+
+
+def test_a_repeated_run_gives_equal_weights_and_another_seed_others(cfg):
+    train(cfg)
+    again = replace(cfg, output=cfg.output + "2")
+    train(again)
+    assert_equal_runs(cfg, again)
+    other = replace(cfg, output=cfg.output + "3", seed=1)
+    train(other)
+    assert not torch.equal(checkpoint(cfg)["header"]["kernel"], checkpoint(other)["header"]["kernel"])
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 13])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
+    """Five steps an epoch: stops inside, at the end and at the beginning of one."""
+    train(cfg)
+
+    def stop(call):
+        if call == step:
+            os.kill(os.getpid(), number)
+
+    stopped = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(Interrupted, match="continue with: python") as error:
+        train(stopped, before_step=stop)
+    assert error.value.signal == number
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    assert checkpoint(stopped)["step"] == (step % 5 or 5)
+    train(stopped)
+    assert_equal_runs(cfg, stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_training_ends_in_a_sentence(number, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["extract_all.py", "--seed", "3"])
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(lambda cfg: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number
+    error = capsys.readouterr().err
+    assert error.startswith("extract_all.py: interrupted, files that were finished are kept; continue with: python")
+    assert error.count("\n") == 1
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_stopped_while_verifying_does_not_train_the_epoch_again(cfg):
+    steps = []
+
+    def validate_and_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal should have ended this")
+
+    with pytest.raises(Interrupted, match="while verifying"):
+        train(cfg, epochs=1, validate=validate_and_stop, before_step=steps.append)
+    train(cfg, epochs=1, validate=lambda: ({"A": 50.0}, 50.0), before_step=steps.append)
+    assert steps == [1, 2, 3, 4, 5]
+    assert checkpoint(cfg)["log"][0]["scores"] == {"A": 50.0}
+
+
+def test_a_crash_continues_from_the_last_checkpoint(cfg):
+    train(cfg)
+
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    crashed = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(crashed, before_step=crash)
+    train(crashed)
+    assert_equal_runs(cfg, crashed)
+
+
+def test_checkpoints_are_written_inside_an_epoch_when_it_is_time(cfg):
+    def crash(call):
+        if call == 4:
+            raise RuntimeError("power loss")
+
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(replace(cfg, checkpoint_minutes=0.0), before_step=crash)
+    assert checkpoint(cfg)["step"] == 3
+
+
+def test_best_and_last_are_kept_and_the_log_has_one_line_per_epoch(cfg):
+    values = iter([60.0, 70.0, 65.0])
+    seen = []
+
+    def validate():
+        value = next(values)
+        seen.append(value)
+        return {"A": value}, value
+
+    train(cfg, validate=validate)
+    folder = cfg.teacher_dir("T")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["best"] for line in lines] == [True, True, False]
+    assert [line["scores"]["A"] for line in lines] == [60.0, 70.0, 65.0]
+    assert all(line["loss"]["margin"] > 0 for line in lines)
+    final = checkpoint(cfg)
+    best, last = (torch.load(folder / f"{w}_backbone.pth", weights_only=True) for w in ("best", "last"))
+    assert torch.equal(last["fc.weight"], final["backbone"]["fc.weight"])
+    assert not torch.equal(best["fc.weight"], last["fc.weight"])
+    assert set(torch.load(folder / "best_header.pth", weights_only=True)) == {"kernel"}
+    assert (folder / "identities.txt").read_text().split() == ["A/a1", "A/a2", "A/a3", "B/b1", "B/b2"]
+
+
+def test_without_verification_the_lowest_training_loss_is_best(cfg):
+    train(cfg)
+    log = checkpoint(cfg)["log"]
+    totals = [line["loss"]["margin"] for line in log]
+    assert [line["best"] for line in log] == [total == min(totals[: i + 1]) for i, total in enumerate(totals)]
+
+
+def test_a_finished_run_is_left_alone(cfg, capsys):
+    train(cfg)
+    before = {path.name: path.stat().st_mtime_ns for path in cfg.teacher_dir("T").iterdir()}
+    train(cfg, before_step=lambda call: pytest.fail("trained again"))
+    assert "is already trained" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in cfg.teacher_dir("T").iterdir()} == before
+
+
+def test_a_released_file_is_used_as_it_is(cfg, capsys):
+    cfg.teacher_dir("T").mkdir(parents=True)
+    torch.save(Linear().state_dict(), cfg.teacher_dir("T") / "22896backbone.pth")
+    train(cfg, before_step=lambda call: pytest.fail("trained"))
+    assert "22896backbone.pth" in capsys.readouterr().out
+    assert len(list(cfg.teacher_dir("T").iterdir())) == 1
+
+
+def test_a_run_of_other_settings_or_images_is_refused(cfg):
+    train(cfg)
+    with pytest.raises(InputError, match=r"other settings or data \(lr was 0.1, now 0.2; std was 0.05, now 0.1\)"):
+        train(replace(cfg, lr=0.2, std=0.1, loss_lambda=5.0, std_fc=0.5))
+    image = os.path.join(cfg.data, "A", "a1", "0.jpg")
+    os.unlink(image)
+    with pytest.raises(InputError, match=r"\(images changed\)"):
+        train(cfg)
+
+
+def test_a_run_from_before_a_setting_existed_acts_as_with_its_default(cfg):
+    @dataclasses.dataclass(frozen=True)
+    class Extended(Config):
+        label_smoothing: float = 0.0
+
+    train(cfg, epochs=1)
+    extended = Extended(**dataclasses.asdict(cfg))
+    train(extended, epochs=1)
+    with pytest.raises(InputError, match=r"\(label_smoothing was 0.0, now 0.1\)"):
+        train(replace(extended, label_smoothing=0.1), epochs=1)
+
+
+def test_a_run_from_before_every_setting_took_part_goes_on(cfg):
+    train(cfg, epochs=2)
+    path = cfg.teacher_dir("T") / "checkpoint.pth"
+    state = load(path)
+    del state["decided_by"]["kind"]
+    state["decided_by"]["settings"] = {
+        "seed": 0,
+        "batch_size": 4,
+        "sync_bn": False,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "max_grad_norm": 5.0,
+        "embedding_size": 16,
+        "s": 64.0,
+        "precision": "fp32",
+        "network": "iresnet_tiny",
+        "loss": "ElasticArcFace",
+        "m": 0.5,
+        "std": 0.05,
+        "num_epoch": 2,
+        "milestones": [],
+        "lr": 0.1,
+    }
+    save(path, state)
+    train(cfg, epochs=2)
+    with pytest.raises(InputError, match=r"\(m was 0.5, now 0.35\)"):
+        train(replace(cfg, m=0.35), epochs=2)
+    with pytest.raises(InputError, match=r"\(milestones was \[2\], now \[\]\)"):
+        train(replace(cfg, milestones=()), epochs=2)
+
+
+def test_a_folder_of_another_kind_of_run_is_refused(cfg):
+    network, header = train(cfg, epochs=1)
+    with pytest.raises(InputError, match="it trains teacher, not EAF-KD"):
+        fit(dict, Faces(cfg, flip=True), cfg.teacher_dir("T"), cfg, network, header, kind="EAF-KD")
+
+
+class NoSlope(torch.autograd.Function):
+    """Gives back its input, and not a number as its gradient."""
+
+    @staticmethod
+    def forward(_, value):
+        return value
+
+    @staticmethod
+    def backward(_, grad):
+        return grad * float("nan")
+
+
+@pytest.mark.parametrize("what", ["loss 'bad'", "gradient of the network", "gradient of the header"])
+@pytest.mark.parametrize("noticed_late", [False, True], ids=["at once", "late"])
+def test_a_step_that_is_not_finite_is_not_taken(cfg, monkeypatch, what, noticed_late):
+    """On a GPU the numbers are looked at now and then: no step after the bad one may be taken either."""
+    setup(cfg)
+    faces, network, header, before = Faces(cfg), Linear(), ElasticArcFace(16, 5, s=8.0), []
+    if noticed_late:
+        plain = Watch.found
+        monkeypatch.setattr(Watch, "found", lambda self: plain(self) if len(before) % 5 == 0 else None)
+
+    def losses(image, label):
+        before.append([value.clone() for module in (network, header) for value in module.state_dict().values()])
+        embedding = network(image)
+        if len(before) == 7 and what == "gradient of the network":
+            embedding = NoSlope.apply(embedding)
+        if len(before) == 7 and what == "gradient of the header":
+            header.kernel.register_hook(lambda grad: grad * float("inf"))
+        bad = embedding.square().mean() * (float("nan") if len(before) == 7 and what.startswith("loss") else 0)
+        return {"margin": F.cross_entropy(header(embedding, label), label), "bad": bad}
+
+    folder = cfg.teacher_dir("N")
+    sentence = f"The {what} is (nan|inf) in epoch 2, step 2, which was not taken: .*, whose last checkpoint is good"
+    with pytest.raises(InputError, match=sentence):
+        fit(losses, faces, folder, cfg, network, header, kind="teacher")
+    assert len(before) == (10 if noticed_late else 7)
+    now = [*network.state_dict().values(), *header.state_dict().values()]
+    assert all(torch.equal(value, old) for value, old in zip(now, before[6], strict=True))
+    kept = checkpoint(cfg, "N")
+    assert (kept["epoch"], kept["step"]) == (1, 0)
+    assert torch.equal(kept["backbone"]["fc.weight"], before[5][0])
+    assert not torch.equal(before[6][0], before[5][0])
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_claims_no_folder(cfg):
+    def crash(call):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        train(cfg, before_step=crash)
+    train(replace(cfg, lr=0.05))
+    assert (cfg.teacher_dir("T") / "config.json").exists()
+
+
+def test_a_kill_between_the_first_weights_and_their_checkpoint_loses_nothing(cfg, monkeypatch):
+    """Weights without a checkpoint count as a finished model: they must never come first."""
+    train(cfg)
+    killed = replace(cfg, output=cfg.output + "2")
+
+    def kill(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr("utils.training.checkpoint.Run.save_weights", kill)
+        train(killed)
+    train(killed)
+    assert_equal_runs(cfg, killed)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(cfg, capsys):
+    """Of either kind, damaged while the run stood still; the end is the same to the last bit."""
+    train(cfg)
+    folder = replace(cfg, output=cfg.output + "2").teacher_dir("T")
+
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    for damage, reason in (
+        (lambda path: path.write_bytes(path.read_bytes()[:-5000]), "it has no SHA-256 at its end"),
+        (lambda path: path.write_bytes(b"\0" * path.stat().st_size), "it has no SHA-256 at its end"),
+        (lambda path: torch.save({"fc.weight": torch.zeros(2)}, path), "it has no SHA-256 at its end"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"), "its SHA-256 is another"),
+        (lambda path: save(path, {"fc.weight": torch.zeros(2)}), "is no checkpoint of a run"),
+        (lambda path: path.unlink(), ""),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        stopped = replace(cfg, output=cfg.output + "2")
+        with pytest.raises(RuntimeError, match="power loss"):
+            train(replace(stopped, checkpoint_minutes=0.0), before_step=crash)
+        capsys.readouterr()
+        damage(folder / "checkpoint.pth")
+        train(stopped)
+        out = capsys.readouterr().out
+        assert ("going on from previous_checkpoint.pth" in out) == bool(reason)
+        assert reason in out
+        assert "continuing in epoch 2 after step 1 of 5" in out
+        assert_equal_runs(cfg, stopped)
+
+
+def test_with_both_checkpoints_damaged_nothing_is_trained(cfg):
+    train(cfg)
+    for name in ("checkpoint.pth", "previous_checkpoint.pth"):
+        path = cfg.teacher_dir("T") / name
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"/checkpoint.pth is damaged .*, and no older one is good: move .* away"):
+        train(cfg, before_step=lambda _: pytest.fail("trained"))
+
+
+def test_a_signal_while_a_checkpoint_is_read_does_not_call_it_damaged(cfg, monkeypatch):
+    train(cfg, epochs=1)
+
+    def interrupted(*_, **__):
+        raise Interrupted("interrupted", signal.SIGTERM)
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Interrupted):
+        train(cfg)
+
+
+def test_a_finished_run_without_its_best_weights_is_refused(cfg):
+    values = iter([60.0, 70.0, 65.0])
+    train(cfg, validate=lambda: ({}, next(values)))
+    (cfg.teacher_dir("T") / "best_backbone.pth").unlink()
+    with pytest.raises(InputError, match="best_backbone.pth is missing: set weights to last, or move"):
+        train(cfg)
+    train(replace(cfg, weights="last"))
+
+
+def test_weights_that_were_lost_are_written_anew_where_they_can_be(cfg, capsys):
+    scores = [60.0, 70.0, 65.0]
+    values = list(scores)
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    folder = cfg.teacher_dir("T")
+    whole = torch.load(folder / "last_header.pth", weights_only=True)
+    (folder / "last_header.pth").write_bytes(b"x" * 100)
+    train(cfg)
+    assert "last_header.pth is damaged (it has no SHA-256 at its end): written anew" in capsys.readouterr().out
+    assert torch.equal(torch.load(folder / "last_header.pth", weights_only=True)["kernel"], whole["kernel"])
+
+    def power_loss():
+        if not values:
+            raise RuntimeError("power loss")
+        return {}, values.pop(0)
+
+    stopped, values = replace(cfg, output=cfg.output + "2"), scores[:2]
+    with pytest.raises(RuntimeError, match="power loss"):  # while the third epoch is verified
+        train(stopped, validate=power_loss)
+    lost = stopped.teacher_dir("T") / "best_backbone.pth"
+    whole = lost.read_bytes()
+    lost.unlink()
+    values = scores[2:]
+    train(stopped, validate=power_loss)
+    assert "best_backbone.pth is missing: written anew from the checkpoint" in capsys.readouterr().out
+    assert lost.read_bytes() == whole  # of the second epoch, where the checkpoint was
+
+    again, values = replace(cfg, output=cfg.output + "3"), [70.0, 60.0]
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(again, validate=power_loss)
+    (again.teacher_dir("T") / "best_backbone.pth").unlink()
+    values = [65.0]
+    train(again, validate=power_loss)
+    assert "best_backbone.pth is missing: the best of the epochs to come takes its place" in capsys.readouterr().out
+    assert [line["best"] for line in checkpoint(again)["log"]] == [True, False, True]
+
+
+def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, capsys):
+    def crash(call):
+        if call == 8:
+            raise RuntimeError("power loss")
+
+    with pytest.raises(RuntimeError, match="power loss"):
+        train(cfg, before_step=crash)
+    plain = versions(cfg)
+    monkeypatch.setattr("utils.training.checkpoint.versions", lambda _: {**plain, "torch": "9.9"})
+    train(cfg)
+    assert (
+        f"goes on under other conditions, last bits may differ: torch {plain['torch']} -> 9.9."
+        in capsys.readouterr().out
+    )
+    about = json.loads((cfg.teacher_dir("T") / "config.json").read_text())
+    first, second = about["sessions"]
+    assert (first["epochs done"], first["steps done"]) == (0, 0)
+    assert (second["epochs done"], second["steps done"], second["versions"]["torch"]) == (1, 0, "9.9")
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", first["versions"]["commit"])
+    assert about["all settings"]["loss_lambda"] == cfg.loss_lambda
+    assert set(about["sources"]) == {"images", "identities"}
+
+
+def test_a_run_from_cached_columns_is_the_same_run(cfg, monkeypatch):
+    train(cfg)
+    monkeypatch.setattr(Column, "gather", lambda *_: pytest.fail("streamed"))
+    cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
+    train(cached)
+    assert_equal_runs(cfg, cached)
+
+
+def test_bf16_stays_close_to_fp32_and_leaves_the_network_as_it_was(cfg):
+    train(cfg)
+    rounded = replace(cfg, output=cfg.output + "2", precision="bf16")
+    network, _ = train(rounded)
+    assert "forward" not in vars(network)
+    one, other = checkpoint(cfg), checkpoint(rounded)
+    assert not torch.equal(one["backbone"]["fc.weight"], other["backbone"]["fc.weight"])
+    for line, there in zip(one["log"], other["log"], strict=True):
+        assert there["loss"]["margin"] == pytest.approx(line["loss"]["margin"], rel=5e-3)
+    assert other["backbone"]["fc.weight"].dtype == torch.float32
+    with pytest.raises(InputError, match="precision was 'bf16', now 'fp32'"):
+        train(replace(rounded, precision="fp32"))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
+    def stop(call):
+        if call == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    compiled, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
+    train(compiled)
+    with pytest.raises(Interrupted):
+        train(stopped, before_step=stop)
+    train(stopped)
+    assert_equal_runs(compiled, stopped)
+    network, images = Small().eval(), torch.randn(4, 3, 112, 112)
+    plain = network(images)
+    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
+        assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
+    assert "Going on without" not in capsys.readouterr().out
+
+
+def test_without_a_compiler_a_run_goes_on_without(monkeypatch, capsys):
+    class Failing(TorchDynamoException):
+        pass
+
+    def fails(_):
+        def forward(*_):
+            raise Failing("no compiler here")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fails)
+    network = torch.nn.Linear(3, 2)
+    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
+        assert network(torch.ones(1, 3)).shape == (1, 2)
+        assert network(torch.ones(1, 3)).shape == (1, 2)
+    assert capsys.readouterr().out == "compile: no compiler here Going on without.\n"
+
+
+def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
+    network = torch.nn.Linear(64, 32)
+    columns = {"embedding": Column((np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32),))}
+
+    def embed():
+        return infer(lambda embedding: network(embedding), network, columns, cfg, "test")
+
+    plain = embed()
+    with arithmetic(network, "bf16", torch.device("cpu")):
+        assert np.array_equal(embed(), plain)
+        lowered = network(torch.from_numpy(columns["embedding"].arrays[0]))
+        assert lowered.dtype == torch.float32
+        assert not np.array_equal(lowered.detach().numpy(), plain)
+    assert "forward" not in vars(network)
+
+
+def graph_in_python(function):
+    """Called twice before, as by `graph_of`; its replay is another call, with the learning rate of now."""
+    function()
+    function()
+    rates = [group["lr"] for group in _RUNNING[-1].optimizer.param_groups]
+
+    def replay():
+        now = [group["lr"] for group in _RUNNING[-1].optimizer.param_groups]
+        for group, rate in zip(_RUNNING[-1].optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        function()
+        for group, rate in zip(_RUNNING[-1].optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+
+    return replay
+
+
+_RUNNING = []  # the progress of the run whose step is captured
+
+
+def failing_graph(function):
+    function()
+    raise RuntimeError("operation not permitted\nwhile capturing")
+
+
+def graph_that_forgets(function):
+    function()
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (graph_in_python, ""),
+        (failing_graph, "The step could not be captured (operation not permitted): its kernels are launched one by"),
+        (graph_that_forgets, "The step could not be captured (it gave other numbers): its kernels are launched one by"),
+    ],
+)
+def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
+    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
+    train(cfg)
+    plain = Progress.stepper
+
+    def stepper(self, losses, max_grad_norm, _):
+        _RUNNING.append(self)
+        return plain(self, losses, max_grad_norm, True)
+
+    monkeypatch.setattr(Progress, "stepper", stepper)
+    monkeypatch.setattr("utils.training.cuda_graph.graph_of", graph)
+    captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
+    train(captured)
+    assert_equal_runs(cfg, captured)
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert printed.count("could not be captured") == bool(said)
+    with pytest.raises(Interrupted):
+        train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
+    train(stopped)
+    assert_equal_runs(cfg, stopped)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    columns = {"embedding": random.normal(size=(80, 32)).astype(np.float32), "label": random.integers(0, 50, 80)}
+
+    def fitted(name: str, stop_at: int = -1) -> Path:
+        cfg = Config(batch_size=8, device="cuda", output=str(tmp_path / name), num_epoch_fc=3)
+        setup(cfg)
+        network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
+        header, faces = ElasticArcFace(16, 50, std=0.0125), Timed(cfg, columns, flip=False)
+        plain, seen = Progress.due, []
+
+        def due(self, minutes):
+            seen.append(self._replayed)
+            if len(seen) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(self, minutes)
+
+        def losses(embedding, label):
+            return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "due", due)
+            try:
+                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
+            except Interrupted:
+                fitted(name)
+        assert name == "plain" or seen[-1]._replay
+        return cfg.adaptor_dir("SL")
+
+    whole, stopped = fitted("whole"), fitted("stopped", stop_at=14)
+    assert difference(whole, stopped) == ""
+    plainly = Progress.stepper
+    monkeypatch.setattr(Progress, "stepper", lambda self, losses, norm, _: plainly(self, losses, norm, False))
+    one, other = (torch.load(folder / "last_header.pth") for folder in (whole, fitted("plain")))
+    assert torch.allclose(one["kernel"], other["kernel"], rtol=1e-4, atol=1e-5)
+
+
+def test_events_for_tensorboard_are_those_of_the_log(cfg, monkeypatch):
+    """The package is optional: a stand-in notes what it is given."""
+    written, opened = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            written.append("closed")
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    cfg = replace(cfg, tensorboard=True)
+    train(cfg, epochs=2, validate=lambda: ({"A": 50.0}, 50.0))
+    log = [json.loads(line) for line in (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()]
+    wanted = []
+    for line in log:
+        wanted += [("loss/margin", line["loss"]["margin"], line["epoch"]), ("accuracy/A", 50.0, line["epoch"])]
+        wanted += [("lr", line["lr"], line["epoch"])]
+    assert written == [*wanted, "closed"]
+    assert opened == [(str(cfg.teacher_dir("T") / "tensorboard"), 1)]
+
+
+def test_tensorboard_that_is_not_installed_is_said_at_once(cfg, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match="tensorboard = True, but the package is not there: pip install tensorboard"):
+        setup(replace(cfg, tensorboard=True))
+
+
+def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):
+    def main(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    sentence = "train.py: CUDA out of memory: lower batch_size, infer_batch_size or device_cache_gb.\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_convolutions_repeat_unless_they_may_be_timed(cfg):
+    for timed in (True, False):
+        setup(replace(cfg, cudnn_benchmark=timed))
+        assert torch.backends.cudnn.benchmark is timed
+        assert torch.backends.cudnn.deterministic is not timed
+
+
+def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg):
+    rows, network, calls = np.arange(20, dtype=np.float32).reshape(10, 2), torch.nn.Identity(), []
+    forms = [(tmp_path / f"{k}.npy", (10, 2), np.float32, {"k": k}, 3) for k in range(2)]
+    for form, done in zip(forms, ([0, 3], [0, 1]), strict=True):
+        with pytest.raises(KeyboardInterrupt), Filling(*form) as filling:
+            for block in done:
+                part = filling.rows(block)
+                filling.array[part.start : part.stop] = rows[part.start : part.stop] * (form[3]["k"] + 1)
+                filling.finish(block, filling.digest(block))
+            raise KeyboardInterrupt
+
+    def both(embedding):
+        calls.append(embedding[:, 0].tolist())
+        return torch.stack([network(embedding), 2 * network(embedding)], 1)
+
+    with Filling(*forms[0]) as one, Filling(*forms[1]) as other:
+        given = replace(cfg, infer_batch_size=3)
+        sink = Sink()
+        infer(both, network, {"embedding": Column((rows,))}, given, "test", sink.open([one, other]), sink.receive)
+    assert calls == [rows[3:6, 0].tolist(), rows[6:9, 0].tolist(), rows[9:, 0].tolist()]
+    assert np.array_equal(np.load(forms[0][0]), rows)
+    assert np.array_equal(np.load(forms[1][0]), 2 * rows)
+
+
+def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):
+    setup(replace(cfg, precision="tf32"))
+    assert "precision = 'tf32': this device computes in fp32 only" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_stopped_on_a_gpu_goes_on_as_if_it_had_not_been(cfg):
+    cfg = replace(cfg, device="cuda")
+    train(cfg)
+    for step in (2, 5, 8):
+        stopped = replace(cfg, output=f"{cfg.output}{step}")
+        with pytest.raises(Interrupted):
+            train(stopped, before_step=lambda call, step=step: call == step and os.kill(os.getpid(), signal.SIGTERM))
+        train(stopped)
+        assert_equal_runs(cfg, stopped)
+
+
+def test_weights_newer_than_the_checkpoint_gone_back_to_are_put_back(cfg, capsys):
+    values = [60.0, 70.0, 65.0]
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    folder = cfg.teacher_dir("T")
+    for name in ("checkpoint.pth", "log.jsonl"):
+        (folder / name).write_bytes(b"")  # the one before is of the second epoch, as the best weights are
+    whole = (folder / "best_backbone.pth").read_bytes()
+    (folder / "best_backbone.pth").write_bytes((folder / "last_backbone.pth").read_bytes())
+    values = [65.0]
+    train(cfg, validate=lambda: ({}, values.pop(0)))
+    assert "best_backbone.pth is of another epoch: written anew from the checkpoint" in capsys.readouterr().out
+    assert (folder / "best_backbone.pth").read_bytes() == whole
+    assert (folder / "damaged_checkpoint.pth").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_given_up(cfg, monkeypatch):
+    train(cfg, epochs=2)
+    before = sorted((path.name, path.read_bytes()) for path in cfg.teacher_dir("T").iterdir())
+
+    def fails(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            train(cfg)
+    assert sorted((path.name, path.read_bytes()) for path in cfg.teacher_dir("T").iterdir()) == before
+
+
+def test_a_disk_that_is_full_is_reported_and_the_old_checkpoint_kept(cfg):
+    train(cfg, epochs=1)
+    before = (cfg.teacher_dir("T") / "checkpoint.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(InputError, match=r"could not be written"):
+            train(cfg, name="U", epochs=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert (cfg.teacher_dir("T") / "checkpoint.pth").read_bytes() == before
+    assert not list(cfg.teacher_dir("U").glob("*.pth*"))
+
+
+class Small(torch.nn.Module):
+    """Convolution and batch normalisation: their statistics have to be resumed too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 7, stride=16)
+        self.bn = torch.nn.BatchNorm2d(16)
+
+    def forward(self, image):
+        return self.bn(self.conv(image)).relu().mean((2, 3))
+
+
+def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
+    def train_small(cfg, stop_at=0):
+        setup(cfg)
+        faces, network, calls = Faces(cfg, flip=True), Small(), []
+        header = CurricularFace(16, faces.num_classes, s=8.0)
+
+        def losses(image, label):
+            calls.append(1)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return {"margin": F.cross_entropy(header(network(image), label), label)}
+
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
+
+    train_small(cfg)
+    stopped = replace(cfg, output=cfg.output + "2")
+    with pytest.raises(Interrupted):
+        train_small(stopped, stop_at=7)
+    train_small(stopped)
+    assert_equal_runs(cfg, stopped)
+    assert checkpoint(cfg)["header"]["t"] != 0
+
+
+def test_fewer_rows_than_a_batch_are_refused(cfg):
+    with pytest.raises(InputError, match="20 images are fewer than one batch: set batch_size to 20 or less"):
+        train(replace(cfg, batch_size=32))
+
+
+def test_cuda_is_refused_where_there_is_none(cfg, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device = 'cuda', but PyTorch finds no CUDA device"):
+        setup(replace(cfg, device="cuda"))
+
+
+def test_inference_reads_all_rows_in_order_and_in_eval_mode(cfg):
+    rows = np.arange(30, dtype=np.float32).reshape(10, 3)
+    network = torch.nn.Dropout(0.5).train()
+    columns = {"embedding": Column((rows[:, :1], rows[:, 1:]))}
+    result = infer(lambda embedding: network(embedding), network, columns, replace(cfg, infer_batch_size=4), "test")
+    assert np.array_equal(result, rows)
+    assert network.training

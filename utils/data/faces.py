@@ -1,0 +1,176 @@
+"""The training set of one stage: which images, with which labels, inputs and targets."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from config.config import Config
+from config.readers import EXTRACT, script_that_trains
+from utils.data.columns import Batch, Column
+from utils.data.embeddings import check_weights, read_embeddings
+from utils.data.index import Index, find_images
+from utils.data.split import read_quarter, require_split
+from utils.data.store import ImageStore
+from utils.distributed.world import rank, world_size
+from utils.errors import InputError
+from utils.storage.files import sha256
+
+ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
+
+
+class Faces:
+    """The training set of one stage.
+
+    `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
+    `inputs` adds the column `embedding` from these teachers, `target` the column of that name from `cfg.source`.
+    With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
+    probability one half. `pairs` are the verification sets that choose the best epoch (see eval.verification): they
+    are sources of the run. `store` spares reading the index again.
+
+    Labels count the identities of the set in order of group and name. Raises InputError for whatever is not there or
+    does not belong to this data folder, before an image is decoded where that can be known.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        teacher: str = "",
+        inputs: tuple[str, ...] = (),
+        target: bool = False,
+        flip: bool = False,
+        pairs: dict | None = None,
+        store: ImageStore | None = None,
+    ):
+        self.cfg, self.flip = cfg, flip
+        if teacher and cfg.is_teacher_baseline:
+            require_split(cfg)
+        if inputs:
+            self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
+        if target:
+            self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
+        if cfg.leave_out and store is None:
+            left_out(cfg, find_images(cfg))  # a wrong list is refused before the images are decoded
+        self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
+        index = self.store.index
+        chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
+        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~left_out(cfg, index))
+        if cfg.leave_out and not len(self.rows):
+            raise InputError(f"{cfg.leave_out} leaves out every image of {teacher or cfg.data}: shorten it.")
+        present, labels = np.unique(index.identity[self.rows], return_inverse=True)
+        self.identities = tuple(index.identities[i] for i in present)
+        label = np.full(len(index.paths), -1, np.int64)
+        label[self.rows] = labels
+        self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
+        identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
+        self.sources = {"images": self.store.digest, "identities": identities}
+        if cfg.leave_out:
+            self.sources["left out"] = sha256(Path(cfg.leave_out))
+        self.sources |= {f"pairs {name}": one.digest for name, one in (pairs or {}).items()}
+        self.origins: dict[Path, dict] = {}  # what made each array of embeddings
+        if inputs:
+            self._add_inputs(inputs)
+        if target:
+            self._add_target()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.identities)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def _source_script(self) -> str:
+        """The script that writes the targets."""
+        return script_that_trains(self.cfg.source) if self.cfg.ada_source == "adaptor" else EXTRACT
+
+    def _require(self, paths: list[Path], script: str) -> None:
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise InputError(f"Missing: {', '.join(missing)}. Run first: {self.cfg.command(script)}")
+
+    def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
+        """Embeddings of all images, or all flipped ones, by the weights of a run folder."""
+        shape = (len(self.store.index.paths), self.cfg.embedding_size)
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, self.cfg.command(script))
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, self.cfg.command(script))
+        return array
+
+    def _add_inputs(self, teachers: tuple[str, ...]) -> None:
+        arrays = {False: [], True: []}
+        for name in teachers:
+            for flipped in self.cfg.target_views:
+                path = self.cfg.teacher_embeddings(name, flipped)
+                arrays[flipped].append(self._read(path, flipped, self.cfg.teacher_dir(name), EXTRACT))
+            # The adaptor is trained on the images as they are: the flipped view is no source of it.
+            self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
+        self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
+
+    def _add_target(self) -> None:
+        """The targets by an adaptor or by one teacher."""
+        views = []
+        for flipped in self.cfg.target_views:
+            path = self.cfg.source_embeddings(flipped)
+            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script))
+            if self.cfg.ada_source == "adaptor":
+                self._check_teachers_of(path)
+            self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
+        self.columns["target"] = Column((views[0],), tuple(views[1:]))
+
+    def _check_teachers_of(self, path: Path) -> None:
+        """The teachers must still be those that the adaptor was trained on."""
+        inputs = self.origins[path].get("inputs", {})
+        if tuple(inputs) != self.cfg.teachers:
+            raise InputError(
+                f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
+            )
+        again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(self._source_script)}"
+        for name, made_from in inputs.items():
+            check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of one epoch from step `first`: all rows in a random order, without the incomplete last batch.
+
+        Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch. Where
+        there are several processes, each gets its part of every batch.
+        """
+        seed, size = self.cfg.seed, self.cfg.total_batch
+        order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
+        each = size // world_size()
+        part = slice(rank() * each, (rank() + 1) * each)
+        for step in range(first, len(self.rows) // size):
+            rows = order[step * size : (step + 1) * size]
+            flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
+            yield rows[part], flips if flips is None else flips[part]
+
+
+def left_out(cfg: Config, index: Index) -> np.ndarray:
+    """(N,) bool: images that `cfg.leave_out` names, by themselves or by their identity."""
+    out = np.zeros(len(index.paths), bool)
+    if not cfg.leave_out:
+        return out
+    try:
+        text = Path(cfg.leave_out).read_bytes().decode(errors="surrogateescape")
+    except OSError as error:
+        raise InputError(f"{cfg.leave_out} cannot be read ({error.strerror}): set leave_out to a list.") from error
+    known, named = {*index.identities, *index.paths}, set()
+    for line in text.removeprefix("\ufeff").split("\n"):
+        named.add(line if line in known else line.strip())  # a name may begin or end in blanks
+    named.discard("")
+    if unknown := sorted(named - known):
+        raise InputError(
+            f"{cfg.leave_out} names {unknown[0]!r}, which {cfg.data} does not hold ({len(unknown)} of {len(named)} "
+            "lines): each line is <ethnicity>/<identity> or <ethnicity>/<identity>/<image>."
+        )
+    identities = np.array([name in named for name in index.identities])
+    return identities[index.identity] | np.array([path in named for path in index.paths])
+
+
+def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
+    """(I,) bool: the identities that a teacher is trained on."""
+    if cfg.setting == "standalone":
+        return np.ones(len(index.identities), bool)
+    chosen = set(read_quarter(cfg, teacher, index) if cfg.is_teacher_baseline else index.identities_of(teacher))
+    return np.array([name in chosen for name in index.identities])

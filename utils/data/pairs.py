@@ -1,0 +1,226 @@
+"""Verification sets: pairs of face images in the .bin format of RFW and insightface."""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from config.config import Config
+from utils.data.store import BLOCK, SIZE, decode
+from utils.errors import InputError, NotWritten
+from utils.storage.arrays import Filling, provide
+from utils.threads import map_ahead
+
+FOLDS = 10
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A verification set of P pairs: pair k is images 2k and 2k + 1. An image of several pairs is held once."""
+
+    distinct: np.ndarray  # (U, 112, 112, 3) uint8, RGB; mapped where they were decoded into a cache
+    rows: np.ndarray  # (2P,) int64, which of `distinct` each image is; they are numbered as they first occur
+    same: np.ndarray  # (P,) bool
+    digest: str  # SHA-256 of the file that they come from
+
+    @property
+    def images(self) -> np.ndarray:
+        """The images of all pairs (2P, 112, 112, 3) uint8, RGB, copied from `distinct` at each access."""
+        return np.asarray(self.distinct)[self.rows]
+
+
+def load_bin(path: Path, cache: Path | None = None) -> Pairs:
+    """Reads a verification set in the format of RFW and insightface: a pickle of (encoded images, same or not).
+
+    Images whose encoded bytes are equal are decoded once. With a folder `cache` they are decoded into it once and
+    mapped; without one, or where it cannot be written, they are held in memory: 38 kB for each distinct image. Raises
+    InputError for whatever else the file may be. Nothing in the file is executed.
+    """
+    path = Path(path)
+    encoded, same, digest = read_bin(path)
+    number: dict[bytes, int] = {}
+    rows = np.array([number.setdefault(item, len(number)) for item in encoded])
+    first = np.unique(rows, return_index=True)[1]
+    shape, images = (len(first), SIZE, SIZE, 3), None
+
+    def decode_item(row: int) -> np.ndarray:
+        return decode_image(path, encoded, first[row])
+
+    if cache is not None:
+        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        # Earlier versions cached all images of the pairs: for a set without repetitions that is the same array.
+        made_from = {"pairs": digest} | ({"distinct images": len(first)} if len(first) < len(encoded) else {})
+        form = (cache / f"{path.stem}-{place}.npy", shape, np.uint8, made_from)
+        try:
+            images = provide(
+                *form, lambda: _decode_pairs(Filling(*form, BLOCK, {"opencv": cv2.__version__}), decode_item)
+            )
+        except NotWritten as error:
+            print(f"{error} The images of {path} are decoded into memory instead, each time.")
+    if images is None:
+        images = np.empty(shape, np.uint8)
+        with ThreadPoolExecutor() as pool:
+            for row, image in enumerate(map_ahead(pool, decode_item, range(len(first)), BLOCK)):
+                images[row] = image
+    return Pairs(images, rows, same, digest)
+
+
+def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
+    """The 2P encoded images of a verification set, whether each pair is the same (P,) bool, and the file's SHA-256.
+
+    Raises InputError for whatever else the file may be, but does not look into the images. Nothing in the file is
+    executed.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
+    try:
+        raw = path.read_bytes()
+        content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
+    except Exception as error:
+        # A damaged pickle can raise nearly anything.
+        raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
+    if not (isinstance(content, (tuple, list)) and len(content) == 2):
+        raise InputError(f"{path} is no set of pairs: expected (images, same or not).")
+    encoded, same = map(_plain, content)
+    if not all(
+        isinstance(part, (list, tuple)) or (isinstance(part, np.ndarray) and part.ndim) for part in (encoded, same)
+    ):
+        raise InputError(f"{path} is no set of pairs: expected two lists.")
+    if len(encoded) == 0 or len(encoded) != 2 * len(same):
+        raise InputError(f"{path} holds {len(encoded)} images for {len(same)} pairs: expected two for each.")
+    if not all(isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1) for value in same):
+        raise InputError(f"{path}: whether a pair is the same must be True or False.")
+    images = [item.tobytes() if isinstance(item, np.ndarray) else item for item in map(_plain, encoded)]
+    for k, item in enumerate(images):
+        if not isinstance(item, bytes):
+            raise InputError(f"{path}: image {k} is no bytes, but {type(item).__name__}.")
+    return images, np.array([bool(value) for value in same]), hashlib.sha256(raw).hexdigest()
+
+
+def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
+    """Image k (112, 112, 3) uint8, RGB, of those that `read_bin` gives; raises InputError where it cannot be used."""
+    try:
+        return decode(encoded[k])
+    except ValueError as error:
+        raise InputError(f"{path}: image {k} {error}.") from error
+
+
+def _plain(part: object) -> object:
+    return part.value if isinstance(part, _Array) else part
+
+
+def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) -> None:
+    """Decodes the images of all blocks that are missing."""
+
+    def decode_block(block: int) -> str:
+        return filling.write(block, np.stack([*map(decode_item, filling.rows(block))]))
+
+    try:
+        with filling, ThreadPoolExecutor() as pool:
+            blocks = tqdm(filling.missing, f"decode {filling.path.stem}", unit=" blocks", leave=False, disable=None)
+            for block, digest in zip(blocks, map_ahead(pool, decode_block, filling.missing, BLOCK), strict=True):
+                filling.finish(block, digest)
+    except InputError:  # a bad image, or a full disk
+        filling.discard()
+        raise
+
+
+class _Unpickler(pickle._Unpickler):
+    """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused.
+
+    It is Python's own in Python: that in C takes gigabytes for ten bytes that name a large place in its memo. The one
+    in Python does for a bytearray that is said to be large, hence `load_bytearray8`.
+
+    Arrays are rebuilt by the classes below: NumPy's own functions, called with what a file chooses, can reach beyond
+    an array's memory.
+    """
+
+    dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch}
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        content = self.read(size)
+        if len(content) < size:
+            raise pickle.UnpicklingError("it ends too early")
+        self.append(bytearray(content))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def find_class(self, module: str, name: str):
+        # Made afresh at each call: a pickle can set attributes of what it is given.
+        known = {
+            "_codecs.encode": lambda text, encoding: _latin1(text, encoding),  # bytes in old protocols of Python 3
+            "numpy.ndarray": None,
+            "numpy.dtype": lambda *code: _DType(*code),
+            "numpy.multiarray._reconstruct": lambda *_: _Array(),
+            "numpy.multiarray.scalar": lambda dtype, data: dtype.array(data, (1,))[0],
+            "numpy.numeric._frombuffer": lambda data, dtype, shape, order: _Array(dtype.array(data, shape, order)),
+        }
+        # Protocol 5 and the major versions of NumPy differ in the modules that they name.
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.").replace("numpy.core.", "numpy.")
+        if full in known:
+            return known[full]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not read")
+
+
+class _DType:
+    """A plain type of bytes, booleans or integers, from the code that NumPy writes."""
+
+    def __init__(self, code: str | bytes, *_):
+        self.code = code.decode() if isinstance(code, bytes) else code
+        if not re.fullmatch(r"[biu][1248]", self.code):
+            raise pickle.UnpicklingError(f"it holds an array of type {self.code!r}, which is not read")
+        self.order = "="
+
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.order = order if order in ("<", ">") else "="
+
+    def array(self, data: bytes, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order)).reshape(shape, order=order)
+
+
+class _Array:
+    """An array that is being read; its value comes with the state that the pickle gives it."""
+
+    def __init__(self, value: np.ndarray | None = None):
+        self.value = value
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.value = dtype.array(data, shape, "F" if is_fortran else "C")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which is not read")
+    return text.encode("latin1")
+
+
+def fold_of(pairs: int, folds: int = FOLDS) -> np.ndarray:
+    """(P,) the fold of each pair: consecutive, the first ones longer where it does not divide, as scikit-learn's."""
+    return np.repeat(np.arange(folds), [len(part) for part in np.array_split(np.arange(pairs), folds)])
+
+
+def load_pairs(cfg: Config) -> dict[str, Pairs]:
+    """The verification sets of all groups, or those that `pairs_sets` names; raises InputError for what is missing."""
+    paths = cfg.pairs_files
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise InputError(f"Missing: {', '.join(missing)}. Set pairs to the folder of these files.")
+    sets = {name: load_bin(path, Path(cfg.cache) / "pairs") for name, path in paths.items()}
+    for name, pairs in sets.items():
+        if len(pairs.same) < FOLDS:
+            raise InputError(f"{paths[name]} holds {len(pairs.same)} pairs, too few for {FOLDS} folds.")
+    return sets

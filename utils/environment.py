@@ -1,0 +1,66 @@
+"""The versions, the device and the commit that the last bits of a run's numbers depend on."""
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from config.config import Config
+from utils.distributed.world import world_size
+
+
+def versions(cfg: Config) -> dict[str, str]:
+    """What the last bits of a run's numbers depend on beside its settings and data."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": metadata.version("torchvision"),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "processes": str(world_size()),
+        "compile": str(cfg.compile),
+        "cudnn_benchmark": str(cfg.cudnn_benchmark),
+        "commit": _commit(),
+    }
+
+
+def numerics(cfg: Config) -> dict[str, str]:
+    """Of `versions`, what decides the last bits of a network's output."""
+    found = versions(cfg)
+    return {name: found[name] for name in ("torch", "device", "threads", "cudnn_benchmark")}
+
+
+def device_of(cfg: Config) -> torch.device:
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _commit() -> str:
+    """The git commit of this code, with -dirty where files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here_only = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # not a repository that holds this folder
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=here_only).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

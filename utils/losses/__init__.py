@@ -1,0 +1,19 @@
+"""The headers, which turn embeddings and labels into the loss that is trained: by name or by class."""
+
+from utils.losses.adadistill import AdaDistill, ArcDistill, CosDistill
+from utils.losses.margin import ArcFace, CosFace, CurricularFace, ElasticArcFace, ElasticCosFace, build_header
+from utils.losses.sharded import margin_loss, spread
+
+__all__ = [
+    "AdaDistill",
+    "ArcDistill",
+    "ArcFace",
+    "CosDistill",
+    "CosFace",
+    "CurricularFace",
+    "ElasticArcFace",
+    "ElasticCosFace",
+    "build_header",
+    "margin_loss",
+    "spread",
+]

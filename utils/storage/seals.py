@@ -1,0 +1,72 @@
+"""Checksums inside of files: a sealed file carries the SHA-256 of its content.
+
+A zip archive (.pth) carries it as its comment, which readers of zip files pass over, a JSON object as its entry
+"sha256".
+"""
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.errors import Damaged, InputError
+from utils.storage.files import sha256_of, write_text
+
+MARK = b"sha256="
+SEAL = len(MARK) + 64  # bytes
+
+
+def seal(path: Path) -> str:
+    """Ends a zip archive with a comment that holds the SHA-256 of all bytes before it; gives that of the whole file."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", SEAL))  # the length of the comment is the archive's last field
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256")
+        end = MARK + digest.hexdigest().encode()
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+    digest.update(end)
+    return digest.hexdigest()
+
+
+def check_seal(file: BinaryIO) -> tuple[str, str]:
+    """What is wrong with a sealed archive, or nothing, and the SHA-256 of the whole file."""
+    digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - SEAL
+    if left < 0:
+        return "it ends too early", sha256_of(file)
+    file.seek(0)
+    while chunk := file.read(min(left, 1 << 20)):
+        digest.update(chunk)
+        left -= len(chunk)
+    end, expected = file.read(), MARK + digest.hexdigest().encode()
+    digest.update(end)
+    if not end.startswith(MARK):
+        return "it has no SHA-256 at its end", digest.hexdigest()
+    return "" if end == expected else "its SHA-256 is another", digest.hexdigest()
+
+
+def write_sealed_json(path: Path, value: dict) -> None:
+    write_text(path, _sealed(value))
+
+
+def read_sealed_json(path: Path) -> dict:
+    """Raises InputError where there is no file, Damaged where it is not, to the last byte, what was written."""
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+        value.pop("sha256", None)
+        if content == _sealed(value).encode():
+            return value
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except (ValueError, AttributeError):  # not JSON, not an object
+        pass
+    raise Damaged(f"{path} is damaged (it is not what its SHA-256 was made of)")
+
+
+def _sealed(value: dict) -> str:
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**value, "sha256": digest}, indent=2) + "\n"

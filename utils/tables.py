@@ -1,0 +1,155 @@
+"""Tables in the forms in which they are read: aligned Markdown, CSV with all digits, LaTeX with booktabs, HTML."""
+
+import csv
+import html
+import io
+import math
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
+
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {c: f"${c}$" for c in "<>|"}
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+RULE_OF_THREE = 3
+"""With n pairs and no error the rate lies below 3 / n at 95 % (Hanley and Lippman-Hand, JAMA 1983)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of pairs that are decided wrongly, with the counts that it comes from."""
+
+    errors: int
+    of: int
+
+    @property
+    def value(self) -> float:
+        """In [0, 1]."""
+        return self.errors / self.of
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the rate is at least 3 / of, and can thus be told from zero: whether there are three errors."""
+        return self.errors >= RULE_OF_THREE
+
+    def text(self) -> str:
+        """Three digits of the rate, or "< 0.001" where it is not resolved: it is below 3 / of, here rounded up."""
+        if self.resolved:
+            return f"{self.value:#.3g}"
+        if self.of < RULE_OF_THREE:
+            return "unknown"
+        return f"< {float(Context(prec=2, rounding=ROUND_CEILING).divide(RULE_OF_THREE, self.of)):.2g}"
+
+
+Cell = str | float | bool | None | Estimate | Rate
+"""None is what cannot be said."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as the header has; the first `names` columns hold names, the others figures."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    names: int
+    notes: tuple[str, ...] = ()
+    digits: int = 2  # of a number as it is shown
+    is_printed: bool = True  # on the console, beside being written
+
+    def markdown(self) -> str:
+        """Columns are aligned, so that it reads well in a terminal too."""
+        rows = self._shown()
+        widths = [max(map(len, column)) for column in zip(self.header, *rows, strict=True)]
+
+        def line(cells: tuple[str, ...]) -> str:
+            left = [cell.ljust(width) for cell, width in zip(cells[: self.names], widths, strict=False)]
+            right = [cell.rjust(width) for cell, width in zip(cells[self.names :], widths[self.names :], strict=True)]
+            return f"| {' | '.join(left + right)} |"
+
+        rule = ["-" * (width + 2) if k < self.names else "-" * (width + 1) + ":" for k, width in enumerate(widths)]
+        text = [f"## {self.title}", "", line(self.header), f"|{'|'.join(rule)}|", *map(line, rows)]
+        for note in self.notes:
+            text += ["", note]
+        return "\n".join(text) + "\n"
+
+    def csv(self) -> str:
+        """All digits; an estimate takes three columns, a rate two: errors and pairs."""
+        header, rows = [], [[] for _ in self.rows]
+        for name, column in zip(self.header, zip(*self.rows, strict=True), strict=True):
+            kind = next((type(cell) for cell in column if isinstance(cell, Estimate | Rate)), None)
+            parts = {Estimate: ("", "low", "high"), Rate: ("errors", "of")}.get(kind, ("",))
+            header += [f"{name} {part}".strip() for part in parts]
+            for row, cell in zip(rows, column, strict=True):
+                row += [""] * len(parts) if cell is None else vars(cell).values() if kind else [cell]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return text.getvalue()
+
+    def as_dict(self) -> dict:
+        """For JSON: all digits, parts of estimates and rates by name; what cannot be said or is infinite is null."""
+        rows = [dict(zip(self.header, map(_plain, row), strict=True)) for row in self.rows]
+        return {"notes": [*self.notes], "rows": rows}
+
+    def latex(self) -> str:
+        """A `table` for the package booktabs; a rule stands where the names before the last change."""
+        lines = [
+            r"\begin{table}",
+            rf"\caption{{{' '.join((self.title + '.', *self.notes)).translate(LATEX)}}}",
+            rf"\begin{{tabular}}{{{'l' * self.names + 'r' * (len(self.header) - self.names)}}}",
+            r"\toprule",
+            " & ".join(cell.translate(LATEX) for cell in self.header) + r" \\",
+        ]
+        before = None
+        for row in self._shown():
+            if row[: self.names - 1] != before:
+                lines.append(r"\midrule")
+                before = row[: self.names - 1]
+            lines.append(" & ".join(cell.translate(LATEX) for cell in row) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+    def html(self) -> str:
+        def line(cells: tuple[str, ...], tag: str) -> str:
+            kinds = ["" if k < self.names else ' class="number"' for k in range(len(cells))]
+            inner = "".join(f"<{tag}{kind}>{html.escape(c)}</{tag}>" for kind, c in zip(kinds, cells, strict=True))
+            return f"<tr>{inner}</tr>"
+
+        body = "\n".join(line(row, "td") for row in self._shown())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        head = f"<h2>{html.escape(self.title)}</h2>\n<table>\n<thead>{line(self.header, 'th')}</thead>"
+        return f"{head}\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}\n"
+
+    def _shown(self) -> list[tuple[str, ...]]:
+        return [tuple(self._text(cell) for cell in row) for row in self.rows]
+
+    def _text(self, cell: Cell) -> str:
+        match cell:
+            case None:
+                return "-"
+            case bool():
+                return "yes" if cell else "no"
+            case float():
+                return f"{cell:z.{self.digits}f}"  # never -0.00
+            case Estimate():
+                return f"{self._text(cell.value)} [{self._text(cell.low)}, {self._text(cell.high)}]"
+            case Rate():
+                return cell.text()
+        return cell
+
+
+def _plain(cell: Cell) -> str | float | bool | dict | None:
+    if isinstance(cell, Estimate | Rate):
+        return vars(cell)
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell

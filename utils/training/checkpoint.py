@@ -1,0 +1,196 @@
+"""Run folders: weights in the published format, the checkpoint a run continues from, and what decided the run.
+
+best_backbone.pth  best_header.pth   state dicts of the best epoch
+last_backbone.pth  last_header.pth   state dicts of the last finished epoch
+checkpoint.pth                       everything the run needs to go on: weights, optimizer, position, log
+previous_checkpoint.pth              the one before, for when the newest is damaged
+config.json                          settings, data, versions, and when the run was started and continued
+identities.txt                       the identity of each class, in order
+log.jsonl                            one line of metrics per epoch
+
+The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked whenever they are read.
+"""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from config.config import Config
+from config.published import ADA_MARGINS, scaled_milestones
+from utils.distributed.collectives import on_first
+from utils.distributed.world import is_first, world_size
+from utils.environment import versions
+from utils.errors import Damaged, InputError
+from utils.storage.files import write_json, write_text
+from utils.storage.seals import check_seal
+from utils.storage.tensors import load, save
+from utils.weights import IDENTITIES
+
+CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
+
+
+def wrong_with(path: Path, digest: str) -> str:
+    """What is wrong with one of our files that should have this digest, or nothing."""
+    if not path.exists():
+        return f"{path} is missing"
+    with open(path, "rb") as file:
+        reason, found = check_seal(file)
+    if reason:
+        return f"{path} is damaged ({reason})"
+    return "" if found == digest else f"{path} is of another epoch"
+
+
+class Run:
+    """One run folder: belongs to the settings and data that its first checkpoint was made with.
+
+    Of several processes, all of which call its methods, rank 0 reads and writes it.
+    """
+
+    def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
+        """Raises InputError where the folder holds a run of another kind, or of other settings or data."""
+        self.folder, self.cfg, self.identities = folder, cfg, identities
+        self.decided_by = {"kind": kind, "settings": _plain(cfg.decisive(kind)), "sources": sources}
+        self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
+        self._is_described = False
+        self._state, self._damage = None, ""
+        self.has_checkpoint = on_first(self._read)
+
+    def _read(self) -> bool:
+        """Whether there is a checkpoint, which is read once: it is as large as the networks and the optimizer."""
+        self._state, self._damage = _newest(self.folder)
+        if self._state is None:
+            return False
+        stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
+        if different := _differences(stored, self.decided_by):
+            text = "; ".join(different)
+            if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
+                text = text.replace("batch_size was", "batch_size of all processes was")
+            raise InputError(
+                f"{self.folder} holds a run with other settings or data ({text}): "
+                "set them as they were, set another output, or move the folder away to train anew."
+            )
+        return True
+
+    def load(self) -> dict | None:
+        """Hands over the state of the newest good checkpoint, or None where the run has none, and on other ranks.
+
+        Says what is damaged, and what is other than when the run was left: it decides the last bits of the numbers.
+        """
+        state, self._state = self._state, None
+        if state is None:
+            return None
+        if self._damage:
+            checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
+            print(f"{self._damage}: going on from {previous.name}, the one before it.")
+            if checkpoint.exists():  # or the next save would keep it as the previous
+                os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
+            os.replace(previous, checkpoint)
+        self.sessions = state["sessions"]
+        before, now = {"processes": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
+        if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
+        return state
+
+    def begin(self, epoch: int, step: int) -> None:
+        """Notes that this process goes on with the run after so many epochs and steps."""
+        self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
+
+    def save(self, state: dict) -> None:
+        self.has_checkpoint = True
+        if not is_first():
+            return
+        if not self._is_described:  # not before there is something to be described
+            write_text(self.folder / "identities.txt", "".join(f"{name}\n" for name in self.identities))
+            about = {**self.decided_by, "all settings": asdict(self.cfg), "sessions": self.sessions}
+            write_json(self.folder / "config.json", about)
+            self._is_described = True
+        checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
+        save(checkpoint, {**state, "decided_by": self.decided_by, "sessions": self.sessions}, previous)
+
+    def save_weights(self, which: str, backbone: dict, header: dict) -> dict[str, str]:
+        """Writes the state dicts, that of a header if it is not empty; gives the digests of the files by name."""
+        if not is_first():
+            return {}
+        states = {f"{which}_backbone.pth": backbone}
+        if header:
+            states[f"{which}_header.pth"] = _named(header, self.identities)
+        return {name: save(self.folder / name, state) for name, state in states.items()}
+
+    def write_log(self, entries: list[dict]) -> None:
+        """Written as a whole: an epoch that is repeated after a crash does not appear twice."""
+        if is_first():
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
+    """A header's state dict that says which identity each class is."""
+    state, about = OrderedDict(header), OrderedDict(getattr(header, "_metadata", {}))
+    about[""] = {**about.get("", {}), IDENTITIES: [*identities]}
+    state._metadata = about
+    return state
+
+
+def decided_by(folder: Path) -> dict | None:
+    """The settings and sources that decided the run of a folder, or None where it holds no checkpoint.
+
+    Raises InputError where no checkpoint of it is good.
+    """
+    state, _ = _newest(folder)
+    return state and state["decided_by"]
+
+
+def _newest(folder: Path) -> tuple[dict | None, str]:
+    """The newest checkpoint that is good, None where there is none, and what is wrong with a newer one.
+
+    Raises InputError where one cannot be read for another reason than damage: the next attempt may succeed.
+    """
+    damage = ""
+    for path in (folder / name for name in CHECKPOINTS):
+        if path.exists():
+            try:
+                state = load(path)
+                if isinstance(state, dict) and "decided_by" in state:
+                    return state, damage
+                damage = damage or f"{path} is no checkpoint of a run"
+            except Damaged as error:
+                damage = damage or str(error)
+    if damage:
+        raise InputError(f"{damage}, and no older one is good: move {folder} away to train anew.")
+    return None, ""
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as config.json shows them: tuples become lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def _completed(stored: dict, now: dict, defaults: Config) -> dict:
+    """What decided a run, completed by the settings that did not exist when the run began.
+
+    A setting that is missing from the run takes its default. Runs from before `kind` was kept hold a choice of the
+    settings only, and other spellings of None.
+    """
+    settings = stored.get("settings", {})
+    if "kind" in stored:
+        return {**stored, "settings": _plain(defaults.decisive(stored["kind"])) | settings}
+    chosen = {name: settings.get(name, value) for name, value in now["settings"].items()}
+    for name, epochs in (("milestones", "num_epoch"), ("milestones_fc", "num_epoch_fc")):
+        if settings.get(name) == []:
+            chosen[name] = list(scaled_milestones(settings[epochs]))
+    if settings.get("ada_m") == -1:
+        chosen["ada_m"] = ADA_MARGINS[chosen["ada_loss"]]
+    return {**stored, "kind": now["kind"], "settings": chosen}
+
+
+def _differences(stored: dict, now: dict) -> list[str]:
+    found = [] if stored["kind"] == now["kind"] else [f"it trains {stored['kind']}, not {now['kind']}"]
+    for part in ("settings", "sources"):
+        before, after = stored.get(part, {}), now[part]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                change = f" was {before.get(name)!r}, now {after.get(name)!r}" if part == "settings" else " changed"
+                found.append(name + change)
+    return found
