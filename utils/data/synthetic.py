@@ -181,7 +181,25 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
     alpha = 0.85 * beard * cv2.blur(cv2.bitwise_and(head, lower), (13, 13))[..., None] / 255
     canvas[:] = canvas * (1 - alpha) + np.array([52, 40, 34]) * alpha
 
-    gap, eye_y, size = 16 + 4.0 * a["eye_gap"], 54 + 4.5 * a["eye_height"], 6.4 + 2.4 * a["eye_size"]
+    eye_y = 54 + 4.5 * a["eye_height"]
+    _draw_eyes(canvas, a, random, x, eye_y, hair, shadow)
+
+    nose_end, nose_width = 73 + 5.5 * a["nose_length"], 7.5 + 3.4 * a["nose_width"]
+    bridge = [_points((x - 2.5, eye_y + 2), (x - nose_width * 0.6, nose_end - 2), (x, nose_end + 1))]
+    cv2.polylines(canvas, bridge, False, shadow, int(1.3 * SCALE), cv2.LINE_AA)
+    _ellipse(canvas, (x, nose_end - 1), (nose_width * 0.62, 3.6), light)
+    for side in (-1, 1):
+        _ellipse(canvas, (x + side * nose_width * 0.72, nose_end - 0.2), (nose_width * 0.33, 2.7), shadow)
+        _ellipse(canvas, (x + side * nose_width * 0.45, nose_end + 1.0), (1.5, 0.9), tuple(0.45 * c for c in skin))
+
+    _draw_mouth(canvas, a, random, x, chin, skin)
+
+
+def _draw_eyes(
+    canvas: np.ndarray, a: dict[str, float], random, x: float, eye_y: float, hair: tuple, shadow: tuple
+) -> None:
+    """Eyes and brows."""
+    gap, size = 16 + 4.0 * a["eye_gap"], 6.4 + 2.4 * a["eye_size"]
     brow_y = eye_y - size - 5.8 - 3.6 * a["brow_gap"]
     raised = random.normal(0, 0.5)
     gaze = random.normal(0, 0.8)
@@ -203,14 +221,8 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
             canvas, [_points(inner, middle, outer)], False, drawn, max(1, round(thickness * SCALE)), cv2.LINE_AA
         )
 
-    nose_end, nose_width = 73 + 5.5 * a["nose_length"], 7.5 + 3.4 * a["nose_width"]
-    bridge = [_points((x - 2.5, eye_y + 2), (x - nose_width * 0.6, nose_end - 2), (x, nose_end + 1))]
-    cv2.polylines(canvas, bridge, False, shadow, int(1.3 * SCALE), cv2.LINE_AA)
-    _ellipse(canvas, (x, nose_end - 1), (nose_width * 0.62, 3.6), light)
-    for side in (-1, 1):
-        _ellipse(canvas, (x + side * nose_width * 0.72, nose_end - 0.2), (nose_width * 0.33, 2.7), shadow)
-        _ellipse(canvas, (x + side * nose_width * 0.45, nose_end + 1.0), (1.5, 0.9), tuple(0.45 * c for c in skin))
 
+def _draw_mouth(canvas: np.ndarray, a: dict[str, float], random, x: float, chin: float, skin: np.ndarray) -> None:
     mouth_y = 90 + 5.5 * a["mouth_position"]
     mouth, lips = 13 + 5.5 * a["mouth_width"], 3.6 + 2.6 * a["lip_thickness"]
     smile, opening = random.normal(0.8, 1.3), max(0.0, random.normal(-0.4, 1.2))
