@@ -19,8 +19,8 @@ from config.readers import READ_BY, SCRIPTS, called, listed, reads, unread
 def parse(cls: type, argv: list[str] | None):
     """An instance of the dataclass `cls`, its defaults changed by `--name value`.
 
-    Prints one sentence and exits with status 2 where a name is unknown or a value impossible, and a line that names
-    the settings which the script does not read.
+    Prints a line that names the settings which the script does not read. Raises InputError where a name is unknown or a
+    value impossible.
     """
     parser, script = _Parser(allow_abbrev=False), called(sys.argv[0])
     group, comments = parser, _comments(cls)
@@ -41,10 +41,7 @@ def parse(cls: type, argv: list[str] | None):
             **switch,
         )
     given = vars(parser.parse_args(argv))
-    try:
-        settings = cls(**given)
-    except InputError as error:
-        parser.error(str(error))
+    settings = cls(**given)
     if line := unread(script, [*given]):
         print(line)
     return settings
@@ -123,11 +120,7 @@ class _Parser(argparse.ArgumentParser):
         return settings
 
     def error(self, message: str):
-        from utils.distributed.launch import (
-            speaks,  # PyTorch, which who reads settings without a fault need not have imported
-        )
-
-        self.exit(2, f"{self.prog}: {message}\n" if speaks() else None)
+        raise InputError(message)  # of several processes one says so, which is no business of a parser's
 
 
 PAGE = """# Configuration

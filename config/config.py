@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from config import arguments
 from config.errors import InputError
 from config.published import ADA_MARGINS, MARGINS, STD_FC, Schedule, scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
-from utils.distributed.world import launcher, world_size
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class Config:
     def from_args(cls, argv: list[str] | None = None) -> "Config":
         """The defaults above, changed by `--name value` (lists: `--name a,b`; switches: `--name` or `--name False`).
 
-        Prints one sentence and leaves with status 2 where a name is unknown or a value impossible.
+        Raises InputError where a name is unknown or a value impossible.
         """
         return arguments.parse(cls, argv)
 
@@ -312,11 +310,6 @@ class Config:
 
     # Schedules --------------------------------------------------------------------------------------------------------
 
-    @property
-    def total_batch(self) -> int:
-        """Images (or rows) a step, of all processes together."""
-        return self.batch_size if self.global_batch else self.batch_size * world_size()
-
     def schedule(self, kind: str) -> Schedule:
         """Epochs and learning rates of training `kind`: teacher, an adaptor, or a student's method."""
         if kind in ADAPTORS:
@@ -325,7 +318,7 @@ class Config:
             published = 52 if kind == "teacher" and self.setting != "standalone" else 26
             epochs, milestones, lr = self.num_epoch or published, self.milestones, self.lr
         milestones = scaled_milestones(epochs) if milestones is None else milestones
-        return Schedule(epochs, lr * self.total_batch / 512, milestones)
+        return Schedule(epochs, lr, milestones)
 
     def margin(self, kind: str) -> tuple[float, float]:
         """Mean and standard deviation of the header's margin in training `kind`: set, or published for its loss."""
@@ -351,18 +344,11 @@ class Config:
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         return [text for f in fields for text in (f"--{f.name}", arguments.as_text(getattr(self, f.name)))]
 
-    def command(self, script: str) -> str:
-        """The command that runs another stage with these settings, on all ethnicities unless one is the source."""
-        ethnicity = "All" if self.ada_source == "adaptor" else self.ethnicity
-        start = "python" if script in ALONE else launcher()
-        return f"{start} {script} {shlex.join(dataclasses.replace(self, ethnicity=ethnicity).changed)}".rstrip()
-
     def decisive(self, kind: str) -> dict[str, Any]:
         """The settings that decide what training `kind` computes: all that it reads but CHANGES_NO_NUMBER."""
         script, published = script_that_trains(kind), self.published(kind)
         names = [field.name for field in dataclasses.fields(self) if reads(script, field.name)]
         found = {name: published.get(name, getattr(self, name)) for name in names if name not in CHANGES_NO_NUMBER}
-        found["batch_size"] = self.total_batch  # the number of processes may change, what they compute together may not
         if kind in ADAPTORS:
             found["teachers"] = self.teachers  # the order of the adaptor's inputs
         return found
@@ -374,7 +360,6 @@ ADAPTORS = ("SL", "DuL", "DLDPO")
 ADA_LOSSES = tuple(ADA_MARGINS)
 ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
 METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
-ALONE = ("baseline_data_split.py", "-m eval.evaluation")  # scripts that are the work of one process
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 CHOICES = {
     "network": NETWORKS,

@@ -25,15 +25,18 @@ STD_FC = 0.0125
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs and learning rate of one run: `base_lr`, divided by ten at every milestone."""
+    """Epochs and learning rates of one run: `base_lr` for 512 images a step, a tenth of it from each milestone on."""
 
     epochs: int
     base_lr: float
     milestones: tuple[int, ...]
 
-    def lr(self, epoch: int) -> float:
-        """The learning rate of the 0-based `epoch`: a drop at m applies after m - 1 finished epochs."""
-        return self.base_lr * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
+    def lr(self, epoch: int, batch_size: int) -> float:
+        """The learning rate of the 0-based `epoch` with `batch_size` images a step, of all processes together.
+
+        A drop at m applies after m - 1 finished epochs.
+        """
+        return self.base_lr * batch_size / 512 * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
 
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:

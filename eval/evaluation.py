@@ -24,7 +24,7 @@ from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
 from utils.errors import InputError
-from utils.process import run, setup
+from utils.process import command, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
@@ -76,8 +76,8 @@ def main(cfg: Config) -> None:
 def _families(cfg: Config) -> list[Config]:
     found = families(cfg)
     if not found:
-        command = replace(cfg, report=False).command("train.py")
-        raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {command}")
+        first = command(replace(cfg, report=False), "train.py")
+        raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
 
 

@@ -109,7 +109,7 @@ def faces(tmp_path_factory) -> Path:
     return folder
 
 
-COPYING = ("__post_init__", "_check", "changed", "command", "decisive", "published")
+COPYING = ("__post_init__", "_check", "changed", "decisive", "published")
 """Methods of Config that touch a setting without using its value for the work of the script."""
 
 
@@ -123,7 +123,8 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
             callers = sys._getframe(1).f_code, sys._getframe(2).f_code
             methods = [code.co_qualname.split(".")[1:2] for code in callers if code.co_qualname.startswith("Config.")]
             is_copy = Path(callers[0].co_filename).name in ("dataclasses.py", "<string>")  # replace, asdict, ==
-            if not is_copy and callers[0].co_name != "versions" and not any(method[0] in COPYING for method in methods):
+            is_told = callers[0].co_name in ("versions", "command")
+            if not is_copy and not is_told and not any(method[0] in COPYING for method in methods):
                 found.setdefault(called(sys.argv[0]), set()).add(name)
         return object.__getattribute__(cfg, name)
 

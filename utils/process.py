@@ -1,6 +1,7 @@
 """The process that a script is: its command line, the libraries' settings, signals, and what it says last."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import re
@@ -23,6 +24,9 @@ from utils.distributed.world import is_launched, launcher, share_of_cores, world
 from utils.environment import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
+
+ALONE = ("baseline_data_split.py", "-m eval.evaluation")
+"""Scripts that are the work of one process."""
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bool = False) -> None:
@@ -128,7 +132,7 @@ def _lacks(precision: str, device: torch.device) -> str:
 
 def announce(cfg: Config, result: Path, script: str) -> None:
     """Says where a stage's result lies and which command comes next, with the settings `cfg`."""
-    print(f"Written to {result}. Next: {cfg.command(script)}")
+    print(f"Written to {result}. Next: {command(cfg, script)}")
 
 
 class Interrupted(BaseException):
@@ -173,6 +177,13 @@ class StopSignals:
             yield
         finally:
             self._at_once = False
+
+
+def command(cfg: Config, script: str) -> str:
+    """The command that runs another stage with the settings `cfg`, on all ethnicities unless one is the source."""
+    ethnicity = "All" if cfg.ada_source == "adaptor" else cfg.ethnicity
+    start = "python" if script in ALONE else launcher()
+    return f"{start} {script} {shlex.join(dataclasses.replace(cfg, ethnicity=ethnicity).changed)}".rstrip()
 
 
 def this_command() -> str:

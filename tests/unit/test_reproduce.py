@@ -21,7 +21,7 @@ from eval.published import mst_kd
 from tests.runs import run_script
 from tests.soak import reproduction
 from utils.errors import InputError
-from utils.process import Interrupted
+from utils.process import Interrupted, guarded
 from utils.stages import disk, rates
 from utils.stages.paper import Stage, paper
 from utils.stages.rates import ADAPT, INFER, TRAIN, measured_rates, operations, rates_from
@@ -277,7 +277,7 @@ def test_a_disk_that_does_not_suffice_is_refused_before_anything_starts(cfg, pla
 )
 def test_settings_that_cannot_be_given_are_refused(given, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        reproduce.main(given)
+        guarded(lambda: reproduce.main(given))
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert said in text

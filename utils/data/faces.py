@@ -13,8 +13,9 @@ from utils.data.embeddings import check_weights, read_embeddings
 from utils.data.index import Index, find_images
 from utils.data.split import read_quarter, require_split
 from utils.data.store import ImageStore
-from utils.distributed.world import rank, world_size
+from utils.distributed.world import rank, total_batch, world_size
 from utils.errors import InputError
+from utils.process import command
 from utils.storage.files import sha256
 
 ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
@@ -89,13 +90,13 @@ class Faces:
     def _require(self, paths: list[Path], script: str) -> None:
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            raise InputError(f"Missing: {', '.join(missing)}. Run first: {self.cfg.command(script)}")
+            raise InputError(f"Missing: {', '.join(missing)}. Run first: {command(self.cfg, script)}")
 
     def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
         """Embeddings of all images, or all flipped ones, by the weights of a run folder."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, self.cfg.command(script))
-        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, self.cfg.command(script))
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
@@ -126,7 +127,7 @@ class Faces:
             raise InputError(
                 f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
             )
-        again = f"{self.cfg.command(EXTRACT)} and {self.cfg.command(self._source_script)}"
+        again = f"{command(self.cfg, EXTRACT)} and {command(self.cfg, self._source_script)}"
         for name, made_from in inputs.items():
             check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
 
@@ -136,7 +137,7 @@ class Faces:
         Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch. Where
         there are several processes, each gets its part of every batch.
         """
-        seed, size = self.cfg.seed, self.cfg.total_batch
+        seed, size = self.cfg.seed, total_batch(self.cfg)
         order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
         each = size // world_size()
         part = slice(rank() * each, (rank() + 1) * each)

@@ -5,6 +5,7 @@ import numpy as np
 from config.config import Config
 from utils.data.index import Index
 from utils.errors import InputError
+from utils.process import command
 from utils.storage.files import read_json, write_json
 
 
@@ -38,8 +39,8 @@ def require_split(cfg: Config) -> None:
     """Raises InputError that names the groups that have not been split."""
     missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
     if missing:
-        command = cfg.command("baseline_data_split.py")
-        raise InputError(f"{cfg.split_dir} has no split of {', '.join(missing)}: run first: {command}")
+        first = command(cfg, "baseline_data_split.py")
+        raise InputError(f"{cfg.split_dir} has no split of {', '.join(missing)}: run first: {first}")
 
 
 def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:

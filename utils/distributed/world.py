@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+from config.config import Config
+
 
 def is_launched() -> bool:
     """Whether torchrun, or whoever sets the environment as it does, has started this process."""
@@ -22,6 +24,11 @@ def rank() -> int:
 
 def is_first() -> bool:
     return rank() == 0
+
+
+def total_batch(cfg: Config) -> int:
+    """Images (or rows) a step, of all processes together."""
+    return cfg.batch_size if cfg.global_batch else cfg.batch_size * world_size()
 
 
 def _group() -> ModuleType | None:

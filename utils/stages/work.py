@@ -16,6 +16,7 @@ from utils.data.faces import left_out
 from utils.data.index import scan
 from utils.data.split import split_of
 from utils.data.store import SIZE
+from utils.distributed.world import total_batch
 from utils.stages.paper import STUDENTS, Stage
 from utils.stages.rates import ADAPT, INFER, TRAIN, Rates
 
@@ -114,7 +115,7 @@ def epochs(stage: Stage) -> int:
 
 def _seen(stage: Stage, images: int) -> int:
     """Images in all epochs, each without its incomplete last batch."""
-    size = stage.cfg.total_batch
+    size = total_batch(stage.cfg)
     return epochs(stage) * (images // size) * size
 
 

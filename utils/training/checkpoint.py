@@ -21,7 +21,7 @@ from typing import Any
 from config.config import Config
 from config.published import ADA_MARGINS, scaled_milestones
 from utils.distributed.collectives import on_first
-from utils.distributed.world import is_first, world_size
+from utils.distributed.world import is_first, total_batch, world_size
 from utils.environment import versions
 from utils.errors import Damaged, InputError
 from utils.storage.files import write_json, write_text
@@ -52,7 +52,7 @@ class Run:
     def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
         """Raises InputError where the folder holds a run of another kind, or of other settings or data."""
         self.folder, self.cfg, self.identities = folder, cfg, identities
-        self.decided_by = {"kind": kind, "settings": _plain(cfg.decisive(kind)), "sources": sources}
+        self.decided_by = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
         self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
         self._is_described = False
         self._state, self._damage = None, ""
@@ -162,8 +162,10 @@ def _newest(folder: Path) -> tuple[dict | None, str]:
     return None, ""
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as config.json shows them: tuples become lists."""
+def _decisive(cfg: Config, kind: str) -> dict[str, Any]:
+    """The settings that decide what training `kind` computes, as config.json shows them: tuples become lists."""
+    # The number of processes may change, what they compute together may not.
+    settings = {**cfg.decisive(kind), "batch_size": total_batch(cfg)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
@@ -175,7 +177,7 @@ def _completed(stored: dict, now: dict, defaults: Config) -> dict:
     """
     settings = stored.get("settings", {})
     if "kind" in stored:
-        return {**stored, "settings": _plain(defaults.decisive(stored["kind"])) | settings}
+        return {**stored, "settings": _decisive(defaults, stored["kind"]) | settings}
     chosen = {name: settings.get(name, value) for name, value in now["settings"].items()}
     for name, epochs in (("milestones", "num_epoch"), ("milestones_fc", "num_epoch_fc")):
         if settings.get(name) == []:

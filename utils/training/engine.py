@@ -18,7 +18,7 @@ from utils.data.columns import Column, cache, cut, stream
 from utils.data.faces import STEP, Faces
 from utils.distributed import collectives
 from utils.distributed.batchnorm import share_statistics
-from utils.distributed.world import is_first, rank, world_size
+from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.environment import device_of
 from utils.errors import InputError
 from utils.losses.sharded import ShardedHeader
@@ -69,7 +69,8 @@ def fit(
         modules = [backbone] if header is None else [backbone, header.to(device)]
         parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
         sgd = {"momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "fused": True}
-        progress = Progress(run, backbone, header, torch.optim.SGD(parameters, schedule.base_lr, **sgd), schedule)
+        optimizer = torch.optim.SGD(parameters, schedule.lr(0, total_batch(cfg)), **sgd)
+        progress = Progress(run, backbone, header, optimizer, schedule)
         if run.has_checkpoint:
             progress.restore(run.load())
         if progress.epoch >= schedule.epochs:
@@ -86,7 +87,7 @@ def fit(
 
 def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, validate: Validate | None) -> None:
     """From where the run stands to its last epoch."""
-    schedule, batch_size, device = progress.schedule, cfg.total_batch, device_of(cfg)
+    schedule, batch_size, device = progress.schedule, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
     read = {name: faces.columns[name] for name in inspect.signature(losses).parameters}
     columns = cache(read, faces.rows, device, cfg.device_cache_gb)
@@ -190,7 +191,7 @@ def _given(folder: Path) -> str:
 def _need_a_batch(faces: Faces, cfg: Config) -> None:
     """Raises InputError where there is none, and where processes that belong together would read other data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
-    if len(faces) < cfg.total_batch:
+    if len(faces) < total_batch(cfg):
         each = len(faces) // (1 if cfg.global_batch else world_size())
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
 

@@ -11,7 +11,7 @@ from torch import nn
 from config.config import Config
 from config.published import Schedule
 from utils.distributed.collectives import averaged, from_first, on_first, wait_for_all
-from utils.distributed.world import is_first, world_size
+from utils.distributed.world import is_first, total_batch, world_size
 from utils.errors import InputError
 from utils.losses.sharded import ShardedHeader, dense_state_dict
 from utils.training.checkpoint import Run, wrong_with
@@ -57,6 +57,11 @@ class Progress:
     @property
     def modules(self) -> list[nn.Module]:
         return [self.backbone] if self.header is None else [self.backbone, self.header]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this epoch."""
+        return self.schedule.lr(self.epoch, total_batch(self.run.cfg))
 
     def restore(self, state: dict | None) -> None:
         """Takes the state that rank 0 has read; all call it."""
@@ -144,7 +149,7 @@ class Progress:
 
     def start_epoch(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.epoch)
+            group["lr"] = self.lr
         self.backbone.train()
         if self.header is not None:
             self.header.train()
@@ -244,7 +249,7 @@ class Progress:
         if not self.run.has_checkpoint:
             self.save()  # weights without a checkpoint are a finished model that was put there
         is_best = value > self.best
-        entry = {"epoch": self.epoch + 1, "lr": self.schedule.lr(self.epoch)}
+        entry = {"epoch": self.epoch + 1, "lr": self.lr}
         entry["loss"] = {name: value for name, value in means.items() if name not in self.measures}
         entry["measures"] = {name: means[name] for name in self.measures}
         self.log.append({**entry, "scores": scores, "best": is_best})

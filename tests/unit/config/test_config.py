@@ -10,6 +10,7 @@ from config.published import scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, READ_BY, reads
 from tests.runs import ROOT
 from utils.errors import InputError
+from utils.process import run
 
 # Learning rate of each epoch as a power of ten below the first, from FACTS 1.2: a drop at m once m - 1 epochs are done.
 PUBLISHED_52 = [0] * 15 + [1] * 12 + [2] * 12 + [3] * 10 + [4] * 3
@@ -20,8 +21,8 @@ PUBLISHED_26 = [0] * 7 + [1] * 6 + [2] * 6 + [3] * 5 + [4] * 2
 def test_published_schedules_for_every_epoch(epochs, drops):
     teacher = Config(num_epoch=epochs).schedule("teacher")
     adaptor = Config(num_epoch_fc=epochs).schedule("SL")
-    assert [teacher.lr(epoch) for epoch in range(epochs)] == pytest.approx([0.025 * 0.1**d for d in drops])
-    assert [adaptor.lr(epoch) for epoch in range(epochs)] == pytest.approx([0.25 * 0.1**d for d in drops])
+    assert [teacher.lr(epoch, 128) for epoch in range(epochs)] == pytest.approx([0.025 * 0.1**d for d in drops])
+    assert [adaptor.lr(epoch, 128) for epoch in range(epochs)] == pytest.approx([0.25 * 0.1**d for d in drops])
 
 
 @pytest.mark.parametrize(
@@ -127,8 +128,8 @@ def test_a_teacher_of_the_baseline_belongs_to_a_group():
 
 
 def test_learning_rate_follows_the_batch_size():
-    assert Config(batch_size=512).schedule("teacher").lr(0) == pytest.approx(0.1)
-    assert Config(batch_size=64, lr_fc=2.0).schedule("SL").lr(0) == pytest.approx(0.25)
+    assert Config().schedule("teacher").lr(0, 512) == pytest.approx(0.1)
+    assert Config(lr_fc=2.0).schedule("SL").lr(0, 64) == pytest.approx(0.25)
 
 
 def test_other_lengths_are_scaled():
@@ -146,8 +147,8 @@ def test_other_lengths_are_scaled():
 
 def test_milestones_can_be_set():
     cfg = Config.from_args(["--num_epoch", "60", "--milestones", "40,48,52", "--milestones_fc", "16,28,40,50"])
-    assert [cfg.schedule("a-KD").lr(e) / 0.025 for e in (38, 39, 47, 51)] == pytest.approx([1, 0.1, 0.01, 0.001])
-    assert [cfg.schedule("DLDPO").lr(e) / 0.25 for e in (14, 15, 25)] == pytest.approx([1, 0.1, 0.1])
+    assert [cfg.schedule("a-KD").lr(e, 128) / 0.025 for e in (38, 39, 47, 51)] == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert [cfg.schedule("DLDPO").lr(e, 128) / 0.25 for e in (14, 15, 25)] == pytest.approx([1, 0.1, 0.1])
 
 
 def test_settings_are_read_from_the_command_line():
@@ -203,7 +204,7 @@ def test_changed_settings_reach_the_next_command_unchanged():
 )
 def test_bad_settings_are_refused_in_one_sentence(argv, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
-        Config.from_args(argv)
+        run(pytest.fail, argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error
