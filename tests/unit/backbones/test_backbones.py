@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import backbones
 from backbones import DualLayerAdaptor, MultiTeacher, SingleLayerAdaptor, build_adaptor, build_backbone
 from backbones.iresnet import SqueezeExcitation
 from config.config import Config
@@ -17,6 +18,9 @@ from utils.weights import load_weights
 
 PUBLISHED = json.loads((Path(__file__).parents[2] / "published_state_dicts.json").read_text())
 UNUSED = ("attention.", "key_vector", "value_vector")
+
+both_ways = pytest.mark.parametrize("load", [backbones.load_weights, load_weights])
+"""Of any state dict, and of one whose SHA-256 is checked."""
 
 
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
@@ -176,21 +180,24 @@ def test_multi_teacher_feeds_unit_length_embeddings_in_order():
 # Loading --------------------------------------------------------------------------------------------------------------
 
 
-def test_weights_load_what_was_saved(tmp_path):
+@both_ways
+def test_weights_load_what_was_saved(load, tmp_path):
     one, other = build_backbone("iresnet_tiny", 16), build_backbone("iresnet_tiny", 16)
     torch.save(one.state_dict(), tmp_path / "11000backbone.pth")
-    load_weights(other, tmp_path / "11000backbone.pth")
+    load(other, tmp_path / "11000backbone.pth")
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_the_published_adaptor_loads_without_its_unused_parameters(tmp_path):
+@both_ways
+def test_the_published_adaptor_loads_without_its_unused_parameters(load, tmp_path):
     published = {k: torch.randn(v) for k, v in PUBLISHED["adaptor_dual_layer_published"].items()}
     torch.save(published, tmp_path / "adaptor.pth")
     adaptor = build_adaptor("DuL", Config())
-    load_weights(adaptor, tmp_path / "adaptor.pth")
+    load(adaptor, tmp_path / "adaptor.pth")
     assert torch.equal(adaptor.fc2.weight, published["fc2.weight"])
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -202,14 +209,14 @@ def test_the_published_adaptor_loads_without_its_unused_parameters(tmp_path):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, sentence, tmp_path):
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(change, sentence, load, tmp_path):
     network = build_backbone("iresnet_tiny", 16)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = build_backbone("iresnet_tiny", 16).state_dict()
     change(state)
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(InputError, match=sentence):
-        load_weights(network, tmp_path / "x.pth")
+        load(network, tmp_path / "x.pth")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
