@@ -27,7 +27,7 @@ class Faces:
     `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
     `inputs` adds the column `embedding` from these teachers, `target` the column of that name from `cfg.source`.
     With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
-    probability one half. `pairs` are the verification sets that choose the best epoch (see eval.verification): they
+    probability one half. `pairs` are the verification sets that choose the best epoch (see utils.data.pairs): they
     are sources of the run. `store` spares reading the index again.
 
     Labels count the identities of the set in order of group and name. Raises InputError for whatever is not there or

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import encode, noise
 from tests.soak.trials import gadgets
-from tests.unit.eval.test_verification import python2_pickle
+from tests.unit.utils.data.test_pairs import python2_pickle
 from utils.data.pairs import load_bin
 from utils.errors import InputError, NotWritten
 from utils.prepare import __main__ as prepare

@@ -1,0 +1,205 @@
+"""Verification sets: .bin files of every kind, and the cache of their decoded images."""
+
+import errno
+import os
+import pickle
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import encode, noise, write_pairs
+from utils.data import store
+from utils.data.pairs import Pairs, _DType, _latin1, load_bin, load_pairs
+from utils.errors import InputError
+
+IMAGES = [encode(noise(k)) for k in range(4)]
+SAME = [True, False]
+ARRAYS = [np.frombuffer(image, np.uint8) for image in IMAGES]
+
+
+def test_a_bad_image_is_named_by_its_place_in_the_file(tmp_path):
+    images = [IMAGES[0], IMAGES[0], IMAGES[1], b"x"]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images, SAME)))
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
+        load_bin(tmp_path / "x.bin")
+
+
+def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
+    """The opcodes that Python 2 writes for a tuple of a list of str and a list of bool, protocol 2."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + len(value).to_bytes(4, "little") + value
+
+    flags = b"".join(b"\x88" if value else b"\x89" for value in same)
+    return b"\x80\x02(" + b"](" + b"".join(map(string, images)) + b"e" + b"](" + flags + b"e" + b"t."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pickle.dumps((IMAGES, SAME), protocol=protocol) for protocol in range(6)),
+        python2_pickle(IMAGES, SAME),
+        *(pickle.dumps((IMAGES, np.array(SAME)), protocol=protocol) for protocol in range(2, 6)),
+        *(pickle.dumps((ARRAYS, list(map(np.bool_, SAME))), protocol=protocol) for protocol in range(2, 6)),
+    ],
+)
+def test_bin_files_of_every_protocol_are_read(content, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    pairs = load_bin(tmp_path / "x.bin")
+    assert isinstance(pairs, Pairs)
+    assert pairs.images.shape == (4, 112, 112, 3)
+    assert pairs.images.dtype == np.uint8
+    assert pairs.same.tolist() == SAME
+    png = pickle.dumps(([encode(noise(k), ".png") for k in range(4)], SAME))
+    (tmp_path / "png.bin").write_bytes(png)
+    assert np.array_equal(load_bin(tmp_path / "png.bin").images[3], noise(3)[..., ::-1])
+
+
+class Gadget:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        Gadget(Path.touch, Path("executed")),
+        Gadget(eval, "open('executed', 'w')"),
+        Gadget(exec, "open('executed', 'w')"),
+        Gadget(__import__("os").system, "touch executed"),
+        Gadget(getattr, __import__("os"), "system"),
+        Gadget(np.load, "executed", "r"),
+        Gadget(np.ndarray, (4,), np.dtype("O"), b"A" * 32),  # pointers of the file's choice
+        np.array([Path("x")], dtype=object),
+    ],
+    ids=["touch", "eval", "exec", "system", "getattr", "numpy", "ndarray", "objects"],
+)
+def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        content = pickle.dumps(([gadget, *IMAGES[1:]], SAME), protocol=2)
+    except (pickle.PicklingError, TypeError):  # a module as an argument: name it by hand
+        content = b"cos\nsystem\n(S'touch executed'\ntR."
+    Path("x.bin").write_bytes(content)
+    with pytest.raises(InputError, match="x.bin is damaged or no set of pairs"):
+        load_bin("x.bin")
+    assert not Path("executed").exists()
+
+
+def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
+    """BUILD sets attributes of what is on the stack: here, of a function that the reader knows."""
+    before = (_latin1.__doc__, _latin1.__defaults__, vars(_latin1).copy())
+    for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
+        changed = name + b"(N}V__doc__\nVchanged\nsV__defaults__\n(VO\ntstb"
+        (tmp_path / "x.bin").write_bytes(b"\x80\x02((l" + changed + b"a(l\x88at.")
+        with pytest.raises(InputError, match="x.bin"):
+            load_bin(tmp_path / "x.bin")
+    assert (_latin1.__doc__, _latin1.__defaults__, vars(_latin1)) == before
+    assert _DType.__init__.__defaults__ is None
+    assert _DType.__doc__ != "changed"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".", b"\x80\x05\x96" + struct.pack("<Q", 1 << 28) + b"."]
+)
+def test_a_small_file_takes_little_memory(content, tmp_path):
+    """A few bytes that ask for a place far away in the memo, or are said to be a large bytearray."""
+    (tmp_path / "x.bin").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="no set of pairs"):
+            load_bin(tmp_path / "x.bin")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (pickle.dumps((IMAGES, SAME))[:-100], "damaged or no set of pairs"),
+        (b"", "damaged or no set of pairs"),
+        (b"hello", "damaged or no set of pairs"),
+        (pickle.dumps([IMAGES, SAME, 1]), r"expected \(images, same or not\)"),
+        (pickle.dumps((1, 2)), "expected two lists"),
+        (pickle.dumps((np.array(1), SAME)), "expected two lists"),
+        (pickle.dumps(([], [])), "holds 0 images for 0 pairs"),
+        (pickle.dumps((IMAGES[:3], SAME)), "holds 3 images for 2 pairs"),
+        (pickle.dumps((IMAGES, [True])), "holds 4 images for 1 pairs"),
+        (pickle.dumps((IMAGES, [True, 7])), "must be True or False"),
+        (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no JPEG, PNG or WebP image"),
+        (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is no bytes, but int"),
+        (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
+    ],
+)
+def test_foreign_bin_files_are_refused(content, sentence, tmp_path):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        load_bin(tmp_path / "x.bin")
+
+
+def test_too_few_pairs_are_found_before_training(cfg):
+    write_pairs(cfg.pairs_file("B"), pairs=9)
+    with pytest.raises(InputError, match=r"B_test.bin holds 9 pairs, too few for 10 folds"):
+        load_pairs(cfg)
+
+
+def test_all_missing_bin_files_are_named(cfg):
+    for path in (cfg.pairs_file("A"), cfg.pairs_file("B")):
+        path.unlink()
+    with pytest.raises(InputError, match=r"Missing: .*A_test.bin, .*B_test.bin"):
+        load_pairs(cfg)
+
+
+def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps(([encode(noise(k), ".png") for k in range(600)], [True, False] * 150)))
+    plain = load_bin(path)
+    assert isinstance(load_bin(path, cache).distinct, np.memmap)
+    stored = next(cache.glob("*.npy"))
+    with open(stored, "r+b") as file:  # in the last of three blocks
+        file.seek(-1000, 2)
+        file.write(bytes(100))
+    decoded = []
+    whole = store.decode
+    monkeypatch.setattr("utils.data.pairs.decode", lambda content: decoded.append(1) or whole(content))
+    mended, again = load_bin(path, cache), load_bin(path, cache)
+    assert len(decoded) == 600 - 512
+    assert f"{stored} is damaged" in capsys.readouterr().out
+    for pairs in (mended, again):
+        assert np.array_equal(pairs.images, plain.images)
+        assert (pairs.same.tolist(), pairs.digest) == (plain.same.tolist(), plain.digest)
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    assert np.array_equal(load_bin(path, cache).images, load_bin(path).images)
+    assert [*cache.glob("*.npy")] == [stored]
+
+
+def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypatch, capsys):
+    path, cache = tmp_path / "x.bin", tmp_path / "cache"
+    path.write_bytes(pickle.dumps((IMAGES, SAME)))
+    cache.write_text("a file where the folder should be")
+    assert load_bin(path, cache).images.shape == (4, 112, 112, 3)
+    said = f"could not be written (File exists). The images of {path} are decoded into memory instead, each time."
+    assert said in capsys.readouterr().out
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("utils.storage.arrays._take_room", full)
+    pairs = load_bin(path, tmp_path / "full")
+    assert "(No space left on device). The images" in capsys.readouterr().out
+    assert np.array_equal(pairs.images, load_bin(path).images)
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_a_bad_image_leaves_nothing_in_the_cache(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(([*IMAGES[:3], b"x"], SAME)))
+    with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
+        load_bin(tmp_path / "x.bin", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
