@@ -25,7 +25,7 @@ from eval.scores import fuse
 from eval.verification import load_bin, ten_fold, views
 from tests.runs import GROUPS, ROOT, arguments, run_script
 from tests.test_verification import plain_loop_of
-from utils.checkpoint import save
+from utils.checkpoint import load, save
 from utils.dataset import Faces, to_network
 from utils.engine import infer
 
@@ -79,6 +79,20 @@ def test_the_best_epoch_of_a_baseline_teacher_is_that_of_its_group(trained):
     log = Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2/log.jsonl"
     first, second = [json.loads(line) for line in log.read_text().splitlines()]
     assert second["best"] == (second["scores"]["Asian"] > first["scores"]["Asian"])
+
+
+def test_a_baseline_teacher_is_not_resumed_with_the_best_epoch_of_another_group(trained, faces, tmp_path, capsys):
+    given = arguments(faces, tmp_path / "output")
+    shutil.copytree(trained[0].output, tmp_path / "output")
+    quarter = [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"]
+    run_script("train.py", quarter)
+    assert "is already trained" in capsys.readouterr().out
+    path = tmp_path / "output/baseline/iresnet_tiny/teachers/quarter2/checkpoint.pth"
+    state = load(path)
+    del state["decided_by"]["sources"]["group that decides the best epoch"]  # as before there was one
+    save(path, state)
+    run_script("train.py", quarter, expect=2)
+    assert "(group that decides the best epoch changed)" in capsys.readouterr().err
 
 
 def test_headers_count_the_identities_of_their_stage(trained):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config.arguments import as_text
 from config.config import Config
 from utils import distributed
 from utils.batchnorm import share_statistics
@@ -110,10 +109,7 @@ def fit(
         if progress.epoch >= schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
-        if published := cfg.published(kind):
-            print(
-                f"{kind}, as published: {', '.join(f'{name} {as_text(value)}' for name, value in published.items())}."
-            )
+        print(cfg.described(kind))
         run.begin(progress.epoch, progress.step)
         with arithmetic(backbone, cfg.precision, device, cfg.compile), events(cfg, progress):
             _train(losses, faces, cfg, progress, validate)
