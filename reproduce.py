@@ -9,6 +9,7 @@ Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--networ
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     found = rooms(needed, cfg)
     if given.plan:
         if not given.rate:
-            print("Measuring how fast this machine is, about a minute for each network.", flush=True)
+            print("Measuring how fast this machine is: about a minute.", flush=True)
         rates = rates_from(given.rate, cfg) if given.rate else measured_rates(cfg, counts.identities["All"])
         print(describe(stages, work, rates, finished, needed, found, slots))
         print("".join(assumed), end="")
@@ -56,16 +57,16 @@ def main(argv: list[str] | None = None) -> None:
     with locked(output / "reproduce.json"):
         runner = Runner(stages, given.devices or ("",), record, logs, weights, share_done)
         if not runner.run():
-            print(f"All others are finished. Mend the cause, then go on with: {this_command()}")
+            print(f"Mend the cause, then go on with: {this_command()}")
             sys.exit(1)
-    print(f"All stages are finished: {output}/evaluation/report.html")
+    print(f"All stages are finished: {cfg.evaluation_dir}/report.html")
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """Own options and the settings of all stages; what is wrong with them ends in one sentence and status 2."""
     parser = argparse.ArgumentParser(prog="reproduce.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("--plan", action="store_true", help="print what would be run and what it takes, run nothing")
-    parser.add_argument("--rate", type=float, default=0.0, help="of the plan: images/s of training the teachers")
+    parser.add_argument("--rate", type=_rate, help="of the plan: images/s of training the teachers")
     parser.add_argument("--devices", default="", help="GPUs that work side by side: 0,1,2,3")
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -73,13 +74,21 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given, rest = parser.parse_known_args(argv)
     names = [token.split("=")[0].removeprefix("--") for token in rest if token.startswith("--")]
     if fixed := [name for name in names if name in FIXED]:
-        parser.exit(2, f"reproduce.py: {fixed[0]} cannot be given, since each stage has its own.\n")
-    if given.rate < 0 or (given.rate and not given.plan):
+        parser.exit(2, f"reproduce.py: {fixed[0]} cannot be given: reproduce.py runs all stages.\n")
+    if given.rate is not None and not (given.plan and 0 < given.rate < math.inf):
         parser.exit(2, "reproduce.py: rate must be a number above 0, and belongs to --plan.\n")
     given.devices = tuple(name.strip() for name in given.devices.split(",") if name.strip())
     if len(set(given.devices)) < len(given.devices):
         parser.exit(2, f"reproduce.py: devices {','.join(given.devices)} must be different.\n")
     return given, Config.from_args(rest)
+
+
+def _rate(text: str) -> float:
+    """The number, or NaN, which `settings` refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def require_devices(devices: tuple[str, ...], cfg: Config) -> None:

@@ -126,8 +126,9 @@ class _Parser(argparse.ArgumentParser):
 PAGE = """# Configuration
 
 Each setting is a line of [config/config.py](../config/config.py), whose default you edit, and an option of every
-script: `--name value`, lists `--name a,b`, switches `--name` or `--name False`. **None means automatic**: the value
-that was published for what is trained. Each run prints these values and keeps them in its `config.json`.
+script: `--name value`, lists `--name a,b`, switches `--name` or `--name False`. **None means automatic**, as the
+comment says. For epochs, milestones and margins it stands for the published value of what is trained; each run prints
+these values and keeps them in its `config.json`.
 
 A script may be given settings that it does not read, so that one line of settings serves all stages. It names them when
 it starts. When a run is resumed, every setting that its script reads must be as it was, but for those that change no

@@ -12,7 +12,7 @@ from typing import Any
 
 from config import arguments
 from config.errors import InputError
-from config.published import ADA_MARGINS, MARGINS, STD_FC, Schedule, scaled_milestones
+from config.published import ADA_MARGINS, MARGINS, MILESTONES, STD_FC, Schedule, scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 
 
@@ -177,8 +177,7 @@ class Config:
             return ("All",)
         if self.is_teacher_baseline:
             return self.quarters
-        published = [name for name in PUBLISHED_ORDER if name in self.ethnicities]
-        return (*published, *(name for name in self.ethnicities if name not in published))
+        return _first(PUBLISHED_ORDER, self.ethnicities)
 
     def group_of(self, teacher: str) -> str:
         """The group whose accuracy decides which epoch of a teacher is the best; "" where it is the average.
@@ -190,9 +189,7 @@ class Config:
             return ""
         if not self.is_teacher_baseline:
             return teacher
-        known = [name for name in ASSIGNED_ORDER if name in self.ethnicities]
-        groups = (*known, *(name for name in self.ethnicities if name not in known))
-        return groups[self.quarters.index(teacher)]
+        return _first(ASSIGNED_ORDER, self.ethnicities)[self.quarters.index(teacher)]
 
     @property
     def selected_ethnicities(self) -> tuple[str, ...]:
@@ -294,6 +291,17 @@ class Config:
         return self.network_dir / "students" / network / f"{self.source}-{method}"
 
     @property
+    def evaluation_dir(self) -> Path:
+        """Where results lie: <output>/evaluation for the best weights on the groups, a folder in it for others."""
+        parts = ["last"] if self.weights == "last" and not self.checkpoint else []
+        parts += ["published adaptor input"] if self.published_adaptor_input else []
+        parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
+        if self.checkpoint:
+            paths = "\n".join(str(Path(path).resolve()) for path in (self.checkpoint, *self.teacher))
+            parts += [f"{Path(self.checkpoint).stem}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"]
+        return Path(self.output, "evaluation", *parts)
+
+    @property
     def of_groups(self) -> bool:
         """Whether the verification sets are those of the groups, so that fairness can be spoken of."""
         return bool(self.ethnicities) and not self.pairs_sets
@@ -325,16 +333,33 @@ class Config:
         if kind in ADA_METHODS:
             return ADA_MARGINS[self.ada_loss] if self.ada_m is None else self.ada_m, 0.0
         m, std = MARGINS[self.loss if kind == "teacher" else "ElasticArcFace"]
+        m = m if self.m is None else self.m
+        if std == 0:
+            return m, 0.0  # the margin of this loss does not vary, whatever `std` is for others
         std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (std, self.std)
-        return m if self.m is None else self.m, std if given_std is None else given_std
+        return m, std if given_std is None else given_std
 
-    def published(self, kind: str) -> dict[str, Any]:
-        """The published values that training `kind` takes for those of its settings that are None."""
+    def in_use(self, kind: str) -> dict[str, Any]:
+        """The epochs, milestones and margins that training `kind` uses, by the setting that gives them or is None."""
         schedule, (m, std) = self.schedule(kind), self.margin(kind)
-        values = {"num_epoch": schedule.epochs, "m": m, "ada_m": m, "std": std, "std_fc": std}
+        values = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
-        script = script_that_trains(kind)
-        return {name: values[name] for name in values if getattr(self, name) is None and reads(script, name)}
+        values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
+        return {name: value for name, value in values.items() if reads(script_that_trains(kind), name)}
+
+    def described(self, kind: str) -> str:
+        """One line with the values that training `kind` uses, those marked that are published since None was set."""
+        parts, has_std = [], kind != "teacher" or MARGINS[self.loss][1] > 0
+        for name, value in self.in_use(kind).items():
+            if name == "std" and not has_std:
+                parts += [] if self.std is None else [f"std {self.std} is not used, since {self.loss} has none"]
+                continue
+            origin = ""
+            if getattr(self, name) is None:
+                is_scaled = name.startswith("milestones") and self.schedule(kind).epochs not in MILESTONES
+                origin = " (scaled from the published ones)" if is_scaled else " (published)"
+            parts.append(f"{name} {arguments.as_text(value) or 'none'}{origin}")
+        return f"In use for {kind}: {', '.join(parts)}."
 
     # Commands ---------------------------------------------------------------------------------------------------------
 
@@ -346,9 +371,9 @@ class Config:
 
     def decisive(self, kind: str) -> dict[str, Any]:
         """The settings that decide what training `kind` computes: all that it reads but CHANGES_NO_NUMBER."""
-        script, published = script_that_trains(kind), self.published(kind)
+        script = script_that_trains(kind)
         names = [field.name for field in dataclasses.fields(self) if reads(script, field.name)]
-        found = {name: published.get(name, getattr(self, name)) for name in names if name not in CHANGES_NO_NUMBER}
+        found = {name: getattr(self, name) for name in names if name not in CHANGES_NO_NUMBER} | self.in_use(kind)
         if kind in ADAPTORS:
             found["teachers"] = self.teachers  # the order of the adaptor's inputs
         return found
@@ -383,6 +408,11 @@ def _are_milestones(epochs: tuple) -> bool:
 
 def _are_names(names: tuple) -> bool:
     return bool(names) and all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
+
+
+def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, those in `order` first and in this order."""
+    return (*(name for name in order if name in names), *(name for name in names if name not in order))
 
 
 def _view(name: str, flipped: bool) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from config.published import ADA_MARGINS
+
 SPLIT, TRAIN, EXTRACT = "baseline_data_split.py", "train.py", "extract_all.py"
 SL, DUAL = "fc_EArc.py", "dual_layer_EAF-Fusion.py"
 A_KD, EAF_KD, ADA = "KD_alone.py", "KD_CEL.py", "KD_AdaDistill.py"
@@ -15,7 +17,7 @@ _TABLE = (
     ("data", SCRIPTS[:-1]),
     ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
-    ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),
+    ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
     ("leave_out skip_bad_images", _STAGES),
     ("ethnicity", (SPLIT, TRAIN, EXTRACT, *_STUDENTS)),
     ("is_standalone", (*_STAGES, EVALUATION)),
@@ -61,7 +63,7 @@ _TRAINED_BY = {"teacher": TRAIN, "SL": SL, "DuL": DUAL, "DLDPO": DUAL, "a-KD": A
 
 def script_that_trains(kind: str) -> str:
     """The script that trains a teacher, an adaptor or a student by this method; "" for a kind that is none of ours."""
-    return ADA if kind.removesuffix("-alpha").endswith("Distill") else _TRAINED_BY.get(kind, "")
+    return ADA if kind.removesuffix("-alpha") in ADA_MARGINS else _TRAINED_BY.get(kind, "")
 
 
 def reads(script: str, setting: str) -> bool:

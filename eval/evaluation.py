@@ -9,9 +9,7 @@ Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkp
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
 """
 
-import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +32,7 @@ LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
 def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
-    folder = _folder(cfg)
+    folder = cfg.evaluation_dir
     model = model_of_files(cfg) if cfg.checkpoint else None
     found = [] if model else _families(cfg)
     sets = load_pairs(cfg)
@@ -87,17 +85,6 @@ def _write_forms(forms: dict[str, dict[str, str]], folder: Path) -> dict[str, li
         for kind, text in texts.items():
             write_text(folder / f"{name}.{kind}", text)
     return {f"{name}.md, .csv, .tex": [f"{name}.{kind}" for kind in texts] for name, texts in forms.items()}
-
-
-def _folder(cfg: Config) -> Path:
-    """Where results lie: those of the best weights on the groups in <output>/evaluation, others in folders in it."""
-    parts = ["last"] if cfg.weights == "last" and not cfg.checkpoint else []
-    parts += ["published adaptor input"] if cfg.published_adaptor_input else []
-    parts += ["+".join(cfg.pairs_sets)] if cfg.pairs_sets else []
-    if cfg.checkpoint:
-        paths = "\n".join(str(Path(path).resolve()) for path in (cfg.checkpoint, *cfg.teacher))
-        parts += [f"{Path(cfg.checkpoint).stem}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"]
-    return Path(cfg.output, "evaluation", *parts)
 
 
 def _notes(cfg: Config) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
         looks = (("printed", LINES[3], {"markerfacecolor": "white"}), ("here", LINES[0], {}))
         for k, (which, line, look) in enumerate(looks):
             found = [(y, row[k].accuracies[name]) for y, row in enumerate(rows) if name in row[k].accuracies]
-            height, value = np.array(found).T
+            height, value = np.array(found).reshape(-1, 2).T  # a paper may print none of this set
             half = 1.96 * np.sqrt(value * (100 - value) / count)
             height = height + places[2 * i + k]
             axes.hlines(

@@ -91,7 +91,7 @@ def _not_printed(scored: list[Scored]) -> list[str]:
             figures = ", ".join(f"{group} {value:.2f}" for group, value in row.accuracies.items())
             notes[-1] += (
                 f" The nearest published network, of the paper's laboratory ({row.paper}): {figures}, average "
-                f"{row.average:.2f}, STD {row.std:.2f}, SER {row.ser:.2f}, derived from its published scores."
+                f"{row.average:.2f}, STD {row.std:g}, SER {row.ser:g}, derived from its published scores."
             )
     return notes
 

@@ -109,7 +109,7 @@ def faces(tmp_path_factory) -> Path:
     return folder
 
 
-COPYING = ("__post_init__", "_check", "changed", "decisive", "published")
+COPYING = ("__post_init__", "_check", "changed", "decisive", "described", "in_use")
 """Methods of Config that touch a setting without using its value for the work of the script."""
 
 

@@ -29,6 +29,7 @@ FEATURES = 3 * 112 * 112
 def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
     """Runs a script or module in this process with a command line, and checks its exit status."""
     before, sys.argv = sys.argv, [script, *arguments]
+    threads = torch.get_num_threads()  # --num_threads is of this script only
     try:
         if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -40,6 +41,7 @@ def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
         status = stop.code or 0
     finally:
         sys.argv = before
+        torch.set_num_threads(threads)
     assert status == expect, f"{script} ended with {status}"
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ import pytest
 import reproduce
 from backbones import build_backbone
 from config.config import Config
+from config.readers import reads
 from eval.published import mst_kd
 from tests.runs import run_script
 from tests.soak import reproduction
@@ -70,7 +71,9 @@ def test_the_list_holds_every_row_of_the_papers_tables(network):
 def test_commands_give_the_settings_of_their_stage(cfg):
     for stage in paper(replace(cfg, flip_targets=True)):
         given = stage.arguments[2:] if stage.arguments[0] == "-m" else stage.arguments[1:]
-        assert Config.from_args(given) == stage.cfg
+        parsed, script = Config.from_args(given), stage.script.removeprefix("-m ")
+        for name, value in asdict(stage.cfg).items():
+            assert getattr(parsed, name) == value or not reads(script, name)
         assert stage.arguments[0] == "-m" or (ROOT / stage.arguments[0]).exists()
         assert stage.command.startswith(f"python {stage.script} --data ")
 
@@ -147,10 +150,12 @@ def test_rates_from_one_rate(cfg):
     slower = operations("iresnet50") / operations("iresnet34")
     assert 1.3 < slower < 1.5
     assert found[TRAIN, "iresnet50"] == 100
-    assert found[INFER, "iresnet50"] == 300
+    assert found[INFER, "iresnet50"] == 370
     assert found[TRAIN, "iresnet34"] == pytest.approx(100 * slower)
-    assert found[ADAPT, ""] == 3000
-    assert seconds({(TRAIN, "iresnet50"): 50, (ADAPT, ""): 3000}, found) == 1.5
+    assert found[ADAPT, ""] == 11_000
+    assert seconds({(TRAIN, "iresnet50"): 50, (ADAPT, ""): 11_000}, found) == 1.5
+    lower = rates_from(100.0, replace(cfg, network="iresnet50", precision="bf16"))  # inference stays in fp32
+    assert (lower[INFER, "iresnet50"], lower[ADAPT, ""]) == (105, 3100)
     assert operations("iresnet34") == 8_919_285_760
 
 
@@ -225,12 +230,12 @@ def test_a_plan_runs_and_writes_nothing(cfg, capsys):
     reproduce.main(["--plan", "--rate", "10", "--devices", "0,1", *cfg.changed])
     text = capsys.readouterr().out
     assert text.count("   $ python ") == 27
-    assert " 2 teacher-A  0.2 min" in text  # (24 + 320 / 3) / 10 seconds
+    assert " 2 teacher-A  0.2 min" in text  # (24 + 320 / 3.7) / 10 seconds
     assert (
         "   sees    24 images in training of iresnet_tiny; 320 images in inference of iresnet_tiny (2 epochs)" in text
     )
     assert f"writes  {cfg.output}/baseline/split/{{A.json,B.json}}" in text
-    assert "Rates  training of iresnet_tiny 10.0 images/s; inference of iresnet_tiny 30.0 images/s" in text
+    assert "Rates  training of iresnet_tiny 10.0 images/s; inference of iresnet_tiny 37.0 images/s" in text
     assert "on 2 devices" in text
     assert "is not there" not in text
     assert not Path(cfg.output).exists()
@@ -264,7 +269,7 @@ def test_a_disk_that_does_not_suffice_is_refused_before_anything_starts(cfg, pla
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--ethnicity", "African"], "reproduce.py: ethnicity cannot be given, since each stage has its own."),
+        (["--ethnicity", "African"], "reproduce.py: ethnicity cannot be given: reproduce.py runs all stages."),
         (["--is_standalone"], "is_standalone cannot be given"),
         (["--checkpoint=a.pth"], "checkpoint cannot be given"),
         (["--etnicities", "A"], "unknown setting --etnicities: did you mean --ethnicities?"),
@@ -272,6 +277,9 @@ def test_a_disk_that_does_not_suffice_is_refused_before_anything_starts(cfg, pla
         (["--batch_size", "0"], "batch_size = 0 must be at least 2"),
         (["--rate", "10"], "rate must be a number above 0, and belongs to --plan"),
         (["--plan", "--rate", "-1"], "rate must be a number above 0"),
+        (["--plan", "--rate", "0"], "rate must be a number above 0"),
+        (["--plan", "--rate", "nan"], "rate must be a number above 0"),
+        (["--plan", "--rate", "fast"], "rate must be a number above 0"),
         (["--devices", "0,1,0"], "devices 0,1,0 must be different"),
     ],
 )
@@ -387,7 +395,7 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, capfd):
     end = f"\nbad failed: it ended with status 1; the last lines of {tmp_path}/logs/bad.log:\n"
     assert f"{end}    $ python {tmp_path}/bad.py\n    line one\n    what was wrong\n" in text
     assert "\nkilled failed: it was ended by signal 9; the last lines of " in text
-    assert text.endswith("Not started, for they need what failed: after-bad, last.\n")
+    assert text.endswith("Not started, since they need what failed: after-bad, last.\n2 of 6 stages are finished.\n")
 
     (tmp_path / "bad.py").write_text((tmp_path / "bad.py").read_text().replace("sys.exit", "print"))
     (tmp_path / "killed.py").write_text((tmp_path / "killed.py").read_text().replace("SIGKILL", "SIGCONT"))
@@ -403,7 +411,10 @@ def test_the_end_says_what_failed_and_what_was_not_started(tmp_path, capfd):
     ]
     assert not Runner(stages).run()
     text = capfd.readouterr().out
-    assert text.endswith("\nbad failed: it ended with status 3.\nNot started, for they need what failed: x, y.\n")
+    assert text.endswith(
+        "\nbad failed: it ended with status 3.\nNot started, since they need what failed: x, y.\n"
+        "0 of 3 stages are finished.\n"
+    )
 
 
 def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path, capfd):
@@ -434,15 +445,22 @@ def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path
         run()
 
 
-def test_a_run_folder_is_known_by_its_weights_and_an_evaluation_by_its_figures(tmp_path):
+def test_a_run_folder_is_known_by_its_weights(tmp_path):
     for name in ("run/best_backbone.pth", "run/12backbone.pth", "run/checkpoint.pth", "run/best_header.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "evaluation" / "last").mkdir(parents=True)
-    (tmp_path / "evaluation" / "last" / "results.json").touch()
-    writes = tuple(tmp_path / name for name in ("run", "evaluation", "none.npy"))
+    writes = tuple(tmp_path / name for name in ("run", "results.json"))
     found = [path.relative_to(tmp_path).as_posix() for path in Stage("", "", Config(), writes=writes).results]
-    assert found == ["run/12backbone.pth", "run/best_backbone.pth", "evaluation/last/results.json", "none.npy"]
+    assert found == ["run/12backbone.pth", "run/best_backbone.pth", "results.json"]
+
+
+def test_a_command_has_the_settings_that_its_script_reads(cfg):
+    stages = {stage.name: stage for stage in paper(replace(cfg, weights="last", lr_fc=2.0))}
+    assert "--lr_fc" in stages["SL-specialized"].command
+    assert "--lr_fc" not in stages["teacher-A"].command
+    evaluation = stages["evaluation"]
+    assert evaluation.writes[1] == Path(cfg.output) / "evaluation" / "last" / "report.html"
+    assert "--num_epoch" not in evaluation.command
 
 
 SAVES = "signal.signal(signal.SIGTERM, lambda *_: (open({0!r}, 'w'), sys.exit(1)))\nopen({1!r}, 'w')\ntime.sleep(60)"

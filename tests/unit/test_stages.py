@@ -28,7 +28,7 @@ from tests.unit.eval.test_verification import plain_loop_of
 from utils.data.columns import to_network
 from utils.data.faces import Faces
 from utils.data.pairs import load_bin
-from utils.storage.tensors import save
+from utils.storage.tensors import load, save
 from utils.training.engine import infer
 from utils.weights import load_weights
 
@@ -82,6 +82,20 @@ def test_the_best_epoch_of_a_baseline_teacher_is_that_of_its_group(trained):
     log = Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2/log.jsonl"
     first, second = [json.loads(line) for line in log.read_text().splitlines()]
     assert second["best"] == (second["scores"]["Asian"] > first["scores"]["Asian"])
+
+
+def test_a_baseline_teacher_is_not_resumed_with_the_best_epoch_of_another_group(trained, faces, tmp_path, capsys):
+    given = arguments(faces, tmp_path / "output")
+    shutil.copytree(trained[0].output, tmp_path / "output")
+    quarter = [*given, "--is_teacher_baseline", "--ethnicity", "quarter2"]
+    run_script("train.py", quarter)
+    assert "is already trained" in capsys.readouterr().out
+    path = tmp_path / "output/baseline/iresnet_tiny/teachers/quarter2/checkpoint.pth"
+    state = load(path)
+    del state["decided_by"]["sources"]["group that decides the best epoch"]  # as before there was one
+    save(path, state)
+    run_script("train.py", quarter, expect=2)
+    assert "(group that decides the best epoch changed)" in capsys.readouterr().err
 
 
 def test_headers_count_the_identities_of_their_stage(trained):

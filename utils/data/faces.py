@@ -68,6 +68,8 @@ class Faces:
         self.sources = {"images": self.store.digest, "identities": identities}
         if cfg.leave_out:
             self.sources["left out"] = sha256(Path(cfg.leave_out))
+        if teacher and cfg.is_teacher_baseline and (group := cfg.group_of(teacher)):
+            self.sources["group that decides the best epoch"] = group
         self.sources |= {f"pairs {name}": one.digest for name, one in (pairs or {}).items()}
         self.origins: dict[Path, dict] = {}  # what made each array of embeddings
         if inputs:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.config import ADAPTORS, Config
-from config.readers import script_that_trains
+from config.readers import reads, script_that_trains
 
 FIXED = (
     "ethnicity",
@@ -20,7 +20,7 @@ FIXED = (
     "row",
     "report",
 )
-"""Settings that tell one stage from another, so that no user gives them to all stages."""
+"""Settings that reproduce.py sets itself, or that name one file to evaluate."""
 
 STUDENTS = ("a-KD", "EAF-KD")
 SETTINGS_OF = {
@@ -45,8 +45,11 @@ class Stage:
 
     @property
     def arguments(self) -> list[str]:
-        """What follows the interpreter on the command line."""
-        return [*shlex.split(self.script), *self.cfg.changed]
+        """What follows the interpreter on the command line: the script, and the settings that it reads."""
+        changed, script = self.cfg.changed, self.script.removeprefix("-m ")
+        pairs = zip(changed[::2], changed[1::2], strict=True)
+        read = [pair for pair in pairs if reads(script, pair[0].removeprefix("--"))]
+        return [*shlex.split(self.script), *(text for pair in read for text in pair)]
 
     @property
     def command(self) -> str:
@@ -54,11 +57,9 @@ class Stage:
 
     @property
     def results(self) -> list[Path]:
-        """The files by which a finished stage is known: weights in a run folder, all figures of an evaluation."""
-        found = []
-        for path in self.writes:
-            found += sorted([*path.glob("*backbone.pth"), *path.rglob("results.json")]) if path.is_dir() else [path]
-        return found
+        """The files by which a finished stage is known: of a run folder its weights, else what it writes."""
+        folders = [sorted(path.glob("*backbone.pth")) if path.is_dir() else [path] for path in self.writes]
+        return [file for files in folders for file in files]
 
 
 def paper(cfg: Config) -> list[Stage]:
@@ -74,10 +75,11 @@ def paper(cfg: Config) -> list[Stage]:
     alone = replace(cfg, is_standalone=True, network=cfg.student_network)
     stages = [split, *_setting(cfg, (), ()), *_setting(baseline, (split.name,), lists), *_teachers(alone, (), ())]
     runs = [stage for stage in stages if stage.kind not in ("split", "embeddings")]
-    needs, results = tuple(stage.name for stage in stages), (Path(cfg.output) / "evaluation",)
-    reads = (*cfg.pairs_files.values(), *(stage.writes[0] for stage in runs))
+    needs = tuple(stage.name for stage in stages)
+    read = (*cfg.pairs_files.values(), *(stage.writes[0] for stage in runs))
     evaluated = replace(cfg, report=True)
-    return [*stages, Stage("evaluation", "-m eval.evaluation", evaluated, needs, "evaluation", reads, results)]
+    results = (evaluated.evaluation_dir / "results.json", evaluated.evaluation_dir / "report.html")
+    return [*stages, Stage("evaluation", "-m eval.evaluation", evaluated, needs, "evaluation", read, results)]
 
 
 def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:

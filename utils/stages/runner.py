@@ -128,21 +128,25 @@ class Runner:
     def _needed(self, stage: Stage) -> list[Stage]:
         return [self._stages[name] for name in stage.needs]
 
-    def _start_ready(self) -> None:
+    def _pass_over_finished(self) -> None:
+        """A stage stands after those that it needs, so that one pass over the list is enough."""
         for stage in [*self._waiting]:
-            if not self._finished.issuperset(stage.needs):
-                continue
-            if self._record and self._record.holds(stage, self._needed(stage)):
+            is_ready = self._finished.issuperset(stage.needs)
+            if is_ready and self._record and self._record.holds(stage, self._needed(stage)):
                 print(f"{stage.name} is finished: passed over.", flush=True)
                 self._waiting.remove(stage)
                 self._finished.add(stage.name)
-                return self._start_ready()  # others may start now
+
+    def _start_ready(self) -> None:
+        self._pass_over_finished()
+        for stage in [*self._waiting]:
+            if not self._finished.issuperset(stage.needs):
+                continue
             if free := [name for name in self._devices if name not in {one.device for one in self._running}]:
                 self._waiting.remove(stage)
                 log = self._logs / f"{stage.name}.log" if self._logs else None
                 self._running.append(_Running(stage, free[0], log))
                 self._start(self._running[-1])
-        return None
 
     def _start(self, running: _Running) -> None:
         """Starts a stage, or says what it waits for: an earlier attempt may outlive the process that started it."""
@@ -224,10 +228,15 @@ class Runner:
         if not self.failed:
             return
         print()
-        for name, reason in self.failed.items():
-            print(f"{name} failed: {reason}", *(_tail(self._logs / f"{name}.log") if self._logs else ()), sep="\n    ")
+        names_by_tail: dict[tuple[str, ...], list[str]] = {}  # one damaged image ends many stages in the same way
+        for name in self.failed:
+            tail = _tail(self._logs / f"{name}.log") if self._logs else [name]
+            names_by_tail.setdefault(tuple(tail), []).append(name)
+        for tail, names in names_by_tail.items():
+            print(f"{', '.join(names)} failed: {self.failed[names[0]]}", *(tail if self._logs else ()), sep="\n    ")
         if self._waiting:
-            print(f"Not started, for they need what failed: {', '.join(stage.name for stage in self._waiting)}.")
+            print(f"Not started, since they need what failed: {', '.join(stage.name for stage in self._waiting)}.")
+        print(f"{len(self._finished)} of {len(self._stages)} stages are finished.")
 
 
 def _tail(log: Path) -> list[str]:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config.arguments import as_text
 from config.config import Config
 from utils.data.columns import Column, cache, cut, stream
 from utils.data.faces import STEP, Faces
@@ -76,10 +75,7 @@ def fit(
         if progress.epoch >= schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
-        if published := cfg.published(kind):
-            print(
-                f"{kind}, as published: {', '.join(f'{name} {as_text(value)}' for name, value in published.items())}."
-            )
+        print(cfg.described(kind))
         run.begin(progress.epoch, progress.step)
         with arithmetic(backbone, cfg.precision, device, cfg.compile), events(cfg, progress):
             _train(losses, faces, cfg, progress, validate)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from config.arguments import _comments, table
+from config.arguments import PAGE, _comments, table
 from config.config import Config
 from config.published import scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, READ_BY, reads
@@ -57,7 +57,7 @@ def test_epochs_are_as_published_for_what_is_trained(kind, settings, epochs, mil
         ("teacher", {"loss": "ArcFace"}, (0.5, 0.0)),
         ("teacher", {"loss": "CosFace"}, (0.35, 0.0)),
         ("teacher", {"loss": "CurricularFace"}, (0.5, 0.0)),
-        ("teacher", {"loss": "CosFace", "m": 0.4}, (0.4, 0.0)),
+        ("teacher", {"loss": "CosFace", "m": 0.4, "std": 0.3}, (0.4, 0.0)),
         ("SL", {"loss": "CosFace"}, (0.5, 0.0125)),
         ("DLDPO", {"std": 0.1, "m": 0.2}, (0.2, 0.0125)),
         ("DuL", {"std_fc": 0.05}, (0.5, 0.05)),
@@ -72,11 +72,36 @@ def test_no_loss_trains_with_the_margin_of_another(kind, settings, margin):
     assert Config(**settings).margin(kind) == margin
 
 
-def test_what_is_in_use_is_told_for_what_is_trained():
-    cfg = Config(loss="ElasticArcFace+", num_epoch=52)
-    assert cfg.published("teacher") == {"m": 0.5, "std": 0.0175, "milestones": (16, 28, 40, 50)}
-    assert cfg.published("SL") == {"m": 0.5, "std_fc": 0.0125, "milestones_fc": (8, 14, 20, 25)}
-    assert cfg.published("a-KD") == {"milestones": (16, 28, 40, 50)}
+@pytest.mark.parametrize(
+    ("kind", "settings", "line"),
+    [
+        (
+            "teacher",
+            {"loss": "ElasticArcFace+", "m": 0.3},
+            "num_epoch 52 (published), milestones 16,28,40,50 (published), m 0.3, std 0.0175 (published)",
+        ),
+        (
+            "SL",
+            {"num_epoch_fc": 13},
+            "num_epoch_fc 13, milestones_fc 4,7,10,13 (scaled from the published ones), m 0.5 (published), "
+            "std_fc 0.0125 (published)",
+        ),
+        ("a-KD", {"num_epoch": 52, "milestones": ()}, "num_epoch 52, milestones none"),
+        (
+            "teacher",
+            {"loss": "ArcFace", "std": 0.3},
+            "num_epoch 52 (published), milestones 16,28,40,50 (published), m 0.5 (published), "
+            "std 0.3 is not used, since ArcFace has none",
+        ),
+        (
+            "AdaCosDistill",
+            {"ada_loss": "AdaCosDistill"},
+            "num_epoch 26 (published), milestones 8,14,20,25 (published), ada_m 0.35 (published)",
+        ),
+    ],
+)
+def test_values_in_use_are_printed_for_what_is_trained(kind, settings, line):
+    assert Config(**settings).described(kind) == f"In use for {kind}: {line}."
 
 
 def test_a_setting_takes_part_in_the_comparison_unless_it_is_listed():
@@ -114,7 +139,7 @@ def test_settings_that_a_script_does_not_read_are_named_with_those_that_read_the
 
 def test_the_page_of_all_settings_is_that_of_the_code():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page.endswith(table(Config)), "write it anew: python -m config.arguments > docs/configuration.md"
+    assert page == PAGE + table(Config), "write it anew: python -m config.arguments > docs/configuration.md"
 
 
 def test_a_teacher_of_the_baseline_belongs_to_a_group():

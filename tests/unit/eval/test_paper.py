@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from config.config import Config
-from eval import paper, published
+from eval import figures, paper, published
 from eval.fairness import summary
 from eval.published import PAIRS, adadistill, fairness_ocfr, mst_kd
 from eval.scores import Scored
@@ -292,11 +292,13 @@ def test_a_row_of_adadistill_is_compared_on_its_five_sets():
         paper.comparable(cfg, {**sets, "cfp_fp": 6000})
 
 
-def test_a_row_with_printed_gaps_has_dashes():
+def test_a_row_with_printed_gaps_has_dashes(tmp_path):
     sets = PAIRS["AdaDistill"]
     cfg = replace(CFG, checkpoint="x.pth", row="SFTN", pairs_sets=tuple(sets))
     model = scored(("", "iresnet34", "checkpoint", "x"), (99.5, 95.0, 96.0, 95.5, 90.0), tuple(sets))
-    (table,) = paper.compare(paper.comparable(cfg, sets), [model], cfg, ()).tables().values()
+    compared = paper.compare(paper.comparable(cfg, sets), [model], cfg, ())
+    figures.draw_paper(compared.panels, compared.sets, tmp_path / "paper.png")
+    (table,) = compared.tables().values()
     assert [line[5:] for line in table.rows] == [(None,) * 3, (95.5, 90.0, pytest.approx(95.2)), *[(None,) * 3] * 3]
 
 
