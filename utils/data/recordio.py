@@ -293,7 +293,8 @@ def _end_of_images(path: Path, keys: np.ndarray, found: np.ndarray, rows: np.nda
     near = rows[slice(*np.searchsorted(keys[rows], (lowest, highest + 1)))]
     keys, found = keys[near], found[near]
     is_image = (found["image"] > 0) | (found["flag"] == 0)
-    # The labels of an identity are first and last key. An image without content looks like one if group >= identity.
+    # The labels of an identity are its first key and the key after its last, so the second is not smaller. An image
+    # without content is mistaken for an identity only if its group is not smaller than its identity.
     is_identity = ~is_image & (found["identity"] >= 1) & (found["identity"] <= found["group"])
     end = int(keys[is_image].max(initial=lowest - 1)) + 1
     if not (is_image | is_identity).all() or keys[is_identity].min(initial=highest + 1) != end or end > highest:
