@@ -1,1 +1,1 @@
-"""Measurements, each with its command and its committed result."""
+"""Benchmarks: each module is a command that writes its result to benchmarks/results."""

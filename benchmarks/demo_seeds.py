@@ -1,6 +1,6 @@
-"""The demo over three seeds: mean and spread of its table, and whether it shows the method's point with each seed.
+"""Runs the demo with three seeds: mean and standard deviation of its table, and the four claims for each seed.
 
-Reads   nothing; runs demo.py for seeds 0, 1 and 2, as far as that has not been done
+Reads   nothing; runs demo.py for seeds 0, 1 and 2, unless that has been done
 Writes  benchmarks/results/demo_seeds.md
 Run     python -m benchmarks.demo_seeds
 """
@@ -34,7 +34,10 @@ def main() -> None:
 
 
 def report(tables: list[dict[tuple[str, str], list[float]]]) -> str:
-    """Markdown: one line per model with mean and standard deviation over the seeds, then the four claims per seed."""
+    """Formats as Markdown: a line per model with mean and standard deviation over the seeds, then four claims per seed.
+
+    `tables` holds for each seed the accuracies in percent, in the order of GROUPS, by (kind, model).
+    """
     lines = [
         "# The demo over three seeds",
         "",
@@ -76,7 +79,7 @@ def report(tables: list[dict[tuple[str, str], list[float]]]) -> str:
 
 
 def _of_student(method: str, table: dict[tuple[str, str], list[float]]) -> tuple[float, float, float]:
-    """Average, STD and SER of the one student of a method."""
+    """Returns Average, STD and SER of the only student of a method."""
     return summary(next(values for (kind, _), values in table.items() if kind == method))
 
 

@@ -1,8 +1,8 @@
-"""What AdaDistill saves by reading its teacher: the training of a student whose teacher runs on every batch, and ours.
+"""Measures what AdaDistill saves by precomputing the teacher's embeddings instead of running the teacher on each batch.
 
-Both train mobilefacenet with AdaDistill from an iresnet50 by the one training loop, in one process run, in turn; they
-differ in where the teacher's embedding comes from. Rates are medians of five epochs without warm-up, of a run of 26
-epochs: ours counts the one pass that embeds both views of every image.
+Both ways train mobilefacenet with AdaDistill from an iresnet50 by the same training loop, one after the other in one
+process; only the source of the teacher's embedding differs. Rates are medians of five epochs after warm-up, projected
+to a run of 26 epochs; ours includes the one pass that embeds both views (plain and flipped) of every image.
 
 Reads   nothing; images are noise
 Writes  benchmarks/results/distillation_<device>.json and .md
@@ -34,7 +34,7 @@ PUBLISHED_EPOCHS = 26
 
 
 def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes: int = CLASSES) -> dict[str, float]:
-    """Images per second of each way, of its parts, and of the student's step alone."""
+    """Returns images per second of both ways, of the embedding pass, and of the student's step alone."""
     cfg = Config(student_network=STUDENT, batch_size=batch, num_epoch=EPOCHS, infer_batch_size=batch)
     setup(cfg)
     random = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
 
 
 def report(found: dict[str, float], about: str) -> str:
-    """Markdown: the rates, and what they mean for a run of 26 epochs over the images of MS1MV2."""
+    """Formats the rates, and the speedup over a run of 26 epochs, as Markdown."""
     ratio = found["ours, 26 epochs"] / found["teacher on every batch"]
     share = found["ours, 26 epochs"] / found["student's step, teacher read"]
     lines = [

@@ -1,8 +1,8 @@
-"""Training steps of every network on a GPU: images/s, the share of its measured matrix peak, and hours for the paper.
+"""Measures training steps of every network on a GPU: images/s, share of the measured matmul peak, hours for the paper.
 
-Each is `utils.training.engine.fit` as the scripts call it, reader and head of 27,997 classes included, on noise that
-lies in the memory of the device. What was measured before on the same machine with the same packages is kept and not
-measured again, so that it can be done in several sittings.
+Each step is that of `utils.training.engine.fit` as the scripts call it, with reader and header of 27,997 classes, on
+noise in device memory. Results measured before on the same machine with the same packages are kept, so that the
+command can be interrupted and resumed.
 
 Reads   nothing
 Writes  benchmarks/results/networks_<cuda or cpu>.json and .md
@@ -34,30 +34,33 @@ from utils.storage.files import write_json, write_text
 from utils.training.engine import fit, infer
 
 PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
-CLASSES, IMAGES = 27_997, 1_248_932  # of the paper's training set
-TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # of teachers; of adaptors and students
-ADAPTORS, STUDENTS = 3, 6  # of a column of the paper
+CLASSES, IMAGES = 27_997, 1_248_932  # identities and images of the paper's training set
+TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # epochs of a teacher; of an adaptor or student
+ADAPTORS, STUDENTS = 3, 6  # trained for one column of the paper's table
 BATCHES, PRECISIONS = (128, 512), ("fp32", "tf32", "bf16")
-SEEN = 5120  # images of an epoch that is timed
+SEEN = 5120  # images in a timed epoch
 RESULTS = Path("benchmarks/results")
 FORM = ("network", "precision", "batch", "compiled")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A network's training step."""
+    """Holds the measurement of a network's training step."""
 
     network: str
     batch: int
     precision: str
     compiled: bool
-    rate: float  # images per second; 0 where the device's memory is too small
-    operations: float  # per second, in multiplications and additions
-    gigabytes: float  # of the device's memory, at most
+    rate: float  # images per second; 0 if it does not fit into device memory
+    operations: float  # FLOP/s
+    gigabytes: float  # peak device memory
 
 
 def measure(network: str, batch: int, precision: str, compiled: bool, seen: int = SEEN) -> Measured:
-    """The median over epochs of so many images. Raises RuntimeError where it cannot be compiled as asked."""
+    """Measures the training step, as the median over epochs of `seen` images.
+
+    Raises RuntimeError if compilation is requested but does not happen.
+    """
     cfg = _config(batch_size=batch, precision=precision, compile=compiled, num_epoch=EPOCHS)
     setup(cfg)
     random, count = np.random.default_rng(0), 2 * batch
@@ -83,7 +86,7 @@ def measure(network: str, batch: int, precision: str, compiled: bool, seen: int 
 
 
 def measure_adaptor(steps: int = 5000) -> float:
-    """Rows per second of the SL adaptor's step."""
+    """Returns rows per second of the SL adaptor's training step."""
     cfg = _config(num_epoch_fc=EPOCHS)
     setup(cfg)
     random = np.random.default_rng(0)
@@ -95,7 +98,7 @@ def measure_adaptor(steps: int = 5000) -> float:
 
 
 def measure_extraction(network: str, count: int = 10_240) -> float:
-    """Images per second, in fp32 as always."""
+    """Returns images per second of the extraction of embeddings, which is always in fp32."""
     cfg = _config()
     setup(cfg)
     teacher = build_backbone(network)
@@ -104,7 +107,7 @@ def measure_extraction(network: str, count: int = 10_240) -> float:
 
 
 def matrix_peak(precision: str) -> float:
-    """Operations per second of one large product in this precision."""
+    """Returns FLOP/s of a large matrix product in this precision."""
     device = device_of(_config())
     size = 8192 if device.type == "cuda" else 1024
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -118,9 +121,10 @@ def matrix_peak(precision: str) -> float:
 
 
 def hours(step: float, extraction: float, adaptor: float) -> float:
-    """Projected for a column of the paper, from the images or rows per second of a step, of extraction, of an adaptor.
+    """Projects the hours for one column of the paper's table from three rates per second.
 
-    Four teachers see every image in each of their epochs between them, and all of them once more to be extracted.
+    The rates are images of a training `step`, images of `extraction` and rows of an `adaptor` step. Each of the four
+    teachers trains on a quarter of the images, and then extracts all of them.
     """
     trained = TEACHER_EPOCHS + STUDENTS * EPOCHS_AFTER
     return IMAGES * (trained / step + 4 / extraction + ADAPTORS * EPOCHS_AFTER / adaptor) / 3600
@@ -131,18 +135,18 @@ def _config(**settings) -> Config:
 
 
 def _fit(losses, faces: Timed, kind: str, cfg: Config, *modules: torch.nn.Module) -> None:
-    memory = Path("/dev/shm")  # checkpoints of a gigabyte are not what is measured
+    memory = Path("/dev/shm")  # keeps the time of writing large checkpoints to disk out of the measurement
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         fit(losses, faces, Path(folder) / "run", cfg, *modules, kind=kind, validate=faces.validate)
 
 
 @functools.cache
 def _operations(network: str) -> float:
-    """Of one image forwards and backwards through network and head."""
+    """Returns FLOP of a forward and backward pass of one image through network and header."""
     backbone = build_backbone(network)
     with FlopCounterMode(display=False) as counter:
         backbone(torch.randn(2, 3, 112, 112)).sum().backward()
-    return counter.get_total_flops() / 2 + 3 * 2 * 512 * CLASSES  # the head's three products
+    return counter.get_total_flops() / 2 + 3 * 2 * 512 * CLASSES  # the header's three products
 
 
 # Report ---------------------------------------------------------------------------------------------------------------
@@ -166,7 +170,7 @@ def measure_all(
     precisions: Sequence[str] | None = None,
     results: Path = RESULTS,
 ) -> None:
-    """Measures what has not been measured yet; on a CPU little of it, to try the command."""
+    """Measures all combinations that are missing in the results; on a CPU a small version, to try the command."""
     cfg = _config()
     on_gpu = device_of(cfg).type == "cuda"
     batches = batches or (BATCHES if on_gpu else (8,))
@@ -203,7 +207,7 @@ def _write(path: Path, kept: dict) -> None:
 
 
 def report(kept: dict) -> str:
-    """The Markdown page of what was measured."""
+    """Formats the measurements as a Markdown page."""
     steps = sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))
     peaks = ", ".join(f"{name} {peak / 1e12:,.1f} TFLOP/s" for name, peak in kept["peaks"].items())
     lines = [

@@ -1,9 +1,9 @@
-"""Preparing data, bound by decoding: each command and the image store beside bare loops of cv2.imdecode, in one run.
+"""Measures the preparation of data, each command and the image store, against bare loops of cv2.imdecode.
 
-A bare loop decodes the same encoded bytes, which it has in memory, in as many processes, and throws the images away. It
-is given twice: as Python starts, and with glibc told to keep freed memory, as our processes are (see
-`utils.data.images.prepare_process`). What we do includes reading the files and writing the result, and, but for
-`align`, starting the processes. Rates are medians of five, taken in turn.
+Preparation is bound by decoding. A bare loop decodes the same encoded bytes from memory in as many processes, and
+discards the images. It is measured twice: with the default allocator settings, and with glibc keeping freed memory, as
+our processes do (see `utils.data.images.prepare_process`). Our rates include reading the files, writing the result and,
+except for `align`, starting the processes. Rates are medians of five; the ways alternate.
 
 Reads   nothing; draws generated faces
 Writes  benchmarks/results/prepare_cpu.json and .md
@@ -38,19 +38,19 @@ from utils.storage.files import write_json, write_text
 
 REPEATS = 5
 IMAGES, DRAWN = 6144, 256
-COPIES = 6  # of each aligned face, so that starting processes is a small part
-SIDE, QUALITY = 400, 90  # of the loose crops, which then are about as many bytes as those of RFW, 33 kB
+COPIES = 6  # of each aligned face, so that starting the processes takes a small part of the time
+SIDE, QUALITY = 400, 90  # pixels and JPEG quality of the loose crops: about the file size of RFW's, 33 kB
 PROCESSES = os.cpu_count() or 1
-STARTED = min(4 * TOGETHER * PROCESSES, IMAGES // 4)  # images until all processes are at work
+STARTED = min(4 * TOGETHER * PROCESSES, IMAGES // 4)  # images after which all processes are surely running
 MILLION = 1_250_000  # images of BUPT-BalancedFace
 RESULTS = Path("benchmarks/results")
 
 
-# What is decoded ------------------------------------------------------------------------------------------------------
+# Input ----------------------------------------------------------------------------------------------------------------
 
 
 def draw(folder: Path, count: int, drawn: int) -> Path:
-    """Writes `count` loose crops, of which `drawn` differ, and gives the file of their landmarks."""
+    """Writes `count` loose crops, of which `drawn` are distinct; returns the file of their landmarks."""
     crops = [_crop(np.random.default_rng(seed)) for seed in range(drawn)]
     lines = []
     for k in range(count):
@@ -65,7 +65,7 @@ def draw(folder: Path, count: int, drawn: int) -> Path:
 
 
 def _crop(random: np.random.Generator) -> tuple[bytes, np.ndarray]:
-    """An encoded image of 400 x 400 with a face of half its width, with noise, and its landmarks (5, 2)."""
+    """Draws a noisy 400 x 400 image with a face of half its width; returns it encoded, with its landmarks (5, 2)."""
     face = draw_face(*identity_parameters(0, random), random)
     angle, scale = random.normal(0, 0.15), random.uniform(1.8, 2.6)
     turn = scale * np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
@@ -82,36 +82,36 @@ def _crop(random: np.random.Generator) -> tuple[bytes, np.ndarray]:
 
 @contextlib.contextmanager
 def bare_loop(folder: Path, keep: bool) -> Iterator:
-    """Gives the function that measures images per second of all processes, which start here."""
+    """Starts the processes, and yields a function that returns the images per second of all of them together."""
     context = multiprocessing.get_context("spawn")
-    together = context.Barrier(PROCESSES)
-    with ProcessPoolExecutor(PROCESSES, context, _start, (folder, keep, together)) as pool:
+    barrier = context.Barrier(PROCESSES)
+    with ProcessPoolExecutor(PROCESSES, context, _start, (folder, keep, barrier)) as pool:
         yield lambda: sum(pool.map(_decode_share, range(PROCESSES)))
 
 
-def _start(folder: Path, keep: bool, together) -> None:
-    global _paths, _together
+def _start(folder: Path, keep: bool, barrier) -> None:
+    global _paths, _barrier
     cv2.setNumThreads(1)
     if keep:
         images.prepare_process()
-    _paths, _together = [folder / path for path in images.find(folder)[0]], together
+    _paths, _barrier = [folder / path for path in images.find(folder)[0]], barrier
 
 
 def _decode_share(which: int) -> float:
-    """Images per second of one process while all are at it: each takes one share."""
+    """Decodes one share of the images while the other processes decode theirs; returns images per second."""
     share = [path.read_bytes() for path in _paths[which::PROCESSES]]
-    _together.wait()
+    _barrier.wait()
     started = time.perf_counter()
     for content in share:
         cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     return len(share) / (time.perf_counter() - started)
 
 
-# What we do -----------------------------------------------------------------------------------------------------------
+# Ours -----------------------------------------------------------------------------------------------------------------
 
 
 def align_rate(crops: Path, landmarks: Path, output: Path) -> float:
-    """Images per second of `align` into a new folder, from when all processes are at work."""
+    """Returns images per second of `align` into a new folder, counted from when all processes are running."""
     output.mkdir()
     paths = images.find(crops)[0]
     points, _, _ = match(paths, [read_landmarks(landmarks)])
@@ -124,13 +124,14 @@ def align_rate(crops: Path, landmarks: Path, output: Path) -> float:
 
 
 def rate(step: Callable[[], object]) -> float:
-    """Aligned faces per second of a step that goes through all copies of them."""
+    """Returns faces per second of a step that processes all copies of the aligned faces."""
     started = time.perf_counter()
     step()
     return COPIES * IMAGES / (time.perf_counter() - started)
 
 
 def store(cfg: Config) -> None:
+    """Makes the image store from scratch."""
     shutil.rmtree(cfg.cache_dir, ignore_errors=True)
     ImageStore(cfg)
 
@@ -139,7 +140,7 @@ def store(cfg: Config) -> None:
 
 
 def measure(work: Path, cfg: Config, landmarks: Path) -> dict[str, float]:
-    """Images per second of each way."""
+    """Returns images per second of each way, median over REPEATS rounds after one to warm up."""
     crops, faces, many = work / "crops", work / "faces", Path(cfg.data)
     align_rate(crops, landmarks, faces)
     for copy in range(COPIES):
@@ -149,7 +150,7 @@ def measure(work: Path, cfg: Config, landmarks: Path) -> dict[str, float]:
     pack(many, (), work / "records", PROCESSES)
 
     def new() -> Path:
-        """Each time another folder: ext4 is slow for a while after many files have been deleted."""
+        """Returns a new folder each time, since ext4 is slow for a while after many files are deleted."""
         return Path(tempfile.mkdtemp(dir=work)) / "new"
 
     with contextlib.ExitStack() as stack:
@@ -174,6 +175,7 @@ def measure(work: Path, cfg: Config, landmarks: Path) -> dict[str, float]:
 
 
 def page(found: dict[str, str], sizes: dict[int, float], rates: dict[str, float]) -> str:
+    """Formats the rates as a Markdown page."""
     versions_line = ", ".join(f"{name} {value}" for name, value in found.items())
     lines = [
         "# Preparing data",
@@ -201,12 +203,12 @@ def page(found: dict[str, str], sizes: dict[int, float], rates: dict[str, float]
 
 
 def mean_size(folder: Path) -> float:
-    """Bytes of an image."""
+    """Returns the mean size in bytes of the JPEG files below a folder of IMAGES images."""
     return sum(path.stat().st_size for path in folder.rglob("*.jpg")) / IMAGES
 
 
 def main() -> None:
-    # Not at the top, which every process that is started reads: PyTorch comes with them.
+    # Imported late: spawned processes import this module too, and these import PyTorch.
     from utils.environment import versions
     from utils.process import setup
 

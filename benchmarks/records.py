@@ -1,8 +1,8 @@
-"""The index of a large train.rec: seconds to make it and to read it back, and the memory that it takes.
+"""Measures the index of a large train.rec: seconds to build it and to read it from the cache, and its memory.
 
-The records are small, 40 bytes each, in insightface's layout with 20 images an identity. Of a real file the first bytes
-of every record are read too, and with them, as the system reads ahead, about the whole file: what its disk takes for
-that is not measured here. Each step has a process of its own.
+The records are small, 40 bytes each, in insightface's layout with 20 images per identity. In a real file the first
+bytes of every record are read, and with read-ahead about the whole file; the time that its disk takes for this is not
+measured here. Each step runs in its own process.
 
 Reads   nothing
 Writes  benchmarks/results/records_cpu.json and .md
@@ -35,11 +35,11 @@ RECORD = np.dtype(
         ("content", "<f4", 2),
     ]
 )
-"""Of 8 bytes of content: the two labels of a vector, or an image."""
+"""A record with 8 bytes of content, which are two labels or an image."""
 
 
 def make(images: int, folder: Path) -> None:
-    """Writes train.rec and train.idx of so many images; what is no record's content is 32 bytes of it."""
+    """Writes train.rec and train.idx with `images` images. Apart from magic and length, a record has 32 bytes."""
     identities = -(-images // EACH)
     records = np.zeros(1 + images + identities, RECORD)
     records["magic"], records["length"], records["id"] = MAGIC, 32, np.arange(len(records))
@@ -55,12 +55,12 @@ def make(images: int, folder: Path) -> None:
 
 
 def measure(images: int) -> list[dict]:
-    """Seconds, and bytes held at the end and at most, of each step."""
+    """Measures each step: seconds, bytes held by its result, and peak bytes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(images, folder)
         return [
-            {"step": step, **_apart(function, folder, images)}
+            {"step": step, **_in_own_process(function, folder, images)}
             for step, function in (
                 ("the records found (`utils.data.recordio.read_index`)", _found),
                 ("the index made and kept", _indexed),
@@ -81,12 +81,13 @@ def _indexed(folder: Path, images: int) -> object:
     return index
 
 
-def _apart(function: Callable, *arguments) -> dict:
+def _in_own_process(function: Callable, *arguments) -> dict:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_taken, (function, *arguments))
+        return pool.apply(_measured, (function, *arguments))
 
 
-def _taken(function: Callable, *arguments) -> dict:
+def _measured(function: Callable, *arguments) -> dict:
+    """Calls a function; returns seconds, private bytes held by its result, and by how many bytes the peak rose."""
     before, private = _memory("VmRSS"), _memory("RssAnon")
     started = time.perf_counter()
     result = function(*arguments)
@@ -98,13 +99,13 @@ def _taken(function: Callable, *arguments) -> dict:
 
 
 def _memory(what: str) -> int:
-    """Bytes of this process; Linux only."""
+    """Returns a field of /proc/self/status in bytes (Linux only)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def report(kept: dict) -> str:
-    """The Markdown page of what was measured."""
+    """Formats the measurements as a Markdown page."""
     images = kept["images"]
     lines = [
         "# The index of a large train.rec",

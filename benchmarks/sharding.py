@@ -1,13 +1,13 @@
-"""Three ways to train a header on several processes, side by side: the time of a step, and the most memory of a rank.
+"""Compares three ways to train a header on several ranks: time of a step, and peak memory of a rank.
 
-sharded        utils.losses.sharded: every rank holds its columns, and an exact softmax of our own goes over all
-dense          every rank holds the whole kernel, and DistributedDataParallel averages its gradient
-loss_parallel  every rank holds its columns, in PyTorch's own parts: plain operations, DTensor, loss_parallel
+sharded        utils.losses.sharded: every rank holds a shard of the columns; our exact softmax over all shards
+dense          every rank holds the whole kernel; DistributedDataParallel averages its gradient
+loss_parallel  every rank holds a shard of the columns; plain operations, DTensor and PyTorch's loss_parallel
 
-A step is forwards, backwards and SGD, with gloo on the CPU, one thread a rank. Where the memory of all ranks together
-is more than the machine has to spare, it is computed and no time is given. The batch is per rank, as in training: the
-logits of a rank are as many for any number N of ranks, of all samples and 1/N of the classes or, dense, of its own
-samples and all classes, while kernel, gradient and momentum fall as 1/N unless they are dense.
+A step is forward, backward and SGD, with gloo on the CPU, one thread per rank. If all ranks together need more memory
+than is free, only the computed memory is reported. The batch is per rank, as in training, so the logits of a rank have
+the same size for any number N of ranks: all samples x 1/N of the classes or, dense, its own samples x all classes.
+Kernel, gradient and momentum shrink as 1/N, except dense.
 
 Reads   nothing
 Writes  benchmarks/results/sharding_cpu.json and .md
@@ -46,23 +46,24 @@ from utils.storage.files import write_json, write_text
 CLASSES, RANKS, BATCH = (28_000, 100_000, 1_000_000, 10_000_000), (1, 2), 128
 WAYS = ("sharded", "dense", "loss_parallel")
 WIDTH, STEPS = 512, 5
-SPARE = 0.8  # the part of the free memory that is used
+SPARE = 0.8  # share of the free memory that may be used
 RESULTS = Path("benchmarks/results")
 
 
 def needed(way: str, classes: int, ranks: int, batch: int) -> int:
-    """Bytes of a rank at the end of the backward pass, or in its middle for large batches."""
+    """Computes the peak bytes of a rank: at the end of the backward pass, or within it for large batches."""
     columns, samples = (classes, batch) if way == "dense" else (-(-classes // ranks), ranks * batch)
     centres, logits = WIDTH * columns, samples * columns
-    if way == "loss_parallel":  # the kernel's unit centres and their gradient, and more of what autograd keeps
+    if way == "loss_parallel":  # also the normalised kernel, its gradient, and more tensors saved by autograd
         return 4 * (5 * centres + 4 * logits)
-    # Kernel, momentum and gradient beside the logits and two gradients of them; before the kernel's, another of these.
-    copies = 4 if way == "dense" and ranks > 1 else 3  # autograd's gradient, beside the bucket that it is copied into
+    # Kernel, momentum and gradient, with the logits and two gradients of them. Before the kernel's gradient exists,
+    # there is a third gradient of the logits.
+    copies = 4 if way == "dense" and ranks > 1 else 3  # DDP also has the bucket that the gradient is copied into
     return 4 * max(copies * centres + 3 * logits, (copies - 1) * centres + 4 * logits)
 
 
 class Parallel(nn.Module):
-    """ArcFace over the columns of a rank, in PyTorch's own parts."""
+    """Computes ArcFace with one shard of the classes per rank, by PyTorch's DTensor and loss_parallel."""
 
     def __init__(self, classes: int, s: float = 64.0, m: float = 0.5):
         super().__init__()
@@ -72,7 +73,10 @@ class Parallel(nn.Module):
         self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The mean loss of all ranks' samples; this and its backward pass are to be in `loss_parallel`."""
+        """Returns the mean loss over the samples of all ranks, from embeddings (b, 512) and labels (b,) of this rank.
+
+        Forward and backward pass must run within the context `loss_parallel`.
+        """
         label = gathered(label)
         cosine = F.normalize(Gathered.apply(embeddings)) @ F.normalize(self.kernel, dim=0)
         (rows,) = torch.where((label >= self.own.start) & (label < self.own.stop))
@@ -85,7 +89,7 @@ class Parallel(nn.Module):
 
 
 def built(way: str, classes: int) -> tuple[nn.Parameter, Callable]:
-    """A header's kernel, and the loss of a rank's embeddings and labels."""
+    """Returns the kernel of a header, and the function from embeddings (b, 512) and labels (b,) to the loss."""
     if way == "loss_parallel":
         header = Parallel(classes)
         return header.kernel, header
@@ -97,7 +101,7 @@ def built(way: str, classes: int) -> tuple[nn.Parameter, Callable]:
 
 
 def measure(way: str, classes: int, ranks: int, batch: int) -> dict:
-    """Median seconds of a step and bytes of the rank that needs most; without them where it does not fit."""
+    """Measures the median seconds of a step and the largest peak bytes of a rank; None if it does not fit."""
     row = {"way": way, "classes": classes, "ranks": ranks, "batch": batch}
     row["computed"] = needed(way, classes, ranks, batch)
     if ranks * row["computed"] > SPARE * free_memory():
@@ -114,7 +118,7 @@ def _work(rank: int, way: str, ranks: int, classes: int, batch: int, folder: Pat
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(rank)
-    _steps(way, ranks, batch, 1)  # libraries, and what they set aside
+    _steps(way, ranks, batch, 1)  # loads the libraries and their buffers before memory is measured
     before = _resident("VmRSS")
     times = _steps(way, classes, batch, STEPS)
     (folder / f"{rank}.json").write_text(json.dumps((statistics.median(times), _resident("VmHWM") - before)))
@@ -122,7 +126,7 @@ def _work(rank: int, way: str, ranks: int, classes: int, batch: int, folder: Pat
 
 
 def _steps(way: str, classes: int, batch: int, count: int) -> list[float]:
-    """Seconds of each step but the first, which makes the momentum."""
+    """Returns the seconds of each step except the first, which allocates the momentum."""
     embeddings, label = torch.randn(batch, WIDTH, requires_grad=True), torch.randint(classes, (batch,))
     kernel, loss = built(way, classes)
     optimizer = torch.optim.SGD([kernel], 0.1, momentum=0.9, fused=True)
@@ -139,7 +143,7 @@ def _steps(way: str, classes: int, batch: int, count: int) -> list[float]:
 
 
 def _resident(which: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most. Linux only."""
+    """Returns the resident bytes of this process: VmRSS now, VmHWM at the peak (Linux only)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
@@ -147,6 +151,7 @@ def _resident(which: str) -> int:
 def measure_all(
     classes: Sequence[int], ranks: Sequence[int], batch: int, results: Path, ways: Sequence[str] = WAYS
 ) -> None:
+    """Measures all combinations, and writes the results after each."""
     kept = {"versions": versions(Config(device="cpu")), "rows": []}
     for number, processes, way in itertools.product(classes, ranks, ways):
         kept["rows"].append(measure(way, number, processes, batch))
@@ -156,7 +161,7 @@ def measure_all(
 
 
 def report(kept: dict) -> str:
-    """The Markdown page of what was measured."""
+    """Formats the measurements as a Markdown page."""
     lines = [
         "# Steps of a header on several processes",
         "",

@@ -1,11 +1,11 @@
-"""Every stage side by side: the straightforward way, ours, and the bare kernels that bound it, in one run.
+"""Compares for every stage the straightforward way, ours, and the bare kernels that bound it, in one run.
 
-The straightforward way is what the published code does, written here for the comparison: files opened one by one on
-the training thread, PIL transforms, a dense one-hot head, PyTorch's defaults. Rates are medians of five, without
-warm-up, validation and compilation. The ways are taken in turn; those of training steps one after another, for what
-`setup` does to the process cannot be undone: there a difference of a tenth may be the machine's.
+The straightforward way does what the published code does, written here for the comparison: files opened one by one on
+the training thread, PIL transforms, a dense one-hot header, PyTorch's defaults. Rates are medians of five, without
+warm-up, validation and compilation. The ways alternate, except for training steps: what `setup` does to the process
+cannot be undone, so all straightforward steps come first, and a difference of a tenth may be noise.
 
-On a GPU, which is used where there is one, benchmarks.networks follows.
+A GPU is used if there is one; benchmarks.networks then follows.
 
 Reads   nothing; draws generated faces
 Writes  benchmarks/results/stages_<device>.json and .md
@@ -52,10 +52,10 @@ from utils.training.engine import fit
 from utils.training.extract import Output, embed_all
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
-ROWS = 8192  # of the adaptor: a part of those of the paper
+ROWS = 8192  # training rows of the adaptor, fewer than in the paper
 DEVICE = device_of(Config())
-AGAIN = 1 if DEVICE.type == "cpu" else 50  # how often an epoch sees these rows
-LISTED = 125_000  # files of which the index is made
+AGAIN = 1 if DEVICE.type == "cpu" else 50  # how often an epoch sees the rows
+LISTED = 125_000  # files in the index
 TRANSFORM = transforms.Compose(
     [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
 )
@@ -63,7 +63,7 @@ TRANSFORM = transforms.Compose(
 
 @dataclass
 class Row:
-    """Rates in units per second; the limit is that of the bare kernels."""
+    """Holds the rates of a stage in units per second; `limit` is the rate of the bare kernels."""
 
     stage: str
     unit: str
@@ -77,6 +77,7 @@ class Row:
 
 
 def measure_split(faces: Path, work: Path) -> Row:
+    """Compares decoding and re-encoding every image, as published, with listing and splitting."""
     paths = sorted((faces / "train").rglob("*.jpg"))
 
     def decoded_and_written_again() -> None:
@@ -92,7 +93,7 @@ def measure_split(faces: Path, work: Path) -> Row:
 
 
 def measure_index(cfg: Config) -> Row:
-    """Against a list of all files and a dictionary of labels; ours is read back, as after the first start."""
+    """Compares listing all files into a dictionary of labels with our index, read from the cache."""
     empty_files(LISTED, Path(cfg.data))
 
     def globbed() -> None:
@@ -104,7 +105,7 @@ def measure_index(cfg: Config) -> Row:
 
 
 def empty_files(count: int, folder: Path) -> None:
-    """So many, 50 to an identity; the index of them is kept from now on."""
+    """Makes empty files, 50 per identity, and waits until their folders are old enough for the index to be cached."""
     for number in range(count):
         identity = folder / "African" / f"m.{number // 50}"
         if number % 50 == 0:
@@ -114,7 +115,7 @@ def empty_files(count: int, folder: Path) -> None:
 
 
 def measure_reader(faces: Path, cfg: Config) -> Row:
-    """Published loaders have several workers, each of which does this; ours is one thread and those of PyTorch."""
+    """Compares one worker of a published loader with our reader, which is one thread beside PyTorch's."""
     store = ImageStore(cfg)
     paths = [faces / "train" / path for path in store.index.paths]
     random, size = np.random.default_rng(0), 128
@@ -138,7 +139,7 @@ def measure_reader(faces: Path, cfg: Config) -> Row:
 
 
 def measure_adaptor_input(work: Path) -> Row:
-    """Four embeddings per row: a file each, or rows of four mapped arrays."""
+    """Compares reading four embeddings per row from a file each with reading rows of four memory-mapped arrays."""
     count, size = 4096, 128
     values = np.random.default_rng(0).normal(size=(4, count, 512)).astype(np.float32)
     for teacher, row in itertools.product(range(4), range(count)):
@@ -173,7 +174,7 @@ def measure_adaptor_input(work: Path) -> Row:
 
 
 class PlainElasticArcFace(nn.Module):
-    """The head as published: normalised copy of the kernel, dense one-hot margins, arc cosine of all entries."""
+    """Implements the header as published: normalised kernel copy, dense one-hot margins, arc cosine of all entries."""
 
     def __init__(self, dimensions: int, classes: int, s: float = 64.0, m: float = 0.5, std: float = 0.0125):
         super().__init__()
@@ -191,7 +192,10 @@ class PlainElasticArcFace(nn.Module):
 
 
 def plain_steps(losses: Callable, modules: list[nn.Module], batch: Callable[[], dict], units: int) -> float:
-    """PyTorch's defaults: optimizer in its plain form, batches on the training thread, a loss read after every step."""
+    """Times a step with PyTorch's defaults: batches made on the training thread, the loss read after every step.
+
+    Returns units per second.
+    """
     parameters = [parameter for module in modules for parameter in module.to(DEVICE).parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
@@ -214,7 +218,7 @@ def adaptor_columns(classes: int = CLASSES) -> dict:
 
 
 def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
-    """Rows per second of the step alone, and with four files that are opened for every row."""
+    """Returns rows per second of the plain step alone, and of the step with four files opened for every row."""
     columns, size = adaptor_columns(), cfg.batch_size
     adaptor, header = build_adaptor("SL", cfg), PlainElasticArcFace(512, CLASSES)
     for teacher, row in itertools.product(range(4), range(size)):
@@ -225,8 +229,8 @@ def plain_adaptor(cfg: Config, work: Path) -> tuple[float, float]:
         embedding = torch.stack([torch.from_numpy(np.concatenate(four)) for four in opened])
         return {"embedding": embedding, "label": torch.from_numpy(columns["label"][:size])}
 
-    there, losses = files(), adaptor_losses(adaptor, header)
-    return tuple(plain_steps(losses, [adaptor, header], batch, size) for batch in (lambda: there, files))
+    made, losses = files(), adaptor_losses(adaptor, header)
+    return tuple(plain_steps(losses, [adaptor, header], batch, size) for batch in (lambda: made, files))
 
 
 def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES, times: int = AGAIN) -> float:
@@ -239,7 +243,7 @@ def our_adaptor(cfg: Config, work: Path, classes: int = CLASSES, times: int = AG
 
 
 def bare_adaptor(cfg: Config) -> float:
-    """The products of one step and one pass over header, gradient and momentum."""
+    """Returns rows per second of the matrix products of a step and one pass over header, gradient and momentum."""
     size = cfg.batch_size
     inputs, kernel, weight, grad = (
         torch.randn(shape, device=DEVICE) for shape in ((size, 2048), (512, CLASSES), (512, 2048), (size, CLASSES))
@@ -262,19 +266,19 @@ def bare_adaptor(cfg: Config) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A network's training step: the losses of teachers (EAF), of a-KD (KD) or of EAF-KD (both)."""
+    """Describes a network's training step with the losses of teachers (EAF), of a-KD (KD) or of EAF-KD (both)."""
 
     stage: str
     network: str
     batch: int
-    steps: int  # of an epoch
+    steps: int  # per epoch
     has_header: bool = True
     has_target: bool = False
     compile: bool = False
 
-    def modules(self, head: type) -> list[nn.Module]:
+    def modules(self, header: type) -> list[nn.Module]:
         torch.manual_seed(0)
-        return [build_backbone(self.network), *([head(512, 7000, std=0.05)] if self.has_header else [])]
+        return [build_backbone(self.network), *([header(512, 7000, std=0.05)] if self.has_header else [])]
 
     def losses(self, backbone: nn.Module, header: nn.Module | None = None) -> Callable:
         def named(embedding, label, target):
@@ -309,7 +313,7 @@ class Step:
         return faces.rate()
 
     def bare(self, layout: torch.memory_format = torch.channels_last) -> float:
-        """The network forwards and backwards, on a batch that is there."""
+        """Returns images per second of forward and backward pass of the network, on one batch on the device."""
         backbone = build_backbone(self.network).to(DEVICE, memory_format=layout)
         image = torch.randn(self.batch, 3, 112, 112).to(DEVICE, memory_format=layout)
         grad = torch.randn(self.batch, 512, device=DEVICE)
@@ -342,7 +346,7 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
 
     @torch.no_grad()
     def one_by_one() -> None:
-        """Published: decoded and transformed one at a time, embedded in batches of 64."""
+        """Does as published: decodes and transforms images one at a time, embeds them in batches of 64."""
         images = [plain(Image.fromarray(cv2.imdecode(image, cv2.IMREAD_COLOR))) for image in encoded]
         for start in range(0, len(images), 64):
             batch = torch.stack(images[start : start + 64]).to(DEVICE)
@@ -408,7 +412,7 @@ def measure_ten_fold(pairs: int = 6000) -> Row:
         return tpr, fpr, (right + rejected) / len(distance)
 
     def loop() -> None:
-        """Published: all pairs are counted again for every threshold of every fold."""
+        """Does as published: counts all pairs again for every threshold of every fold."""
         distance = np.sum(np.square(embeddings[0::2] - embeddings[1::2]), 1)
         for train, test in KFold(10, shuffle=False).split(distance):
             accuracies = [counted(distance[train], same[train], t)[2] for t in THRESHOLDS]
@@ -419,11 +423,11 @@ def measure_ten_fold(pairs: int = 6000) -> Row:
     return Row(f"ten folds of {pairs:,} pairs", "sets", *rates(1, loop, lambda: ten_fold(embeddings, same)))
 
 
-# Growth and memory ----------------------------------------------------------------------------------------------------
+# Scaling and memory ---------------------------------------------------------------------------------------------------
 
 
 def growth(cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
-    """Milliseconds and megabytes at three sizes, and images per second in each layout and number of threads."""
+    """Yields what is measured and its result: ms and MB at three sizes, images/s by memory layout and threads."""
     for classes in (7_000, 14_000, CLASSES):
         rate = our_adaptor(cfg, work / str(classes), classes)
         yield f"adaptor step, {classes:,} classes", f"{1e3 * cfg.batch_size / rate:.1f} ms"
@@ -432,18 +436,18 @@ def growth(cfg: Config, work: Path) -> Iterator[tuple[str, str]]:
         empty_files(count, Path(files.data))
         yield f"index of {count:,} files, listed", f"{_seconds(files):.2f} s"
         yield f"index of {count:,} files, read back", f"{_seconds(files):.2f} s"
-        yield f"memory of the index of {count:,} files", f"{_apart(_index_here, files) / 1e6:.0f} MB"
+        yield f"memory of the index of {count:,} files", f"{_in_own_process(_index_here, files) / 1e6:.0f} MB"
         shutil.rmtree(files.data)
         yield (
             f"memory of reading {count:,} images, embeddings, labels",
-            f"{_apart(_reading_here, count, work) / 1e6:.0f} MB",
+            f"{_in_own_process(_reading_here, count, work) / 1e6:.0f} MB",
         )
     for pairs in (1500, 3000, 6000):
         yield f"ten folds of {pairs:,} pairs", f"{1e3 / measure_ten_fold(pairs).ours:.2f} ms"
-    for head, classes in itertools.product((PlainElasticArcFace, ElasticArcFace), (7_000, 14_000, CLASSES)):
-        peak = _apart(_head_here, head, classes)
-        yield f"memory of {head.__name__}, batch 128, {classes:,} classes", f"{peak / 1e6:.0f} MB"
-    peak = _apart(_adaptor_here, replace(cfg, device="cpu"), work / "whole")
+    for header, classes in itertools.product((PlainElasticArcFace, ElasticArcFace), (7_000, 14_000, CLASSES)):
+        peak = _in_own_process(_header_here, header, classes)
+        yield f"memory of {header.__name__}, batch 128, {classes:,} classes", f"{peak / 1e6:.0f} MB"
+    peak = _in_own_process(_adaptor_here, replace(cfg, device="cpu"), work / "whole")
     yield (
         f"resident memory of a process that trains SL, {CLASSES:,} classes, libraries included",
         f"{peak / 1e6:.0f} MB",
@@ -468,29 +472,29 @@ def _seconds(cfg: Config) -> float:
     return time.perf_counter() - started
 
 
-def _apart(function: Callable[..., int], *arguments) -> int:
-    """What a function gives in a process of its own."""
+def _in_own_process(function: Callable[..., int], *arguments) -> int:
+    """Calls a function in its own process and returns its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def _index_here(cfg: Config) -> int:
-    """Bytes that reading the index back adds."""
-    _forget_peak()
+    """Returns by how many bytes reading the index from the cache raises the peak."""
+    _reset_peak()
     before = _memory("VmRSS")
     find_images(cfg)
     return _memory("VmHWM") - before
 
 
 def _adaptor_here(cfg: Config, work: Path) -> int:
-    """Bytes of the whole process."""
+    """Returns the peak bytes of the whole process while it trains an adaptor."""
     setup(cfg)
     our_adaptor(cfg, work, times=1)
     return _memory("VmHWM")
 
 
 def _reading_here(count: int, work: Path) -> int:
-    """Bytes that are the process's own, not mapped, at most, while it reads batches of a training set of this size."""
+    """Returns the peak of private, not memory-mapped bytes while batches of a training set of this size are read."""
     setup(Config(device="cpu"))
     shapes = {"image": [(count, 112, 112, 3)], "embedding": [(count, 512)] * 4, "label": [(count,)]}
     kinds = {"image": np.uint8, "embedding": np.float32, "label": np.int64}
@@ -498,26 +502,26 @@ def _reading_here(count: int, work: Path) -> int:
     for name, several in shapes.items():
         paths = [work / f"{count}-{name}-{k}.npy" for k in range(len(several))]
         for path, shape in zip(paths, several, strict=True):
-            np.lib.format.open_memmap(path, "w+", kinds[name], shape).flush()  # takes no room before it is written
+            np.lib.format.open_memmap(path, "w+", kinds[name], shape).flush()  # a sparse file
         columns[name] = tuple(np.load(path, mmap_mode="r") for path in paths)
     faces = Timed(Config(), columns, flip=True)
     read, batches = faces.columns, itertools.islice(faces.batches(0, 0), 64)
     return max(_memory("RssAnon") for _ in stream(read, batches, torch.device("cpu"), 2))
 
 
-def _head_here(head: type[nn.Module], classes: int) -> int:
-    """Bytes that one forward and backward pass of a head, and its gradient, add."""
+def _header_here(header: type[nn.Module], classes: int) -> int:
+    """Returns by how many bytes a forward and backward pass of a header, with its gradient, raises the peak."""
     torch.set_num_threads(1)
-    small, large = head(512, 128), head(512, classes)
+    small, large = header(512, 128), header(512, classes)
     embeddings, label = F.normalize(torch.randn(128, 512)), torch.zeros(128, dtype=torch.long)
-    F.cross_entropy(small(embeddings, label), label).backward()  # what the libraries take at first use
-    _forget_peak()
+    F.cross_entropy(small(embeddings, label), label).backward()  # the libraries allocate buffers at first use
+    _reset_peak()
     before = _memory("VmRSS")
     F.cross_entropy(large(embeddings.requires_grad_(), label), label).backward()
     return _memory("VmHWM") - before
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -560,7 +564,7 @@ def main() -> None:
 
 
 def _measure(faces: Path, work: Path, cfg: Config, images: np.ndarray) -> Iterator[Row]:
-    # What `setup` does cannot be undone: PyTorch's defaults are measured first, but in the same arithmetic.
+    # `setup` cannot be undone, so PyTorch's defaults are measured first, but with the same precision.
     torch.backends.cudnn.allow_tf32 = False
     plain = {step: step.plain(images) for step in STEPS if not step.compile}
     (work / "files").mkdir()

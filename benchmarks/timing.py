@@ -1,4 +1,4 @@
-"""What the benchmarks share: how a way, and how the training loop, is timed."""
+"""Times functions, and the epochs of the training loop, for all benchmarks."""
 
 import math
 import statistics
@@ -20,15 +20,15 @@ EPOCHS = REPEATS + 1
 
 
 def wait() -> None:
-    """For a GPU to have done what it was given."""
+    """Synchronises the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def rates(units: int, *ways: Callable[[], object]) -> list[float]:
-    """Units per second of each way: all in turn, once to warm up, then the median of REPEATS.
+    """Returns units per second of each way, as the median of REPEATS rounds after warm-up; the ways alternate.
 
-    On a GPU a way is called as often as fills a fifth of a second, since what it is given it does later.
+    On a GPU a way is called repeatedly for at least 0.2 s per round, since kernels are launched asynchronously.
     """
     times, calls = [[] for _ in ways], [1] * len(ways)
     for repeat in range(-1, REPEATS + 1):
@@ -47,11 +47,13 @@ def rates(units: int, *ways: Callable[[], object]) -> list[float]:
 
 
 def graphs() -> int:
-    """How many graphs have been compiled so far."""
+    """Returns how many graphs torch.compile has compiled so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def adaptor_losses(adaptor: nn.Module, header: nn.Module) -> Callable:
+    """Returns the loss function of an adaptor for `fit`."""
+
     def losses(embedding, label):
         return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
 
@@ -59,10 +61,10 @@ def adaptor_losses(adaptor: nn.Module, header: nn.Module) -> Callable:
 
 
 class Timed(Faces):
-    """A training set of arrays that notes how long `fit` takes for the steps of each epoch, everything included.
+    """Measures how long the steps of each epoch of `fit` take, reader included; a training set made of arrays.
 
-    Every row is seen `times` times an epoch. Give `validate` and EPOCHS epochs to `fit`: the first is to warm up and to
-    compile.
+    Every row is seen `times` times per epoch. Pass `validate` and EPOCHS epochs to `fit`; the first epoch is for
+    warm-up and compilation.
     """
 
     def __init__(self, cfg: Config, columns: dict[str, np.ndarray | tuple], flip: bool, times: int = 1):
@@ -87,5 +89,5 @@ class Timed(Faces):
         return {}, 0.0
 
     def rate(self) -> float:
-        """Rows per second, median over the epochs but the first."""
+        """Returns rows per second, as the median over all epochs except the first."""
         return len(self) / statistics.median(self.taken[1:])

@@ -1,4 +1,4 @@
-"""Alignment of a face to the 112 x 112 pixels that networks see, by five landmarks."""
+"""Aligns a face to the 112 x 112 input of the networks by five landmarks."""
 
 import cv2
 import numpy as np
@@ -9,14 +9,14 @@ from utils.errors import InputError
 TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
 )
-"""Where ArcFace's crops have left eye, right eye, nose, left and right corner of the mouth, as seen in the image."""
+"""ArcFace's positions x, y (pixels) of left eye, right eye, nose, left and right mouth corner, as seen in the image."""
 
 
 def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """The face (112, 112, 3) uint8 of an image (H, W, 3) uint8, black where it reaches beyond the image.
+    """Returns the aligned face (112, 112, 3) uint8 of an image (H, W, 3) uint8, black outside of the image.
 
-    `landmarks` (5, 2) are x and y in pixels, in the order of TEMPLATE. Raises InputError where `similarity` does, and
-    for any other number of landmarks.
+    `landmarks` (5, 2) are x and y in pixels, in the order of TEMPLATE. Raises InputError for another shape, and if
+    `similarity` does.
     """
     if np.shape(landmarks) != TEMPLATE.shape:
         raise InputError(f"Landmarks of shape {np.shape(landmarks)} are not five points x, y: give them as (5, 2).")
@@ -25,13 +25,14 @@ def align(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The matrix (2, 3) of rotation, scale and shift, without reflection, that brings `source` closest to `target`.
+    """Fits the similarity transform (2, 3), without reflection, that maps `source` (K, 2) onto `target` (K, 2).
 
-    Both are K points (K, 2); closest is the least sum of squared distances, the solution of Umeyama, "Least-squares
-    estimation of transformation parameters between two point patterns" (1991). In the plane it needs no decomposition:
-    rotation and scale of x + iy are a product with one complex number, which is found as the slope of a regression.
+    It minimises the sum of squared distances, as in Umeyama, "Least-squares estimation of transformation parameters
+    between two point patterns" (1991). In 2D this needs no SVD: with points as complex numbers x + iy, rotation and
+    scale are one complex factor, the slope of a linear regression.
 
-    Raises InputError for points of another shape, that are not finite, or for a source that lies at one point.
+    Raises InputError if the shapes differ or are not (K, 2), if a point is not finite, or if all points of the source
+    coincide.
     """
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     if source.ndim != 2 or source.shape[1] != 2 or source.shape != target.shape:

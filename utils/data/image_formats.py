@@ -1,24 +1,24 @@
-"""The headers of JPEG, PNG and WebP files: sizes, truncation, the first frame of an animation."""
+"""Parses the headers of JPEG, PNG and WebP files: image size, truncation, first frame of an animation."""
 
 import re
 import struct
 from collections.abc import Iterator
 
-WEBP_MOVES = 2  # the bit of a WebP's header that says so
+WEBP_ANIMATED = 2  # flag in the VP8X header
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 ENDINGS = {JPEG: ".jpg", PNG: ".png", WEBP: ".webp"}
-JPEG_MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])")  # of a segment that has a length
+JPEG_MARKER = re.compile(rb"\xff+([^\xff\x00\x01\xd0-\xd8])")  # markers of segments that store a length
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 JPEG_SCAN, JPEG_END = 0xDA, b"\xff\xd9"
 
 
 def ending_of(content: bytes) -> str:
-    """The usual ending of the name of an encoded image that can be decoded."""
+    """Returns the usual file ending (.jpg, .png or .webp) for the content of a readable image."""
     return next(ending for start, ending in ENDINGS.items() if content.startswith(start))
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height of a whole JPEG, PNG or WebP file."""
+    """Returns width and height of a JPEG, PNG or WebP file. Raises ValueError if it is truncated or none of these."""
     try:
         if content.startswith(JPEG):
             return _size_of_jpeg(content)
@@ -34,7 +34,7 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def still_png(content: bytes) -> bytes:
-    """A PNG without its animation: OpenCV 4.11 ends with a segmentation fault where that is damaged."""
+    """Removes the animation chunks of a PNG: OpenCV 4.11 segfaults if they are corrupted."""
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")
@@ -45,9 +45,10 @@ def still_png(content: bytes) -> bytes:
 
 
 def still_webp(content: bytes) -> bytes:
-    """The first frame of an animated WebP: OpenCV 4.11 reads beyond its memory where sizes do not agree.
+    """Returns the first frame of an animated WebP as a WebP file, without EXIF.
 
-    What EXIF says is left out. Raises ValueError where the frame is not there, or not as large as the animation.
+    OpenCV 4.11 reads out of bounds if a frame is not as large as the animation. Raises ValueError if the first frame is
+    missing, or smaller than the animation.
     """
     for kind, start, end in _chunks(content, 12, len(content)):
         if kind == b"ANMF":
@@ -62,20 +63,20 @@ def still_webp(content: bytes) -> bytes:
 
 
 def _chunks(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, begin and end of each whole chunk of a WebP file."""
+    """Yields type, begin and end of each complete RIFF chunk."""
     while at + 8 <= end and (last := at + 8 + struct.unpack_from("<I", content, at + 4)[0]) <= end:
         yield content[at : at + 4], at + 8, last
         at = last + last % 2
 
 
 def components_of_jpeg(content: bytes) -> int:
-    """Of a JPEG that can be decoded: 1 of a grey, 3 of a colour image, 4 where it was made for printing."""
+    """Returns the number of components of a readable JPEG: 1 for grey, 3 for colour, 4 for CMYK."""
     frame = next(at for marker, at in _segments(content) if marker in JPEG_FRAMES)
     return content[frame + 7]
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, int]]:
-    """Marker, and offset of the length, of each segment of a JPEG."""
+    """Yields the marker of each segment of a JPEG and the offset of its length field."""
     at = 2
     while found := JPEG_MARKER.search(content, at):
         at = found.end()
@@ -90,7 +91,7 @@ def _size_of_jpeg(content: bytes) -> tuple[int, int]:
             height, width = struct.unpack_from(">HH", content, at + 3)
             size = width, height
         if marker == JPEG_SCAN and size:
-            # Cameras append to a file: its last bytes need not be the image's.
+            # Cameras append data, so the end marker need not be the last bytes of the file.
             if content.endswith(JPEG_END) or content.find(JPEG_END, at) >= 0:
                 return size
             break

@@ -1,4 +1,4 @@
-"""Images of any origin: found in a tree of folders, and decoded from whatever a file holds."""
+"""Finds image files in a folder tree and decodes JPEG, PNG and WebP safely."""
 
 import functools
 import os
@@ -10,26 +10,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data.image_formats import PNG, WEBP, WEBP_MOVES, size_of, still_png, still_webp
+from utils.data.image_formats import PNG, WEBP, WEBP_ANIMATED, size_of, still_png, still_webp
 from utils.memory import keep_freed_memory
 
 READABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".tif", ".tiff")
-"""Names of images that are not read: they are found all the same, so that they can be reported."""
+"""Endings of image formats that cannot be read. `find` lists these files too, so that they can be reported."""
 
 MOST_PIXELS = 100_000_000
 LONGEST_SIDE = 32_766  # pixels: OpenCV 4 cannot warp larger images
-MOST_BYTES = 8 * MOST_PIXELS  # no readable image of so many pixels is larger: 16 bits of four channels
+MOST_BYTES = 8 * MOST_PIXELS  # the size of that many pixels uncompressed, with four 16-bit channels
 
 
 # Find -----------------------------------------------------------------------------------------------------------------
 
 
 def find(folder: Path) -> tuple[list[str], Counter]:
-    """Paths below `folder`, with slashes and sorted, of all files with an image's name; a count of other endings.
+    """Lists all files below `folder` whose ending is that of an image; counts the other files by ending.
 
-    Links are followed, but not in a circle; one that leads nowhere counts as a file. Raises OSError for a folder that
-    cannot be listed.
+    The paths are relative to `folder`, with slashes, sorted. Symbolic links are followed, without looping; a broken
+    link counts as a file. Raises OSError if a folder cannot be listed.
     """
     paths, others = [], Counter()
     for path in _files(folder, "", ()):
@@ -59,27 +59,28 @@ def _files(folder: Path, below: str, above: tuple) -> Iterator[str]:
 
 
 def read(path: str | Path, upright: bool) -> np.ndarray:
-    """`decode` of a file; also raises OSError."""
+    """Reads and decodes an image file, see `decode`. Raises OSError, or ValueError as `decode` does."""
     return decode(read_bytes(path), upright)
 
 
 def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
-    """An image's file, or the part of one that holds an image.
+    """Reads a file, or `size` bytes of it from `offset` on.
 
-    Raises OSError, and ValueError where it is too large, or no file at all. Python's files take three times as long,
-    which is a sixth of what decoding takes.
+    Raises OSError, and ValueError if the path is no regular file or the size exceeds MOST_BYTES. Uses os.read because
+    `open` takes three times as long; the difference is a sixth of the time of decoding.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError("is no file")  # a pipe could be waited for forever
+            raise ValueError("is no file")  # reading from a pipe could block forever
         size = found.st_size if size is None else size
         if size > MOST_BYTES:
             raise ValueError(f"has {size:,} bytes, more than any image of {MOST_PIXELS:,} pixels")
         os.lseek(handle, offset, os.SEEK_SET)
         content = os.read(handle, size)
-        while len(content) < size and (more := os.read(handle, size - len(content))):  # of a network's file system
+        # A network file system may return fewer bytes than were asked for.
+        while len(content) < size and (more := os.read(handle, size - len(content))):
             content += more
         return content
     finally:
@@ -87,24 +88,25 @@ def read_bytes(path: str | Path, offset: int = 0, size: int | None = None) -> by
 
 
 def decode(content: bytes, upright: bool) -> np.ndarray:
-    """BGR image (H, W, 3) uint8 from a JPEG, PNG or WebP file, whatever its name; the first frame of an animation.
+    """Decodes a JPEG, PNG or WebP file to a BGR image (H, W, 3) uint8; of an animation, the first frame.
 
-    Grey, CMYK and 16-bit images are converted, transparency is dropped. With `upright` the image is turned as its EXIF
-    orientation says, otherwise it has the stored rows and columns. The size is read from the header first: a small file
-    can claim to be a huge image. Raises ValueError with the reason where it is too large, or no whole image.
+    The format is recognised by content, not by name. Grey, CMYK and 16-bit images are converted; transparency is
+    dropped. With `upright` the EXIF orientation is applied, otherwise rows and columns are as stored. The size is read
+    from the header before decoding, since a small file can declare a huge image. Raises ValueError, with the reason, if
+    the image is too large, truncated or not readable.
     """
     if not content:
         raise ValueError("is empty")
     _refuse_large(content)
     if content.startswith(PNG) and b"acTL" in content:
         content = still_png(content)
-    elif content.startswith(WEBP) and content[12:16] == b"VP8X" and int.from_bytes(content[20:21]) & WEBP_MOVES:
+    elif content.startswith(WEBP) and content[12:16] == b"VP8X" and int.from_bytes(content[20:21]) & WEBP_ANIMATED:
         content = still_webp(content)
-        _refuse_large(content)  # a frame has a size of its own
+        _refuse_large(content)  # the header of the frame declares its own size
     flags = cv2.IMREAD_COLOR if upright else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error:  # too little memory, say
+    except cv2.error:  # for example out of memory
         image = None
     if image is None:
         raise ValueError("is no readable image")
@@ -112,13 +114,14 @@ def decode(content: bytes, upright: bool) -> np.ndarray:
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with an image, to be said after its name, from what reading, decoding or working on it raised."""
+    """Turns an exception from reading, decoding or processing an image into the rest of a sentence after its name."""
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror or error})"
     return str(error) if isinstance(error, ValueError) else "is too much for OpenCV, or for the memory"
 
 
 def _refuse_large(content: bytes) -> None:
+    """Raises ValueError if the header declares more than MOST_PIXELS pixels, or a side over LONGEST_SIDE."""
     width, height = size_of(content)
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         most = f"{MOST_PIXELS:,} pixels or {LONGEST_SIDE:,} in a row or column"
@@ -127,9 +130,9 @@ def _refuse_large(content: bytes) -> None:
 
 @functools.cache
 def prepare_process() -> None:
-    """Sets this process up to decode image after image, from now on; OpenCV itself says nothing of bad ones any more.
+    """Prepares this process for decoding many images: keeps freed memory, and turns OpenCV's logging off.
 
-    The libraries below it may: they know no names of files.
+    libjpeg and libpng may still print warnings, without file names.
     """
     getattr(cv2.utils, "logging", cv2).setLogLevel(0)  # OpenCV 4 and 5
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Index of a data folder: every image in a fixed order, with labels that do not depend on the file system."""
+"""Lists the images of a data folder in a fixed order, with labels that do not depend on the file system."""
 
 import contextlib
 import dataclasses
@@ -21,35 +21,37 @@ from utils.storage.seals import check_seal, seal
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 GROUPS_OF_RECORDS = ("Caucasian", "Indian", "Asian", "African")
-"""What the second label of a record means in the release of BUPT-BalancedFace."""
+"""The groups that the second label of a record counts, in the release of BUPT-BalancedFace."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """All images in a fixed order: sorted by group, identity and file name, or key of a record."""
+    """Holds all N images of a data folder, sorted by group, identity and file name, or key of a record."""
 
-    identities: tuple[str, ...]  # "<group>/<identity>", of data without groups "<identity>", sorted
+    identities: tuple[str, ...]  # "<group>/<identity>", or "<identity>" if there are no groups; sorted
     paths: tuple[str, ...]  # "<identity as above>/<image>", sorted within an identity
-    identity: np.ndarray  # (N,) int64: which identity an image shows
-    stamps: np.ndarray  # (N, 2) int64: size in bytes and nanosecond of its change; of a record offset and length
-    folders: tuple[str, ...]  # all that were listed: groups and identities, also those without an image; or train.rec
-    changed: np.ndarray  # (folders,) int64: when the list of their files last changed, in nanoseconds
-    digest: str  # of names, sizes and times of change of all files
+    identity: np.ndarray  # (N,) int64: position in `identities`
+    stamps: np.ndarray  # (N, 2) int64: size in bytes and mtime in ns; for records offset and length in bytes
+    folders: tuple[str, ...]  # every listed folder (groups, then identities, empty ones too); or train.rec, train.idx
+    changed: np.ndarray  # (folders,) int64: their ctime in ns
+    digest: str  # SHA-256 over the names, sizes and mtimes of all files
 
     @property
     def in_records(self) -> bool:
+        """Tells whether the images are records of train.rec, not files."""
         return self.folders[0] == recordio.RECORDS
 
     def identities_of(self, group: str) -> list[str]:
+        """Returns the identities of a group, as "<group>/<identity>"."""
         return [name for name in self.identities if name.startswith(f"{group}/")]
 
 
 def scan(data: Path, ethnicities: Iterable[str], records: recordio.Records | None = None) -> Index:
     """Lists <data>/<ethnicity>/<identity>/<image>, or without ethnicities <data>/<identity>/<image>; opens no image.
 
-    A folder that holds train.rec is that of a RecordIO data set (see `utils.data.recordio`), whose `records` may have
-    been read before. Raises InputError for a missing folder, an empty group and a name that two groups give to an
-    identity.
+    If the folder holds train.rec, its records are listed instead (see `utils.data.recordio`); pass `records` if they
+    have been read already. Raises InputError if a folder is missing, a group is empty, or two groups have an identity
+    of the same name.
     """
     if not data.is_dir():
         raise InputError(f"There is no folder {data}: set data to the folder of the images.")
@@ -71,7 +73,7 @@ def _scan(data: Path, groups: list[str]) -> Index:
         )
 
     roots = groups or ["."]
-    changed = [_changed(data / root) for root in roots]  # before they are listed
+    changed = [_changed(data / root) for root in roots]  # before listing, so that a change meanwhile is noticed
     folders = [f"{root}/{name}".removeprefix("./") for root in roots for name in _folders(data / root)]
     with ThreadPoolExecutor() as pool:
         listed = list(pool.map(lambda folder: _images(data / folder), folders))
@@ -108,7 +110,7 @@ def _scan(data: Path, groups: list[str]) -> Index:
 
 
 def _scan_records(data: Path, groups: list[str], records: recordio.Records) -> Index:
-    """The identities of records are named by their numbers, with zeros before them: names and numbers sort alike."""
+    """Lists records; an identity is named by its label with leading zeros, so that names sort as numbers do."""
     group = _groups_of(records, groups)
     order = np.lexsort((records.keys, records.identity, group))
     order = order[group[order] >= 0]
@@ -117,7 +119,7 @@ def _scan_records(data: Path, groups: list[str], records: recordio.Records) -> I
     is_first[1:] = (np.diff(group) != 0) | (np.diff(number) != 0)
     names = [f"{number[k]:08}" for k in np.flatnonzero(is_first)]
     if groups:
-        _refuse_doubles(records.path, names)
+        _refuse_repeated(records.path, names)
         names = [f"{groups[group[k]]}/{name}" for k, name in zip(np.flatnonzero(is_first), names, strict=True)]
     identity = np.cumsum(is_first) - 1
     paths = tuple(f"{names[i]}/{key}" for i, key in zip(identity.tolist(), records.keys[order].tolist(), strict=True))
@@ -136,7 +138,7 @@ def _scan_records(data: Path, groups: list[str], records: recordio.Records) -> I
 
 
 def _groups_of(records: recordio.Records, groups: list[str]) -> np.ndarray:
-    """(N,) which of `groups` an image is of, -1 where of none of them; all of the first where there are none."""
+    """Returns (N,) int64: the position in `groups` of each image, -1 if its group is not in it; 0 without groups."""
     if not groups:
         return np.zeros(len(records.group), np.int64)
     advice = 'set ethnicities to "" for data without groups, or'
@@ -154,9 +156,11 @@ def _groups_of(records: recordio.Records, groups: list[str]) -> np.ndarray:
     return found
 
 
-def _refuse_doubles(path: Path, names: list[str]) -> None:
-    if double := next((name for name, count in Counter(names).items() if count > 1), None):
-        raise InputError(f"{path} has identity {double} in two groups: give the two different numbers, or remove one.")
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise InputError(
+            f"{path} has identity {repeated} in two groups: give the two different numbers, or remove one."
+        )
 
 
 def _folders(path: Path) -> list[str]:
@@ -165,7 +169,7 @@ def _folders(path: Path) -> list[str]:
 
 
 def _images(path: Path) -> tuple[int, list[tuple[str, int, int]]]:
-    """When the folder last changed, and name, size and time of change of every image in it, sorted by name."""
+    """Returns a folder's ctime in ns, and name, size in bytes and mtime in ns of every image in it, sorted by name."""
     found, changed = [], _changed(path)
     with os.scandir(path) as entries:
         for entry in entries:
@@ -173,36 +177,36 @@ def _images(path: Path) -> tuple[int, list[tuple[str, int, int]]]:
                 try:
                     stat = entry.stat()
                     found.append((entry.name, stat.st_size, stat.st_mtime_ns))
-                except FileNotFoundError:  # a link that leads nowhere: listed with the bad images
+                except FileNotFoundError:  # a broken link: kept, to be reported among the bad images
                     found.append((entry.name, -1, -1))
     return changed, sorted(found)
 
 
-# The index is kept, since listing a million files takes a quarter of a minute -----------------------------------------
+# The index is cached, since listing a million files takes a quarter of a minute ---------------------------------------
 
-LOOKED_AT = 10_000  # files of a kept index whose size and time are compared, evenly spread over all
-SETTLED = 2.0  # seconds: a folder that changed within this time before it was listed may change unnoticed after
+LOOKED_AT = 10_000  # evenly spaced files of a cached index whose size and mtime are compared
+SETTLED = 2.0  # seconds: a folder changed more recently may change again without a new ctime, so it is not cached
 
 
 def find_images(cfg: Config, suspects: Iterable[int] = ()) -> Index:
-    """What `scan` finds in the data folder, read back from the cache where nothing has changed since.
+    """Returns the index of the data folder: from the cache if nothing has changed, otherwise from `scan`.
 
-    Any file that is added, removed or renamed changes its folder, and is noticed. A file that is written over in place
-    is noticed where it is among the 10,000 that are looked at, or in one of the rows `suspects`; a data folder of no
-    more than 10,000 files is looked at whole.
+    Adding, removing or renaming a file changes the ctime of its folder and is always noticed. A file overwritten in
+    place is noticed if it is one of the rows `suspects` or of LOOKED_AT evenly spaced rows; a data folder with no more
+    files than that is compared completely.
     """
     data, path = Path(cfg.data), cfg.cache_dir / "index.npz"
-    if index := _kept_index(path, data, cfg.ethnicities, suspects):
+    if index := _read_cache(path, data, cfg.ethnicities, suspects):
         return index
     started = time.time_ns()
     index = scan(data, cfg.ethnicities)
     if index.changed.max() < started - SETTLED * 1e9:
-        with contextlib.suppress(InputError):  # the cache may be a read-only one, which costs time and nothing else
-            _keep_index(path, index)
+        with contextlib.suppress(InputError):  # a read-only cache costs time only
+            _write_cache(path, index)
     return index
 
 
-def _keep_index(path: Path, index: Index) -> None:
+def _write_cache(path: Path, index: Index) -> None:
     fields = {name: _as_array(value) for name, value in vars(index).items()} | {"endings": _as_array(EXTENSIONS)}
     with replaced(path) as partial:
         with open(partial, "wb") as file:
@@ -210,7 +214,7 @@ def _keep_index(path: Path, index: Index) -> None:
         seal(partial)
 
 
-def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: Iterable[int]) -> Index | None:
+def _read_cache(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: Iterable[int]) -> Index | None:
     if not path.exists():
         return None
     with open(path, "rb") as file:
@@ -223,37 +227,37 @@ def _kept_index(path: Path, data: Path, ethnicities: tuple[str, ...], suspects: 
             fields = {name: stored[name] for name in stored.files}
     endings = fields.pop("endings", None)
     if fields.keys() != {field.name for field in dataclasses.fields(Index)} or _unpacked(endings) != EXTENSIONS:
-        return None  # of another version
+        return None  # written by another version of this code
     texts = {name: _unpacked(fields[name]) for name in ("identities", "paths", "folders")}
     index = Index(**{**fields, **texts, "digest": str(fields["digest"])})
     if index.in_records or (data / recordio.RECORDS).is_file():
         return index if _same_records(index, data) else None
     spread = np.linspace(0, len(index.paths) - 1, LOOKED_AT).astype(int)
-    looked_at = np.unique([*spread, *(row for row in suspects if row < len(index.paths))])
+    compared = np.unique([*spread, *(row for row in suspects if row < len(index.paths))])
     try:
         same = index.folders[: len(ethnicities) or 1] == (tuple(sorted(ethnicities)) or (".",))
         same = same and index.changed.tolist() == [_changed(data / folder) for folder in index.folders]
-        same = same and index.stamps[looked_at].tolist() == [_stamp(data / index.paths[row]) for row in looked_at]
+        same = same and index.stamps[compared].tolist() == [_stamp(data / index.paths[row]) for row in compared]
     except OSError:
         return None
     return index if same else None
 
 
 def _same_records(index: Index, data: Path) -> bool:
-    """Whether the kept index is that of the files that there are."""
+    """Tells whether train.rec and train.idx are unchanged since the cached index was made."""
     files = [name for name in (recordio.RECORDS, recordio.INDEX) if (data / name).exists()]
     return files == [*index.folders] and index.changed.tolist() == [_changed(data / name) for name in files]
 
 
 def _changed(folder: Path) -> int:
-    """When the list of its files last changed, or it was given another time: tools that copy can set the first back."""
+    """Returns the ctime in ns. The mtime would not do: copying tools can set it back."""
     return os.stat(folder).st_ctime_ns
 
 
 def _stamp(path: Path) -> list[int]:
     try:
         stat = os.stat(path)
-    except FileNotFoundError:  # as in `_images`
+    except FileNotFoundError:  # a broken link, as in `_images`
         return [-1, -1]
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -263,7 +267,7 @@ def _as_array(value: object) -> np.ndarray:
 
 
 def _packed(texts: Iterable[str]) -> bytes:
-    """Any number of names as bytes; names of files need not be text."""
+    """Joins names into bytes; a file name need not be valid text."""
     return os.fsencode("\0".join(texts))
 
 

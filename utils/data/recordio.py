@@ -1,16 +1,17 @@
-"""Face data sets in MXNet's RecordIO format (train.rec, train.idx, property), read and written without MXNet.
+"""Reads and writes face data sets in MXNet's RecordIO format (train.rec, train.idx, property), without MXNet.
 
-A record lies in one or more parts, each a magic number, a word of 3 bits that tell which part it is and 29 bits for its
-length in bytes, and that many bytes, padded to a multiple of 4. Content in which the magic number stands at a multiple
-of 4 is cut there and joined with it again. The content is "<IfQQ" (flag, label, id, id2), then `flag` labels as float32
-that stand for the one label where flag > 0, then the encoded image.
+A record consists of one or more parts. A part is a magic number, a word with 3 bits for the kind of the part and 29
+bits for its length in bytes, and that many bytes padded to a multiple of 4. Content that contains the magic number at a
+multiple of 4 is split there; the magic number is dropped, and inserted again on reading. The content is "<IfQQ" (flag,
+label, id, id2), then, if flag > 0, `flag` float32 labels that replace the single label, then the encoded image.
 
-insightface's layout: the record of key 0 has two labels a and b, and no image. Keys 1 to a - 1 are images, keys a to
-b - 1 are identities: no image, and as labels the first key of their images and the one after the last. Where key 0 is
-an image, all records are, as in files of MXNet's im2rec. A label is the identity, or a vector that begins with identity
-and group.
+insightface's layout: the record of key 0 (header record) has two labels a and b, and no image. Keys 1 to a - 1 are
+images. Keys a to b - 1 are identities: they have no image, and their labels are the first key of their images and the
+key after the last. If key 0 is an image, all records are images, as in files of MXNet's im2rec. A label is the
+identity, or a vector that begins with identity and group.
 
-From 2^24 on float32 holds some whole numbers only, and a writer has rounded a: the records then tell where images end.
+float32 cannot represent every integer above 2^24. Larger values of a are rounded, and the records decide where the
+images end.
 """
 
 import mmap
@@ -34,52 +35,52 @@ MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 LENGTH_BITS = 29
-LONGEST = (1 << LENGTH_BITS) - 1  # bytes; the bits of a length
+LONGEST = (1 << LENGTH_BITS) - 1  # bytes of a part; also the bit mask of its length
 
 HEAD = struct.Struct("<IfQQ")  # flag, label, id, id2
-HEAD_AND_LABELS = HEAD.size + 8  # bytes: up to the second label of a vector
+HEAD_AND_LABELS = HEAD.size + 8  # bytes: the head and the first two labels of a vector
 
 LABEL = np.float32  # the type of labels in a file
-EXACT = 1 << 24  # it holds all whole numbers below this
-DIGITS = 18  # of a number that fits into int64 whatever it is
-CHUNK = 1 << 16  # records whose first bytes are looked at together
+EXACT = 1 << 24  # LABEL represents every integer below this
+DIGITS = 18  # any number of so many digits fits into int64
+CHUNK = 1 << 16  # records whose first bytes are checked in one vectorised pass
 
 FOUND = np.dtype(
     [
-        ("length", np.int64),  # bytes in the file, of all parts with all that belongs to them
-        ("image", np.int64),  # bytes
+        ("length", np.int64),  # bytes of the record in the file: all parts with their words and padding
+        ("image", np.int64),  # bytes of the encoded image
         ("id", np.int64),
         ("flag", np.int64),
         ("identity", np.float32),
-        ("group", np.float32),  # -1 where the label has none
+        ("group", np.float32),  # -1 if the label has none
     ]
 )
-"""What is read of a record."""
+"""The fields that are read of a record."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """The N images of a data set in ascending order of their keys."""
+    """Holds position and labels of the N images of a data set, in ascending order of their keys."""
 
     path: Path  # of train.rec
-    offsets: np.ndarray  # (N,) int64: where their records begin, in bytes
-    lengths: np.ndarray  # (N,) int64: bytes of the whole record in the file, what `image_of` takes
+    offsets: np.ndarray  # (N,) int64: begin of each record in the file, in bytes
+    lengths: np.ndarray  # (N,) int64: length of each record in the file, in bytes, as `image_of` takes it
     keys: np.ndarray  # (N,) int64
-    identity: np.ndarray  # (N,) int64, as labelled
-    group: np.ndarray  # (N,) int64: the second label, -1 where there is none
+    identity: np.ndarray  # (N,) int64: the first label
+    group: np.ndarray  # (N,) int64: the second label, -1 if there is none
 
 
 # Read -----------------------------------------------------------------------------------------------------------------
 
 
 def read_index(folder: Path) -> Records:
-    """Finds the images of <folder>/train.rec with train.idx, or where there is none by walking through the records.
+    """Finds the images of <folder>/train.rec with train.idx or, without it, by reading the file record by record.
 
-    Without train.idx the keys are the records' ids where these all differ, as in files of insightface's layout, and
-    else count the records. Of each record the first bytes are read and compared with what must hold for every record;
-    no image is.
+    Without train.idx the keys are the ids of the records if these are unique, as in insightface's layout, otherwise the
+    records are numbered. Only the first bytes of each record are read and checked, not the images.
 
-    Raises InputError where a file is missing, is damaged, does not belong to the other, or holds other labels.
+    Raises InputError if train.rec is missing, if a file is corrupted or the two do not fit each other, and if a label
+    is not an integer from 0 to 2^24 - 1.
     """
     path = folder / RECORDS
     try:
@@ -103,9 +104,9 @@ def read_index(folder: Path) -> Records:
 
 
 def image_of(record: bytes) -> bytes:
-    """The encoded image of a record, from its bytes in the file: `Records.lengths` bytes from `Records.offsets` on.
+    """Returns the encoded image in a record, given as `Records.lengths` bytes of the file from `Records.offsets` on.
 
-    Raises ValueError with the reason where they are no such bytes.
+    Raises ValueError, with the reason, if the bytes are not exactly one valid record.
     """
     parts = [*_parts(record, 0)]
     if _padded(parts[-1].stop) != len(record):
@@ -120,7 +121,10 @@ def image_of(record: bytes) -> bytes:
 
 
 def _parts(data: bytes | mmap.mmap, offset: int) -> Iterator[slice]:
-    """Where the content of the record at `offset` lies; raises ValueError where it is not one, or not all of it."""
+    """Yields the slices of `data` with the content of the record at `offset`.
+
+    Raises ValueError if there is no record, or a truncated one.
+    """
     kind, possible = None, (WHOLE, FIRST)
     while kind not in (WHOLE, LAST):
         begin = offset + PART.size
@@ -160,16 +164,16 @@ def _mapped(path: Path) -> mmap.mmap:
     if not path.exists():
         raise InputError(f"There is no file {path}: set data to the folder that holds {RECORDS}.")
     with open(path, "rb") as file:
-        if file.seek(0, 2) == 0:  # which cannot be mapped
+        if file.seek(0, 2) == 0:  # an empty file cannot be memory-mapped
             raise InputError(f"{path} is empty: get it again.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_SEQUENTIAL"):  # reading ahead, past the images, is faster than one page per record
+    if hasattr(mmap, "MADV_SEQUENTIAL"):  # read-ahead, images included, is faster than one page fault per record
         data.madvise(mmap.MADV_SEQUENTIAL)
     return data
 
 
 def _read_keys(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (N,) and offsets (N,), both int64, of the lines "key<tab>offset" in ascending order of the offsets."""
+    """Reads lines "key<tab>offset"; returns keys (N,) and offsets (N,), both int64, sorted by offset."""
     content = path.read_bytes().replace(b"\r\n", b"\n")
     if not content:
         raise _bad_index(path, "is empty")
@@ -195,7 +199,7 @@ def _bad_index(path: Path, reason: str) -> InputError:
 
 
 def _walk(path: Path, data: mmap.mmap) -> np.ndarray:
-    """Offsets (N,) int64 of all records."""
+    """Returns the offsets (N,) int64 of all records."""
     offsets, offset = array("q"), 0
     while offset < len(data):
         offsets.append(offset)
@@ -204,10 +208,10 @@ def _walk(path: Path, data: mmap.mmap) -> np.ndarray:
 
 
 def _read_heads(path: Path, data: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
-    """What the records at `offsets` (N,), ascending, are: (N,) FOUND. Records must not overlap."""
+    """Reads the records at ascending `offsets` (N,), returns (N,) FOUND. Raises InputError if records overlap."""
     _refuse(path, offsets, offsets > len(data) - PART.size, "is beyond its end")
     _refuse(path, offsets, offsets % 4 != 0, "is no record")
-    # Also a guard: a record of many parts is gone through for each offset that leads to it.
+    # Also bounds the time: a record of many parts would be read once for each offset that points to it.
     _refuse(path, offsets[1:], offsets[1:] == offsets[:-1], f"is in {INDEX} twice")
     found = np.empty(len(offsets), FOUND)
     for begin in range(0, len(offsets), CHUNK):
@@ -219,7 +223,7 @@ def _read_heads(path: Path, data: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
 
 
 def _read_chunk(path: Path, data: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
-    """As `_read_heads`, of a few records."""
+    """Does the work of `_read_heads` for CHUNK records."""
     words = np.frombuffer(data, "<u4", len(data) // 4)
     first = _words_at(words, offsets, PART.size + HEAD_AND_LABELS)
     kind, length = first[:, 1] >> LENGTH_BITS, (first[:, 1] & LONGEST).astype(np.int64)
@@ -231,7 +235,7 @@ def _read_chunk(path: Path, data: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
         length[row] = sum(part.stop - part.start for part in parts) + 4 * (len(parts) - 1)
         ends[row] = _padded(parts[-1].stop)
     _refuse(path, offsets, ends > len(data), "is a truncated record")
-    # Beyond the end both words of `after` are the file's last, which is not both the magic number and such a kind.
+    # Past the end both words of `after` are the last word of the file, which cannot be magic number and kind in one.
     after = _words_at(words, ends, PART.size)
     followed = (after[:, 0] == MAGIC) & (after[:, 1] >> LENGTH_BITS <= FIRST)
     _refuse(path, offsets, (ends < len(data)) & ~followed, "is a record that no other follows")
@@ -248,23 +252,23 @@ def _read_chunk(path: Path, data: mmap.mmap, offsets: np.ndarray) -> np.ndarray:
 
 
 def _words_at(words: np.ndarray, offsets: np.ndarray, size: int) -> np.ndarray:
-    """(N, size / 4) uint32; beyond the end of the file its last word stands."""
+    """Gathers `size` bytes from each offset as (N, size / 4) uint32; past the end of the file its last word repeats."""
     return words[np.minimum(offsets[:, None] // 4 + np.arange(size // 4), len(words) - 1)]
 
 
 def _joined_head(data: mmap.mmap, parts: list[slice]) -> bytes:
-    """The first HEAD_AND_LABELS bytes of a record of many parts, or all with zeros after them."""
+    """Returns the first HEAD_AND_LABELS bytes of a record of several parts, padded with zeros if there are fewer."""
     joined = MAGIC_BYTES.join(data[part.start : min(part.stop, part.start + HEAD_AND_LABELS)] for part in parts)
     return joined[:HEAD_AND_LABELS].ljust(HEAD_AND_LABELS, b"\0")
 
 
 def _images(path: Path, keys: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Rows of the images in ascending order of their keys."""
+    """Returns the rows of the images in ascending order of their keys; raises InputError if some are missing."""
     rows = np.argsort(keys)
     zero = found[rows[0]]
     if keys[rows[0]] != 0 or zero["flag"] == 0 or zero["image"] > 0:
         return rows
-    rows = rows[1:]  # keys differ, and none is below 0
+    rows = rows[1:]  # keys are unique and not negative
     end = _end_of_images(path, keys, found, rows, float(zero["identity"]))
     rows = rows[keys[rows] < end]
     if len(rows) != end - 1:
@@ -275,21 +279,22 @@ def _images(path: Path, keys: np.ndarray, found: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _end_of_images(path: Path, keys: np.ndarray, found: np.ndarray, rows: np.ndarray, said: float) -> int:
-    """The first key after the images; `rows` are those of all records but the header record, by key.
+def _end_of_images(path: Path, keys: np.ndarray, found: np.ndarray, rows: np.ndarray, stored: float) -> int:
+    """Returns the first key after the images; `rows` are all records but the header record, sorted by key.
 
-    `said` is that key as the header record holds it: one key up to EXACT, from there on two or more that float32 holds
-    alike. Of these the images' come first, and the identities' follow without gap.
+    `stored` is that key as float32 in the header record. Up to EXACT it is exact; above, several keys round to it.
+    Among the records of these keys the images come first, and the identities follow without a gap.
     """
-    if not (1 < said < 1 << 62 and said.is_integer()):
-        raise InputError(f"{path}: its header record says that images end at key {said:g}: get the file again.")
-    lowest, highest = _held_as(said)
-    if lowest == highest or lowest > len(rows) + 1:  # the second is refused for the images that are missing
+    if not (1 < stored < 1 << 62 and stored.is_integer()):
+        raise InputError(f"{path}: its header record says that images end at key {stored:g}: get the file again.")
+    lowest, highest = _integers_rounded_to(stored)
+    if lowest == highest or lowest > len(rows) + 1:  # in the second case the caller reports the missing images
         return lowest
     near = rows[slice(*np.searchsorted(keys[rows], (lowest, highest + 1)))]
     keys, found = keys[near], found[near]
     is_image = (found["image"] > 0) | (found["flag"] == 0)
-    # The labels of an image without content are none of an identity, unless its group is not below its identity.
+    # The labels of an identity are its first key and the key after its last, so the second is not smaller. An image
+    # without content is mistaken for an identity only if its group is not smaller than its identity.
     is_identity = ~is_image & (found["identity"] >= 1) & (found["identity"] <= found["group"])
     end = int(keys[is_image].max(initial=lowest - 1)) + 1
     if not (is_image | is_identity).all() or keys[is_identity].min(initial=highest + 1) != end or end > highest:
@@ -300,17 +305,17 @@ def _end_of_images(path: Path, keys: np.ndarray, found: np.ndarray, rows: np.nda
     return end
 
 
-def _held_as(said: float) -> tuple[int, int]:
-    """The lowest and the highest whole number of those that LABEL holds as `said`, which is one of them."""
-    below, above = (int(np.nextafter(LABEL(said), LABEL(to))) for to in (-np.inf, np.inf))
-    lowest, highest = (int(said) + below + 1) // 2, (int(said) + above) // 2
-    # A number halfway between two goes to the one whose last bit is even.
-    return lowest + (LABEL(lowest) != said), highest - (LABEL(highest) != said)
+def _integers_rounded_to(stored: float) -> tuple[int, int]:
+    """Returns the lowest and the highest integer that round to `stored` as LABEL; `stored` is an integer itself."""
+    below, above = (int(np.nextafter(LABEL(stored), LABEL(to))) for to in (-np.inf, np.inf))
+    lowest, highest = (int(stored) + below + 1) // 2, (int(stored) + above) // 2
+    # A tie is rounded to even, so that either bound may belong to the neighbour.
+    return lowest + (LABEL(lowest) != stored), highest - (LABEL(highest) != stored)
 
 
-def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, there: np.ndarray, name: str) -> None:
-    with np.errstate(invalid="ignore"):  # that is what is looked for
-        bad = there & ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
+def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, present: np.ndarray, name: str) -> None:
+    with np.errstate(invalid="ignore"):  # a NaN among the labels is refused below
+        bad = present & ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
     if bad.any():
         row = np.argmax(bad)
         raise InputError(
@@ -325,10 +330,10 @@ def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, there: np.n
 def write_records(folder: Path, images: Iterable[tuple[bytes, int, int]], num_classes: int) -> None:
     """Writes (encoded image, identity, group or -1), sorted by identity, in insightface's layout.
 
-    Keys count the images from 1 on. Every identity below `num_classes` has a record, also one without an image.
+    Images have the keys 1, 2, ... Every identity below `num_classes` gets a record, even without an image.
 
-    Raises InputError for images that are not sorted or cannot be written so, and where there is no room. What was in
-    the folder is then as it was.
+    Raises InputError if images are not sorted or cannot be represented, or the disk is full. The files in the folder
+    are then unchanged.
     """
     with (
         replaced(folder / INDEX) as index,
@@ -338,13 +343,14 @@ def write_records(folder: Path, images: Iterable[tuple[bytes, int, int]], num_cl
         with open(records, "wb") as file, open(index, "w", newline="\n") as lines:
             _write(_checked(folder / RECORDS, images, num_classes), num_classes, file, lines)
         properties.write_text(f"{num_classes},112,112\n", newline="\n")
-        # The files are renamed one after the other: a kill must not leave the index of other records, but may none.
+        # The files are renamed one after the other: a kill in between may leave no index, but never an outdated one.
         (folder / INDEX).unlink(missing_ok=True)
 
 
 def _checked(
     path: Path, images: Iterable[tuple[bytes, int, int]], num_classes: int
 ) -> Iterator[tuple[bytes, int, int]]:
+    """Passes the images through; raises InputError at the first that cannot be written."""
     previous, count = 0, 0
     for count, (image, identity, group) in enumerate(images, 1):
         reason = ""
@@ -385,7 +391,7 @@ def _write(images: Iterable[tuple[bytes, int, int]], num_classes: int, file: Bin
 
 
 def _record(key: int, labels: tuple[int, ...], image: bytes) -> bytes:
-    """A record as it lies in the file; a single label is no vector."""
+    """Encodes a record as the bytes of the file; a single label goes into the head, several become a vector."""
     if len(labels) == 1:
         content = HEAD.pack(0, *labels, key, 0) + image
     else:

@@ -1,4 +1,4 @@
-"""Image store: every image of a data folder decoded once, in the order of its index."""
+"""Decodes every image of a data folder once into one memory-mapped array, in the order of its index."""
 
 import contextlib
 import hashlib
@@ -26,53 +26,54 @@ from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
 MAX_BAD_SHARE = 0.001
-BLOCK = 256  # images that are decoded and checked together: the digest of a data folder depends on it
+BLOCK = 256  # images decoded and verified together; changing it changes the digest of every data folder
 
 
 def decode(content: bytes) -> np.ndarray:
-    """RGB image (112, 112, 3) uint8 from an encoded one; raises ValueError with the reason where that cannot be."""
+    """Decodes an image file to RGB (112, 112, 3) uint8; raises ValueError, with the reason, if that is impossible."""
     image = images.decode(content, upright=False)
     if image.shape[:2] != (SIZE, SIZE):
         raise ValueError(f"is {image.shape[1]} x {image.shape[0]}, not {SIZE} x {SIZE}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # a tenth of the time of a view that NumPy copies
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # ten times as fast as copying the reversed view with NumPy
 
 
 class ImageStore:
-    """Index and decoded images of a data folder, made once and used by every stage.
+    """Holds index and decoded images of a data folder; made once, then read from `cfg.cache_dir` by every stage.
 
-    The folder `cfg.cache_dir` holds `images.npy` (N, 112, 112, 3) uint8 in index order, and `index.npz`. The images are
-    trusted as long as the data folder is the one that they were decoded from, as far as `find_images` can tell; with
-    `checked` their content is compared with what was written, and decoded again where it is another. Images that cannot
-    be used are refused, or with `cfg.skip_bad_images` keep an empty row that is in no training set.
+    The cache holds `images.npy` (N, 112, 112, 3) uint8 in index order, and `index.npz`. It is valid as long as
+    `find_images` notices no change in the data folder. With `checked` the content of `images.npy` is verified against
+    the digests written with it, and corrupted blocks are decoded again. Raises InputError if images cannot be used;
+    with `cfg.skip_bad_images` their rows stay black instead, and belong to no training set.
     """
 
     index: Index
-    images: np.ndarray  # (N, 112, 112, 3) uint8, mapped
+    images: np.ndarray  # (N, 112, 112, 3) uint8, memory-mapped
     usable: np.ndarray  # (N,) bool
-    digest: str  # of the paths and contents of all files, in order
+    digest: str  # SHA-256 over the paths and contents of all files, in index order
 
     def __init__(self, cfg: Config, checked: bool = True):
         data, folder = Path(cfg.data), cfg.cache_dir
         path = folder / "images.npy"
-        with first_of_machine_before() as is_one:  # one lists, decodes and checks for all
-            self.index = find_images(cfg, _bad_images(path))  # they may have been mended
+        # Local rank 0 lists, decodes and verifies; the other ranks of the machine then read.
+        with first_of_machine_before() as is_local_rank_0:
+            self.index = find_images(cfg, _bad_images(path))  # bad images may have been repaired
             form, made_from = ((len(self.index.paths), SIZE, SIZE, 3), np.uint8), {"files": self.index.digest}
 
             def fill() -> None:
-                _make_room(path, made_from)
+                _delete_outdated(path, made_from)
                 _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
 
-            self.images = provide(path, *form, made_from, fill, checked and is_one)
+            self.images = provide(path, *form, made_from, fill, checked and is_local_rank_0)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
         bad = _bad_of(blocks)
         self.usable = np.ones(len(self.index.paths), bool)
         self.usable[list(bad)] = False
-        _report(bad, len(self.usable), data, folder, cfg.skip_bad_images, is_one)
+        _report(bad, len(self.usable), data, folder, cfg.skip_bad_images, is_local_rank_0)
 
 
 def _bad_images(path: Path) -> dict[int, str]:
-    """Rows of images that could not be used when they were decoded, and why."""
+    """Returns the rows of images that could not be used when they were decoded, with the reasons."""
     with contextlib.suppress(Damaged):
         if found := about(path):
             return _bad_of(found["blocks"])
@@ -83,8 +84,8 @@ def _bad_of(blocks: list[dict]) -> dict[int, str]:
     return {row: reason for block in blocks for row, reason in block["bad"]}
 
 
-def _make_room(path: Path, made_from: dict) -> None:
-    """Deletes images of other files before those of these files are decoded."""
+def _delete_outdated(path: Path, made_from: dict) -> None:
+    """Deletes decoded images of an earlier state of the data folder, to free disk space before decoding."""
     with contextlib.suppress(Damaged):
         found = about(path)
         if found and found["made from"] != made_from:
@@ -92,18 +93,18 @@ def _make_room(path: Path, made_from: dict) -> None:
 
 
 def _decode_all(index: Index, data: Path, filling: Filling) -> None:
-    """Decodes the images of all blocks that are missing."""
+    """Decodes the images of all missing blocks. Raises InputError if the disk is too small."""
     folder = filling.path.parent
     folder.mkdir(parents=True, exist_ok=True)
     count = len(index.paths)
     needed, free = count * SIZE * SIZE * 3, shutil.disk_usage(folder).free
-    there = sum(path.stat().st_size for path in folder.glob("images.npy*"))
-    if needed > free + there:
+    existing = sum(path.stat().st_size for path in folder.glob("images.npy*"))
+    if needed > free + existing:
         sizes = f"{printed_bytes(free)} free of {printed_bytes(needed)}"
         raise InputError(f"{folder} has only {sizes}: set cache to a larger disk.")
 
     def decode_block(block: int) -> tuple[str, str, list[tuple[int, str]]]:
-        """SHA-256 of the rows and of the files that they come from, and what cannot be used of them."""
+        """Decodes a block; returns the SHA-256 of its rows, that of its files, and (row, reason) of unusable images."""
         content, bad, rows = hashlib.sha256(), [], filling.rows(block)
         decoded = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
         for out, row in zip(decoded, rows, strict=True):
@@ -112,11 +113,11 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
             bad += [(row, reason)] if reason else []
         return filling.write(block, decoded), content.hexdigest(), bad
 
-    with _reader(index, data) as read, filling, _chatter_silenced(), ThreadPoolExecutor() as pool:
+    with _reader(index, data) as read, filling, _opencv_logging_off(), ThreadPoolExecutor() as pool:
         left = sum(len(filling.rows(block)) for block in filling.missing)
         which = f"{left:,}" if left == count else f"{left:,} of {count:,}"
-        source, room = data / RECORDS if index.in_records else data, f"{printed_bytes(free)} free"
-        print(f"Decoding {which} images of {source} once: {printed_bytes(needed)} in {folder} ({room}).", flush=True)
+        source, space = data / RECORDS if index.in_records else data, f"{printed_bytes(free)} free"
+        print(f"Decoding {which} images of {source} once: {printed_bytes(needed)} in {folder} ({space}).", flush=True)
         with tqdm(desc="decode", total=count, initial=count - left, unit=" images", disable=None) as bar:
             results = map_ahead(pool, decode_block, filling.missing, 2 * (os.cpu_count() or 1))
             for block, (digest, content, bad) in zip(filling.missing, results, strict=True):
@@ -124,20 +125,20 @@ def _decode_all(index: Index, data: Path, filling: Filling) -> None:
                 bar.update(len(filling.rows(block)))
 
 
-def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool, is_one: bool) -> None:
-    """Says which images cannot be used; of several processes `is_one` of each machine writes the list."""
+def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: bool, is_local_rank_0: bool) -> None:
+    """Lists unusable images in bad_images.txt (local rank 0 only). Raises InputError unless they are skipped."""
     if not bad:
         return
     listing = folder / "bad_images.txt"
     reasons = [*map(printable, bad.values())]
     text = "".join(f"{reason}\n" for reason in reasons)
-    known = is_one and listing.exists() and listing.read_text(encoding="utf-8") == text
-    if is_one and not known:  # the cache may be a read-only one
+    known = is_local_rank_0 and listing.exists() and listing.read_text(encoding="utf-8") == text
+    if is_local_rank_0 and not known:  # the cache may be read-only: do not write the same list again
         write_text(listing, text)
     shown = [f"\n  {reason}" for reason in reasons[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
     if not skip:
-        raise InputError(f"{text}\nMend or remove them, or set skip_bad_images to train without them.")
+        raise InputError(f"{text}\nRepair or remove them, or set skip_bad_images to train without them.")
     if len(bad) > MAX_BAD_SHARE * count:
         raise InputError(f"{text}\nThat is more than {MAX_BAD_SHARE:.1%}, which is too many to be skipped.")
     if is_first():
@@ -146,7 +147,7 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
 
 @contextlib.contextmanager
 def _reader(index: Index, data: Path) -> Iterator[Callable[[int], bytes]]:
-    """The function that reads a row's encoded image; may be called in any thread."""
+    """Yields a function that reads the encoded image of a row; it is thread-safe."""
     if not index.in_records:
         folder = os.fspath(data)
         yield lambda row: images.read_bytes(f"{folder}/{index.paths[row]}")
@@ -156,7 +157,7 @@ def _reader(index: Index, data: Path) -> Iterator[Callable[[int], bytes]]:
 
 
 def _decode_into(out: np.ndarray, row: int, index: Index, data: Path, read: Callable) -> tuple[bytes, str]:
-    """Decodes a row's image; gives the digest of its file and, where it cannot be used, what is wrong with it."""
+    """Decodes the image of `row` into `out`; returns the digest of its file, and the reason if it cannot be used."""
     try:
         content = read(row)
         out[:] = decode(content)
@@ -168,8 +169,8 @@ def _decode_into(out: np.ndarray, row: int, index: Index, data: Path, read: Call
 
 
 @contextlib.contextmanager
-def _chatter_silenced() -> Iterator[None]:
-    """Keeps OpenCV from logging about files that are reported here by name."""
+def _opencv_logging_off() -> Iterator[None]:
+    """Turns OpenCV's logging off: unusable files are reported by name here."""
     logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 and 4
     level = logging.getLogLevel()
     logging.setLogLevel(0)
@@ -180,4 +181,5 @@ def _chatter_silenced() -> Iterator[None]:
 
 
 def printed_bytes(count: float) -> str:
+    """Formats a number of bytes as GB or MB, with one decimal."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

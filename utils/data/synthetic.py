@@ -1,10 +1,10 @@
-"""Generated faces: drawn with OpenCV from a seed, so that every stage runs without any person's photograph.
+"""Generates faces: drawings made with OpenCV from a seed, so that every stage runs without photographs of persons.
 
-Four groups carry the names of the four ethnicities only because the scripts look for folders of those names. They
-differ in nothing but *which* facial attributes tell identities apart: in each group four of the sixteen attributes are
-fixed per identity, the other twelve change from image to image. A network trained on one group learns to look at its
-four attributes and to ignore the rest, and is therefore poor on the other groups, as a specialised teacher should be.
-Skin, light, pose and background are drawn alike in all groups.
+The four groups have the names of the four ethnicities only because the scripts expect folders of these names. They
+differ only in *which* facial attributes distinguish identities: in each group four of the sixteen attributes are fixed
+per identity, the other twelve vary from image to image. A network trained on one group learns its four attributes and
+ignores the rest, and therefore performs poorly on the other groups, as a specialised teacher should. Skin, light, pose
+and background have the same distribution in all groups.
 """
 
 import os
@@ -21,7 +21,7 @@ from utils.data.store import SIZE
 from utils.errors import InputError
 
 MARKER = "GENERATED.txt"
-"""A folder that holds this file holds generated faces; the printed table and the picture made from it say so."""
+"""Marks a folder of generated faces; tables and pictures made from it are labelled as generated."""
 
 FOLDS = 10
 
@@ -31,20 +31,20 @@ ATTRIBUTES = (
     ("beard", "brow_angle", "eye_height", "nose_width"),
     ("hair_height", "brow_gap", "mouth_position", "lip_thickness"),
 )
-"""The attributes that tell identities apart, for the first, second, third and fourth group."""
+"""The attributes that distinguish identities, for the first, second, third and fourth group."""
 
 NAMES = tuple(name for group in ATTRIBUTES for name in group)
-SCALE = 2  # drawn larger and averaged down: smooth edges
+SCALE = 2  # faces are drawn this much larger and averaged down, for smooth edges
 
 
 def generate(
     folder: Path, groups: tuple[str, ...], identities: int = 40, images: int = 16, pairs: int = 400, seed: int = 0
 ) -> None:
-    """Writes `folder`/train/<group>/<identity>/<image>.jpg and `folder`/pairs/<group>_test.bin, once.
+    """Writes <folder>/train/<group>/<identity>/<image>.jpg and <folder>/pairs/<group>_test.bin.
 
-    Each of up to four groups gets `identities` x `images` training images and `pairs` verification pairs of other
-    identities (a multiple of 20: ten folds, in each the genuine pairs first). A folder of the same recipe is kept;
-    another one is replaced only if it holds generated faces.
+    Each of up to four groups gets `identities` x `images` training images, and `pairs` verification pairs of other
+    identities (a multiple of 20: ten folds, in each the genuine pairs first). A folder made with the same arguments is
+    kept. Raises InputError for bad arguments, and for a folder of anything but generated faces.
     """
     if not 1 <= len(groups) <= len(ATTRIBUTES) or pairs % (2 * FOLDS) or min(identities, images, pairs) < 1:
         raise InputError("Faces are generated for one to four groups, with a multiple of 20 pairs.")
@@ -93,11 +93,12 @@ def generate(
 
 
 def is_generated(folder: Path) -> bool:
+    """Tells whether a folder is marked as holding generated faces."""
     return (folder / MARKER).exists()
 
 
 def _draw_pair(group: int, same: bool, seed: tuple[int, ...]) -> list[bytes]:
-    """Two encoded images of one new identity or of two."""
+    """Draws a verification pair: two encoded images of one new identity (`same`), or of two."""
     random = np.random.default_rng(seed)
     one = identity_parameters(group, random)
     other = one if same else identity_parameters(group, random)
@@ -109,14 +110,14 @@ def _encode(image: np.ndarray) -> bytes:
 
 
 def identity_parameters(group: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and spread (both (16,), attributes in [0, 1]) of the attributes of one new identity of `group`."""
+    """Draws a new identity of `group`; returns mean (16,) and standard deviation (16,) of its attributes in [0, 1]."""
     carries = np.array([name in ATTRIBUTES[group] for name in NAMES])
     mean = np.where(carries, random.uniform(0, 1, 16), random.normal(0.5, 0.08, 16))
     return mean, np.where(carries, 0.05, 0.25)
 
 
 def draw_face(mean: np.ndarray, spread: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """One RGB image (112, 112, 3) uint8 of an identity: new pose, light, expression, occlusion and noise every time."""
+    """Draws an identity with random pose, light, expression, occlusion and noise: RGB (112, 112, 3) uint8."""
     values = np.clip(random.normal(mean, spread), -0.1, 1.1)
     a = dict(zip(NAMES, 2 * values - 1, strict=True))  # every attribute in about [-1, 1]
     canvas = _background(random)
@@ -138,15 +139,15 @@ def _ellipse(canvas, centre, axes, colour, angle=0.0, start=0.0, end=360.0, thic
 
 
 def _background(random) -> np.ndarray:
-    """A smooth gradient between two muted colours."""
+    """Returns a smooth gradient between four muted colours, RGB uint8."""
     corners = random.uniform(40, 215, (2, 2, 1)) + random.uniform(-25, 25, (2, 2, 3))
     side = SIZE * SCALE
     return cv2.resize(np.clip(corners, 0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
-    """Neck, hair, head, ears, eyes, brows, nose, mouth and beard; RGB, in place."""
-    tone = random.uniform(0, 1)  # drawn alike in all groups: never tied to one
+    """Draws neck, hair, head, ears, beard, eyes, brows, nose and mouth into an RGB canvas, in place."""
+    tone = random.uniform(0, 1)  # the same distribution in all groups: skin tone must not identify a group
     skin = np.array([238, 200, 172]) * (1 - tone) + np.array([120, 78, 54]) * tone
     shadow, light = tuple(map(float, skin * 0.80)), tuple(map(float, np.minimum(skin * 1.07, 255)))
     skin_colour = tuple(map(float, skin))
@@ -167,7 +168,7 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
         _ellipse(canvas, (x + side * (width - 0.5), y + 1), (5, 9), shadow)
     _ellipse(canvas, (x, y), (width, height), skin_colour)
 
-    # The fringe: the part of the head above the hairline.
+    # The fringe is the part of the head above the hairline.
     head = np.zeros(canvas.shape[:2], np.uint8)
     _ellipse(head, (x, y), (width, height), 255)
     fringe = np.zeros_like(head)
@@ -198,7 +199,7 @@ def _draw_head(canvas: np.ndarray, a: dict[str, float], random) -> None:
 def _draw_eyes(
     canvas: np.ndarray, a: dict[str, float], random, x: float, eye_y: float, hair: tuple, shadow: tuple
 ) -> None:
-    """Eyes and brows."""
+    """Draws eyes and brows."""
     gap, size = 16 + 4.0 * a["eye_gap"], 6.4 + 2.4 * a["eye_size"]
     brow_y = eye_y - size - 5.8 - 3.6 * a["brow_gap"]
     raised = random.normal(0, 0.5)
@@ -223,6 +224,7 @@ def _draw_eyes(
 
 
 def _draw_mouth(canvas: np.ndarray, a: dict[str, float], random, x: float, chin: float, skin: np.ndarray) -> None:
+    """Draws the mouth, open or closed, above the chin."""
     mouth_y = 90 + 5.5 * a["mouth_position"]
     mouth, lips = 13 + 5.5 * a["mouth_width"], 3.6 + 2.6 * a["lip_thickness"]
     smile, opening = random.normal(0.8, 1.3), max(0.0, random.normal(-0.4, 1.2))
@@ -242,7 +244,7 @@ def _draw_mouth(canvas: np.ndarray, a: dict[str, float], random, x: float, chin:
 
 
 def _occlude(canvas: np.ndarray, random) -> None:
-    """Something in front of the face: glasses, or a plain bar like a hand or a microphone."""
+    """Covers part of the face: with glasses, or with a plain bar in place of a hand or a microphone."""
     colour = tuple(map(float, random.uniform(10, 120, 3)))
     if random.random() < 0.6:
         for side in (-1, 1):
@@ -256,7 +258,7 @@ def _occlude(canvas: np.ndarray, random) -> None:
 
 
 def _photograph(canvas: np.ndarray, random) -> np.ndarray:
-    """Pose (a small homography), light from one side, blur and sensor noise; then 112 x 112."""
+    """Applies pose (a small homography), scales to 112 x 112, then adds directional light, blur and sensor noise."""
     side = SIZE * SCALE
     centre = np.float32([side / 2, side / 2])
     angle, zoom = np.radians(random.normal(0, 2.5)), 1 + random.normal(0, 0.02)

@@ -1,1 +1,1 @@
-"""Data in: from what the authors of data sets hand out to what the stages read. Run: python -m utils.prepare --help"""
+"""Converts data sets as their authors release them into what the stages read. Run: python -m utils.prepare --help"""

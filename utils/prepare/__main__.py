@@ -1,4 +1,4 @@
-"""Prepares data for the stages: a word says what is to be done.
+"""Prepares data for the stages.
 
 Run     python -m utils.prepare <align|rfw|pairs|rec|inspect> --help
 """
@@ -9,11 +9,11 @@ import importlib
 from utils.data.images import prepare_process
 
 COMMANDS = {
-    "align": "photographs or loose crops to aligned faces of 112 x 112",
-    "rfw": "RFW's lists of pairs and aligned faces to <ethnicity>_test.bin",
-    "pairs": "any list of pairs and folder of faces to .bin, and back",
-    "rec": "a folder of faces to train.rec, and back",
-    "inspect": "what a data folder holds, what it should hold, and what of it is in the pairs too",
+    "align": "align photographs or loose crops to faces of 112 x 112",
+    "rfw": "convert RFW's lists of pairs and aligned faces to <ethnicity>_test.bin",
+    "pairs": "convert a list of pairs and a folder of faces to .bin, or back",
+    "rec": "convert a folder of faces to train.rec, or back",
+    "inspect": "report what a data folder holds, what it should hold, and what it shares with the pairs",
 }
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     given = parser.parse_args(argv)
-    # Not at the top, which every process that is started reads: PyTorch comes with it.
+    # Imported late: spawned processes import this module too, and utils.process imports PyTorch.
     from utils.process import guarded
 
     prepare_process()

@@ -1,20 +1,20 @@
-"""Photographs or loose crops to aligned faces of 112 x 112 pixels.
+"""Aligns photographs or loose crops to faces of 112 x 112 pixels.
 
-Every image below --images, however deep, becomes <output>/<same path>.jpg (JPEG, quality 95), turned, scaled and cut so
-that its five landmarks come to lie where ArcFace's crops have them. The landmarks are either given or detected:
+Every image below --images, at any depth, becomes <output>/<same path>.jpg (JPEG, quality 95), rotated, scaled and
+cropped so that its five landmarks match ArcFace's template. The landmarks are either given or detected:
 
---landmarks   Text files such as RFW's <Race>_lmk.txt, a line for each image: its path, perhaps other fields, and ten
-              numbers at the end, separated by tabs, spaces or commas. The numbers are x1 y1 ... x5 y5 or x1 ... x5
-              y1 ... y5, which is found out for each file, of left eye, right eye, nose, left and right corner of the
-              mouth as seen in the image, in stored pixels: an EXIF orientation is not applied. A path is matched with
-              the images by its last parts: <Race>/<id>/<image>, or <id>/<image> where that is unambiguous.
---detector    OpenCV's face detector YuNet, an ONNX file that you bring. Here an EXIF orientation is applied. Of several
-              faces the one is taken that is largest and nearest to the centre (area less twice the squared distance):
+--landmarks   Text files such as RFW's <Race>_lmk.txt, with one line per image: its path, optionally other fields, and
+              ten numbers at the end, separated by tabs, spaces or commas. The numbers are x1 y1 ... x5 y5 or x1 ... x5
+              y1 ... y5 (recognised for each file) of left eye, right eye, nose, left and right corner of the mouth as
+              seen in the image, in stored pixels: EXIF orientation is not applied. A path is matched with the images by
+              its last parts: <Race>/<id>/<image>, or <id>/<image> where that is unambiguous.
+--detector    OpenCV's face detector YuNet, an ONNX file that you provide. EXIF orientation is applied. Of several faces
+              the largest and most central one is chosen (area minus twice the squared distance to the centre);
               <output>/several_faces.csv lists these images.
 
-What could not be aligned is in <output>/failures.csv, as are lines of landmarks without an image. The same command
-again goes on after an interruption, keeps finished faces, makes those anew whose image has changed since, and tries the
-failures again. The exit status is 0 also where some images failed, and 2 where none could be aligned.
+<output>/failures.csv lists images that could not be aligned, and lines of landmarks without an image. Run the same
+command again to resume after an interruption: finished faces are kept, faces whose image has changed are made again,
+and failures are retried. The exit status is 0 even if some images failed, and 2 if none could be aligned.
 
 Run     python -m utils.prepare align --images test/data --landmarks test/txts/*/*_lmk.txt --output aligned
         python -m utils.prepare align --images photographs --detector face_detection_yunet.onnx --output aligned
@@ -42,7 +42,7 @@ from utils.storage.locks import locked
 
 PARAMETERS, FAILURES, SEVERAL = "align.json", "failures.csv", "several_faces.csv"
 QUALITY = 95
-DETECTED_AT = 640  # pixels of the longer side of larger images, in which YuNet looks for faces
+DETECTED_AT = 640  # pixels: larger images are scaled down to this longer side for detection
 START, END, COMMENT = b"\xff\xd8", b"\xff\xd9", b"\xff\xfe"  # markers of a JPEG
 
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Raises InputError for folders, landmarks or a detector that cannot be used, and where no image can be aligned."""
+    """Aligns all images. Raises InputError for unusable folders, landmarks or detector, and if every image fails."""
     source, output = given.images, given.output
     _refuse_folders(source, output)
     if given.detector:
@@ -73,7 +73,7 @@ def run(given: argparse.Namespace) -> None:
                 f"--landmarks have no line for any image of {source}, such as {paths[0]}, which {failures[paths[0]]}: "
                 f"set another file.{example}"
             )
-    failures |= _double(paths)
+    failures |= _overwritten(paths)
     with locked(output):
         _claim(output, source, given.landmarks, given.detector)
         left, counts, several = [path for path in paths if path not in failures], Counter(), []
@@ -93,8 +93,8 @@ def run(given: argparse.Namespace) -> None:
 def aligned(
     aligner: "Aligner", paths: list[str], points: dict[str, np.ndarray] | None, processes: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """What became of each image, in order: aligned, kept or failed, and what is to be said of it."""
-    # As lists: pickling an array takes several times as long.
+    """Aligns images in processes; yields for each, in order, "aligned", "kept" or "failed", and a note."""
+    # Landmarks go as lists: pickling an array takes several times as long.
     items = ((path, points[path].tolist() if points else None) for path in paths)
     return in_processes(aligner, items, len(paths), "align", processes)
 
@@ -122,8 +122,8 @@ def _find(source: Path) -> list[str]:
     return paths
 
 
-def _double(paths: list[str]) -> dict[str, str]:
-    """The images whose face would have the name of another's, and that other."""
+def _overwritten(paths: list[str]) -> dict[str, str]:
+    """Finds images whose face would overwrite that of an earlier image, with the reason."""
     taken: dict[str, str] = {}
     for path in paths:
         taken.setdefault(_named(path), path)
@@ -131,7 +131,7 @@ def _double(paths: list[str]) -> dict[str, str]:
 
 
 def _orphans(output: Path, paths: list[str]) -> list[tuple[str, str]]:
-    """Faces of images that are gone: they are left to the user."""
+    """Lists faces whose image no longer exists, with the reason; deleting them is left to the user."""
     faces = {_named(path) for path in paths}
     return [(face, "is a face of no image any more: delete it") for face in images.find(output)[0] if face not in faces]
 
@@ -141,7 +141,7 @@ def _named(path: str) -> str:
 
 
 def _claim(output: Path, source: Path, landmarks: list[Path] | None, detector: Path | None) -> None:
-    """Notes what the faces are made from; raises InputError where the folder holds anything else."""
+    """Records `made_from` in the output folder. Raises InputError if it holds anything else."""
     made_from = {
         "images": str(source.resolve()),
         "landmarks" if landmarks else "detector": sorted(map(sha256, landmarks or [detector])),
@@ -161,7 +161,8 @@ def _claim(output: Path, source: Path, landmarks: list[Path] | None, detector: P
     else:
         write_json(path, made_from)
     for folder, _, names in os.walk(output):
-        for leftover in (name for name in names if name.endswith(".partial")):  # the lock is held: nobody writes it
+        # The lock is held, so no other process is writing these files.
+        for leftover in (name for name in names if name.endswith(".partial")):
             os.unlink(os.path.join(folder, leftover))
 
 
@@ -182,23 +183,23 @@ def _report(output: Path, counts: Counter, failed: int, several: int, strays: in
 
 @dataclass(frozen=True)
 class Aligner:
-    """Aligns an image of the folder `images` into the folder `output`; unlike a closure it can be pickled."""
+    """Aligns one image of the folder `images` into the folder `output`; a class, since a closure cannot be pickled."""
 
     images: str
     output: str
     detector: Path | None = None
 
     def __call__(self, item: tuple[str, list | None]) -> tuple[str, str]:
-        """Of an image's path and landmarks (five of x, y; None to detect them): aligned, kept or failed, and a note.
+        """Takes path and landmarks (five x, y; None to detect); returns "aligned", "kept" or "failed", and a note.
 
-        The note says why an image failed, and otherwise which of several faces was taken. Raises NotWritten where
-        there is no room, or the folder must not be written to.
+        The note is the reason of a failure, otherwise which of several faces was chosen. Raises NotWritten if the disk
+        is full or the folder is not writable.
         """
         path, points = item
         source, target = f"{self.images}/{path}", f"{self.output}/{_named(path)}"
         try:
             stat = os.stat(source)
-        except OSError as error:  # a disk that is gone takes no finished face with it
+        except OSError as error:  # keeps the finished face: the disk of the images may be unmounted
             return "failed", images.reason_of(error)
         if kept := _read_if_newer(target, stat):
             return "kept", _note_of(kept)
@@ -207,17 +208,18 @@ class Aligner:
         if not reason:
             return "aligned", _note_of(content)
         with contextlib.suppress(OSError):
-            os.unlink(target)  # the face of what the file held before
+            os.unlink(target)  # a face of the former content of the image
         return "failed", reason
 
     def _try(self, source: str, points: list | None) -> tuple[bytes, str]:
-        """The encoded face, or why there is none."""
+        """Returns the encoded face and "", or b"" and the reason."""
         try:
             return self._face(source, points), ""
         except (OSError, ValueError, MemoryError, cv2.error) as error:
             return b"", images.reason_of(error)
 
     def _face(self, source: str, points: list | None) -> bytes:
+        """Returns the encoded face. Raises ValueError for implausible landmarks, and if no face is detected."""
         image, note = images.read(source, upright=points is None), ""
         if points is None:
             points, note = detect(image, load_detector(self.detector))
@@ -231,13 +233,13 @@ class Aligner:
         return _with_note(content, note) if note else content
 
     def _write(self, target: str, content: bytes) -> str:
-        """Writes a face whole or not at all; gives the reason where its name cannot be had.
+        """Writes a face atomically; returns a reason if a file and a folder would have the same name.
 
-        Unlike `utils.storage.files.replaced` it does not wait for the disk, which for a million small files would take
-        most of the time. What a power cut leaves of a face has not both markers, and is made anew.
+        Unlike `utils.storage.files.replaced` it does not fsync, which would take most of the time for a million small
+        files. A face truncated by a power failure lacks a JPEG marker, and is made again.
         """
         folder = os.path.dirname(target)
-        partial = f"{folder}/{os.getpid()}.partial"  # not in one folder for all: ext4 then takes several times as long
+        partial = f"{folder}/{os.getpid()}.partial"  # one common folder for these is several times slower on ext4
         try:
             if not os.path.isdir(folder):
                 os.makedirs(folder, exist_ok=True)
@@ -255,9 +257,9 @@ class Aligner:
 
 
 def _read_if_newer(target: str, source: os.stat_result) -> bytes | None:
-    """A whole face that was made after its image last changed, or None.
+    """Returns the content of a complete face that is newer than its image, or None.
 
-    The time of change counts too: an archive that is unpacked sets that of its files' content back.
+    It must be newer than the image's ctime too, since unpacking an archive sets the mtime back.
     """
     with contextlib.suppress(OSError), open(target, "rb") as file:
         if os.fstat(file.fileno()).st_mtime_ns > max(source.st_mtime_ns, source.st_ctime_ns):
@@ -268,7 +270,7 @@ def _read_if_newer(target: str, source: os.stat_result) -> bytes | None:
 
 
 def _with_note(content: bytes, note: str) -> bytes:
-    """A JPEG with a comment after its first segment: what is known of a face is kept with it."""
+    """Inserts a comment after the first segment of a JPEG, so that the note can be reported when the face is kept."""
     begin, text = _after_first(content), note.encode()
     return content[:begin] + COMMENT + (len(text) + 2).to_bytes(2, "big") + text + content[begin:]
 
@@ -290,13 +292,13 @@ def _after_first(content: bytes) -> int:
 
 @functools.cache
 def load_detector(path: Path) -> cv2.FaceDetectorYN:
-    """YuNet with OpenCV's thresholds, once in each process. Raises InputError where the file is not it."""
+    """Loads YuNet with OpenCV's thresholds, once per process. Raises InputError if the file is not YuNet."""
     if not path.is_file():
         raise InputError(f"There is no file {path}: set --detector to YuNet's ONNX file.")
     try:
-        content = np.fromfile(path, np.uint8)  # OpenCV ends with a segmentation fault where a name is no text
+        content = np.fromfile(path, np.uint8)  # OpenCV segfaults on a path that is not valid text
         detector = cv2.FaceDetectorYN.create("onnx", content, np.empty(0, np.uint8), (64, 64))
-        detector.detect(np.zeros((64, 64, 3), np.uint8))  # another network is only noticed when it runs
+        detector.detect(np.zeros((64, 64, 3), np.uint8))  # a network other than YuNet fails only when it runs
     except cv2.error as error:
         raise InputError(
             f"{path} is no YuNet that OpenCV {cv2.__version__} can read: set --detector to its ONNX file."
@@ -305,15 +307,16 @@ def load_detector(path: Path) -> cv2.FaceDetectorYN:
 
 
 def detect(image: np.ndarray, detector: cv2.FaceDetectorYN) -> tuple[np.ndarray, str]:
-    """The landmarks (5, 2) of a face in a BGR image (H, W, 3) uint8, and if there are several which was taken.
+    """Detects the largest and most central face in a BGR image (H, W, 3) uint8.
 
-    That is the largest and nearest to the centre. Raises ValueError where there is none.
+    Returns its landmarks (5, 2) in pixels and, if there are several faces, a note which one was chosen. Raises
+    ValueError if no face is found.
     """
     height, width = image.shape[:2]
     scale = min(1.0, DETECTED_AT / max(height, width))
     size = max(1, round(scale * width)), max(1, round(scale * height))
     detector.setInputSize(size)
-    # YuNet's order is the template's: the right eye of the person is the left one in the image.
+    # YuNet's order is that of TEMPLATE: the person's right eye is the left one in the image.
     faces = detector.detect(cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image)[1]
     if faces is None:
         raise ValueError("shows no face that the detector finds")

@@ -1,4 +1,4 @@
-"""What a data folder holds: every image listed in the order of the stages' index, and looked at once."""
+"""Lists the images of a data folder in the order of the stages' index, and inspects each once."""
 
 import hashlib
 import os
@@ -21,17 +21,17 @@ from utils.prepare.work import in_processes
 
 @dataclass(frozen=True)
 class Contents:
-    """The N images of a data folder, in the order and with the names that stages give them."""
+    """Holds the N images of a data folder, ordered and named as the stages do."""
 
     folder: Path
-    groups: tuple[str, ...]  # sorted; empty where there are none
-    asked_for: tuple[str, ...]  # those that were given; empty where they were found out
-    identities: tuple[str, ...]  # "<group>/<identity>", of data without groups "<identity>"
+    groups: tuple[str, ...]  # sorted; empty if there are none
+    asked_for: tuple[str, ...]  # the groups that the user named; empty if they were detected
+    identities: tuple[str, ...]  # "<group>/<identity>", or "<identity>" if there are no groups
     paths: tuple[str, ...]  # "<identity as above>/<image>"
-    identity: np.ndarray  # (N,) int64
-    group: np.ndarray  # (N,) int64: which of `groups`; 0 where there are none
+    identity: np.ndarray  # (N,) int64: position in `identities`
+    group: np.ndarray  # (N,) int64: position in `groups`, 0 if there are none
     stamps: np.ndarray  # (N, 2) int64: as in the index
-    records: recordio.Records | None  # of train.rec, those of other groups too; None where the images are files
+    records: recordio.Records | None  # all of train.rec, other groups included; None if the images are files
 
     @property
     def in_records(self) -> bool:
@@ -42,19 +42,20 @@ class Contents:
         return Source(str(self.folder), self.in_records)
 
     def items(self, rows: Iterable[int]) -> "Iterator[str | tuple[int, int]]":
-        """What `Source` takes for these images."""
+        """Returns the arguments for `Source.read` and `Source.decode` for these rows: paths, or (offset, length)."""
         if self.in_records:
             return (tuple(self.stamps[row].tolist()) for row in rows)
         return (self.paths[row] for row in rows)
 
     def rows_of(self, group: int) -> np.ndarray:
+        """Returns the rows (K,) int64 of a group, given by its position in `groups`."""
         return np.flatnonzero(self.group == group)
 
 
 def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
-    """Lists a folder's images; groups that are None are found out. Raises InputError where `scan` does.
+    """Lists the images of a folder; if `groups` is None they are detected. Raises InputError as `scan` does.
 
-    Unlike to a stage, an identity may be in two groups.
+    Unlike in a stage, an identity may occur in two groups: `shared_names` lists them.
     """
     asked_for = groups or ()
     records = recordio.read_index(folder) if (folder / recordio.RECORDS).is_file() else None
@@ -81,7 +82,7 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
 
 
 def _find_groups(folder: Path, records: recordio.Records | None) -> tuple[str, ...]:
-    """The names of the groups that a folder or its records have; none where images lie in <folder>/<identity>."""
+    """Detects the groups of a folder or its records; returns () if the images are <folder>/<identity>/<image>."""
     if records:
         found = np.unique(records.group)
         known = found.min() >= 0 and found.max() < len(GROUPS_OF_RECORDS)
@@ -91,7 +92,7 @@ def _find_groups(folder: Path, records: recordio.Records | None) -> tuple[str, .
     outer = _folders(folder)
     plain = sum(map(_holds_image, outer))
     nested = tuple(path.name for path in outer if any(map(_holds_image, _folders(path))))
-    return nested if len(nested) >= plain else ()  # a stray image here or there decides nothing
+    return nested if len(nested) >= plain else ()  # by majority, so that a few misplaced images do not matter
 
 
 def _folders(path: Path) -> list[Path]:
@@ -105,17 +106,17 @@ def _holds_image(path: Path) -> bool:
 
 
 class Stray(NamedTuple):
-    """Files that stages pass over."""
+    """Counts the files of one kind that the stages ignore."""
 
-    kind: str
+    kind: str  # the ending, or "<ending> elsewhere"
     count: int
     example: str
 
 
 def passed_over(folder: Path, groups: tuple[str, ...], paths: Iterable[str]) -> list[str]:
-    """Images of these groups, without any of the whole folder, that are not among `paths`.
+    """Lists the images below these groups, or below the folder if there are none, that are not among `paths`.
 
-    They are of other formats, or lie elsewhere than in identities.
+    These are files of other formats, or outside of the folders of identities.
     """
     roots = [f"{name}/" for name in groups] or [""]
     found = {f"{root}{path}" for root in roots for path in images.find(folder / root)[0]}
@@ -123,7 +124,7 @@ def passed_over(folder: Path, groups: tuple[str, ...], paths: Iterable[str]) -> 
 
 
 def strays(contents: Contents) -> list[Stray]:
-    """What is `passed_over` by stages, kind by kind."""
+    """Counts by kind the files that the stages ignore, see `passed_over`."""
     if contents.in_records:
         return []
     kinds: dict[str, list[str]] = {}
@@ -134,21 +135,21 @@ def strays(contents: Contents) -> list[Stray]:
 
 
 def shared_names(contents: Contents) -> list[str]:
-    """Names that identities of different groups have; stages refuse them."""
+    """Lists the names of identities that occur in more than one group; stages refuse them."""
     if not contents.groups:
         return []
     names = Counter(name.split("/")[1] for name in contents.identities)
     return sorted(name for name, count in names.items() if count > 1)
 
 
-# Look at --------------------------------------------------------------------------------------------------------------
+# Inspect --------------------------------------------------------------------------------------------------------------
 
 
 class Look(NamedTuple):
-    """What is seen of an encoded image."""
+    """Describes one image; of an unusable image all fields but the reason are empty or 0."""
 
     reason: str  # why it cannot be used, or ""
-    form: str  # "JPEG", "PNG grey 16-bit", ...; "" where it cannot be used, as in what follows
+    form: str  # "JPEG", "PNG grey 16-bit", ...
     width: int
     height: int
     size: int  # bytes
@@ -157,24 +158,25 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """What is seen of the N images of a folder."""
+    """Describes the N images of a folder."""
 
-    reasons: dict[int, str]  # of the rows that cannot be used
+    reasons: dict[int, str]  # row: why it cannot be used
     forms: tuple[str, ...]
-    form: np.ndarray  # (N,) uint8: which of `forms`
-    sides: np.ndarray  # (N, 2) int32: width and height
+    form: np.ndarray  # (N,) uint8: position in `forms`
+    sides: np.ndarray  # (N, 2) int32: width and height in pixels
     size: np.ndarray  # (N,) int64: bytes
     fingerprint: np.ndarray  # (N, 32) uint8
 
     @property
     def usable(self) -> np.ndarray:
+        """Returns a mask (N,) bool."""
         usable = np.ones(len(self.form), bool)
         usable[[*self.reasons]] = False
         return usable
 
 
 def look_at_all(contents: Contents, processes: int = 0) -> Seen:
-    """Decodes every image once."""
+    """Decodes every image once and describes it."""
     count = len(contents.paths)
     reasons, forms, fingerprints = {}, {}, bytearray()
     form, sides, size = np.empty(count, np.uint8), np.empty((count, 2), np.int32), np.empty(count, np.int64)
@@ -190,42 +192,44 @@ def look_at_all(contents: Contents, processes: int = 0) -> Seen:
 
 
 def pixel_digests(contents: Contents, rows: np.ndarray, processes: int = 0) -> dict[int, bytes]:
-    """`digest_of` of images that can be used."""
+    """Returns {row: `digest_of` its pixels} for usable images."""
     items = contents.items(rows.tolist())
     found = in_processes(_Digester(contents.source), items, len(rows), "compare pixels", processes)
     return dict(zip(rows.tolist(), found, strict=True))
 
 
 def decoded(contents: Contents, row: int) -> np.ndarray:
-    """A BGR image (H, W, 3) uint8 that can be used."""
+    """Decodes the image of a usable row: BGR (H, W, 3) uint8."""
     return contents.source.decode(next(contents.items([row])))
 
 
 def digest_of(image: np.ndarray) -> bytes:
-    """Equal for images (H, W, 3) of the same size and pixels, and no others."""
+    """Returns the SHA-256 of size and pixels of an image (H, W, 3)."""
     return hashlib.sha256(np.int64(image.shape).tobytes() + image.tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Reads the images of a folder; can be pickled."""
+    """Reads the images of a folder or of its train.rec; can be pickled."""
 
     folder: str
     in_records: bool
 
     def read(self, item: str | tuple[int, int]) -> bytes:
-        """The encoded image at a path, or at offset and length of a record; raises OSError and ValueError."""
+        """Reads the encoded image at a path, or in the record at (offset, length). Raises OSError and ValueError."""
         if self.in_records:
             return recordio.image_of(images.read_bytes(f"{self.folder}/{recordio.RECORDS}", *item))
         return images.read_bytes(f"{self.folder}/{item}")
 
     def decode(self, item: str | tuple[int, int]) -> np.ndarray:
-        """As stages decode it, but of any size: BGR (H, W, 3) uint8."""
+        """Decodes an image as the stages do, but of any size: BGR (H, W, 3) uint8. Raises OSError and ValueError."""
         return images.decode(self.read(item), upright=False)
 
 
 @dataclass(frozen=True)
 class _Looker:
+    """Describes an image; can be pickled."""
+
     source: Source
 
     def __call__(self, item: str | tuple[int, int]) -> Look:
@@ -240,17 +244,19 @@ class _Looker:
 
 @dataclass(frozen=True)
 class _Digester:
+    """Digests the pixels of an image; can be pickled."""
+
     source: Source
 
     def __call__(self, item: str | tuple[int, int]) -> bytes:
         try:
             return digest_of(self.source.decode(item))
-        except (OSError, ValueError):  # it has changed since it was looked at: it is like no other
+        except (OSError, ValueError):  # the image has changed since `look_at_all`; this digest equals no other
             return repr(item).encode()
 
 
 def form_of(content: bytes) -> str:
-    """The format of an encoded image that can be decoded, with what is unusual in it."""
+    """Names the format of a readable image, with its peculiarities: "PNG grey 16-bit", "WebP animated", "JPEG CMYK"."""
     if content.startswith(image_formats.PNG):
         depth, colour = content[24], content[25]
         grey, deep = " grey" * (colour in (0, 4)), f" {depth}-bit" * (depth > 8)

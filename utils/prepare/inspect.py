@@ -1,22 +1,22 @@
-"""What a data folder holds, what it should hold, and what of it is in the pairs too.
+"""Reports what a data folder holds, what it should hold, and what it shares with the pairs.
 
 Reads   <data>/<ethnicity>/<identity>/<image>, <data>/<identity>/<image> or <data>/train.rec, every image once
         <pairs>/*.bin
         <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, as RFW has them
-Writes  <output>/inspect.md and inspect.json, the report: for each group images, identities, sizes, formats, where the
-          faces lie; the counts of BUPT-BalancedFace and RFW beside those found; duplicates; overlap with the pairs
+Writes  <output>/inspect.md and inspect.json, the report: for each group images, identities, sizes, formats and whether
+          the faces look aligned; the counts beside those of BUPT-BalancedFace and RFW; duplicates; overlap with the
+          pairs
         <output>/samples.png, a few faces of each group
-        <output>/unreadable.csv, duplicates.csv, overlap.csv and overlap.png, where there is something to list
-        <output>/leave_out.txt with --pairs or --release: what the setting leave_out takes to train without it
+        <output>/unreadable.csv, duplicates.csv, overlap.csv and overlap.png, if there is something to list
+        <output>/leave_out.txt with --pairs or --release: pass it as the setting leave_out to train without the overlap
 Run     python -m utils.prepare inspect --data data/BUPT-BalancedFace --pairs data/RFW --release RFW --output inspected
 
-Without --ethnicities the groups are found out; give it where stages are given another. Names in leave_out.txt are those
-that stages see with the same groups.
+Without --ethnicities the groups are detected; give the option if you give it to the stages, since names in
+leave_out.txt are valid for the same groups only.
 
-Duplicates are images of the same pixels. With --pairs two kinds of overlap are looked for: images of the same pixels,
-and images that show the same photograph, encoded, resized or lit otherwise, as far as their fingerprints tell (see
-utils/prepare/likeness.py). A photograph that was cut otherwise is not found. With --release identities are compared by
-their names.
+Duplicates are images of the same pixels. With --pairs two kinds of overlap are searched: images of the same pixels, and
+re-encoded, resized or brightened copies of the same photograph, found by perceptual hashes (see
+utils/prepare/likeness.py). A photograph with another crop is not found. With --release identities are compared by name.
 """
 
 import argparse
@@ -67,10 +67,10 @@ SAMPLES, OVERLAP_PICTURE = "samples.png", "overlap.png"
 UNREADABLE, DUPLICATES, OVERLAP, LEAVE_OUT = "unreadable.csv", "duplicates.csv", "overlap.csv", "leave_out.txt"
 WRITTEN = (REPORT, FACTS, SAMPLES, OVERLAP_PICTURE, UNREADABLE, DUPLICATES, OVERLAP, LEAVE_OUT)
 
-MOST_FREQUENT = 5  # sizes that are listed
-SHOWN = 10  # faces of a group in the picture
-PICTURED = 20  # images of the overlap
-DRAWN = 30  # groups at most: the picture of hundreds takes minutes
+MOST_FREQUENT = 5  # image sizes listed per group
+SHOWN = 10  # faces of a group in samples.png
+PICTURED = 20  # matches in overlap.png
+DRAWN = 30  # most groups in samples.png: drawing hundreds takes minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,13 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ethnicities", metavar="A,B", help='the groups, separated by commas; "" for <data>/<identity>/<image>'
     )
     parser.add_argument("--pairs", type=path_of, metavar="FOLDER", help="verification sets, *.bin")
-    parser.add_argument("--release", type=path_of, metavar="FOLDER", help="RFW's, which holds txts")
-    parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="for the report")
+    parser.add_argument("--release", type=path_of, metavar="FOLDER", help="RFW's folder, which holds txts")
+    parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="folder of the report")
     add_processes(parser)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Raises InputError for folders and sets of pairs that cannot be used, before any image is looked at."""
+    """Inspects a folder. Raises InputError for unusable folders and verification sets before any image is decoded."""
     groups = None if given.ethnicities is None else groups_of(given.ethnicities)
     refuse_inside(given.output, given.data)
     refuse_filled(given.output, WRITTEN)
@@ -97,7 +97,7 @@ def run(given: argparse.Namespace) -> None:
     named = identities_of_lists(given.release) if given.release else {}
     pairs = read_pairs(given.pairs) if given.pairs else None
 
-    with replaced(given.output / REPORT) as probe:  # before the long work: it can be written
+    with replaced(given.output / REPORT) as probe:  # fails now, not after the long work, if it is not writable
         probe.touch()
     (given.output / REPORT).unlink()
     seen = look_at_all(contents, given.processes)
@@ -128,7 +128,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _group(contents: Contents, seen: Seen, group: int) -> dict:
-    """What a group holds."""
+    """Counts images, identities, sizes and formats of a group."""
     rows = contents.rows_of(group)
     usable = rows[seen.usable[rows]]
     per_identity = np.unique(contents.identity[rows], return_counts=True)[1]
@@ -154,7 +154,7 @@ def _group(contents: Contents, seen: Seen, group: int) -> dict:
 
 
 def _placement(contents: Contents, seen: Seen, usable: np.ndarray) -> dict:
-    """Where the faces of a sample lie, or why that is not known."""
+    """Measures the placement of faces in a sample of 112 x 112 images, or tells why it is unknown."""
     rows = usable[(seen.sides[usable] == SIZE).all(1)]
     if (contents.folder / MARKER).exists():
         return {"unknown": "faces are drawn"}
@@ -167,7 +167,7 @@ def _placement(contents: Contents, seen: Seen, usable: np.ndarray) -> dict:
 
 
 def _labels(contents: Contents) -> dict:
-    """What is labelled in train.rec, whatever groups are looked at."""
+    """Describes the labels in train.rec, those of other groups included."""
     numbers, groups = np.unique(contents.records.identity), Counter(contents.records.group.tolist())
     path = contents.folder / recordio.PROPERTY
     return {
@@ -186,7 +186,7 @@ def _group_name(label: int) -> str:
 
 
 def _counts(groups: dict[str, dict]) -> dict:
-    """The counts of known releases beside those found; none for data without groups."""
+    """Compares the counts with those of known releases; there are no rows for data without groups."""
     compared = compare({name: (group["images"], group["identities"]) for name, group in groups.items() if name})
     rows = [
         {"release": one.release, "group": group, "expected": expected._asdict(), "images": images, "identities": of}
@@ -197,7 +197,7 @@ def _counts(groups: dict[str, dict]) -> dict:
 
 
 def _duplicates(contents: Contents, same: list[list[int]]) -> dict:
-    """Sets of images of equal pixels by what they have in common, and the images in them."""
+    """Counts sets of images of equal pixels, and their images: within an identity, within a group, across groups."""
     kinds = {kind: {"sets": 0, "images": 0} for kind in ("one identity", "identities of one group", "several groups")}
     for rows in same:
         groups, identities = (len(np.unique(of[rows])) for of in (contents.group, contents.identity))
@@ -208,7 +208,7 @@ def _duplicates(contents: Contents, same: list[list[int]]) -> dict:
 
 
 def _identities_named(contents: Contents, named: dict[str, set[str]]) -> dict[str, list[str]]:
-    """The identities whose name is in the lists, and in those of which groups."""
+    """Maps each identity whose name occurs in the release's lists to the groups of these lists."""
     found = {}
     for identity in contents.identities:
         name = identity.split("/")[-1]
@@ -218,7 +218,7 @@ def _identities_named(contents: Contents, named: dict[str, set[str]]) -> dict[st
 
 
 def _overlap(contents: Contents, pairs: PairsImages, shared: list[Match]) -> dict:
-    """What the data and the pairs have in common."""
+    """Counts images and identities that the data shares with the pairs."""
     images = {match.row for match in shared}
     exact = {match.row for match in shared if match.same_pixels}
     return {
@@ -231,13 +231,13 @@ def _overlap(contents: Contents, pairs: PairsImages, shared: list[Match]) -> dic
 
 
 def _names(contents: Contents, identities: dict[str, list[str]]) -> dict:
-    """What the data and the release's lists have in common."""
+    """Lists identities that the data shares with the release's lists, and counts their images."""
     is_named = np.array([name in identities for name in contents.identities])
     return {"identities": identities, "images": int(is_named[contents.identity].sum())}
 
 
 def _warnings(facts: dict) -> list[str]:
-    """What a user should look into, a sentence each."""
+    """Returns one sentence for each finding that the user should check."""
     found = []
     if facts["unreadable"]:
         found.append(f"{facts['unreadable']:,} images cannot be read: {UNREADABLE} says why.")
@@ -283,7 +283,7 @@ def _write(
     identities: dict[str, list[str]],
     facts: dict,
 ) -> None:
-    """Writes all files, the report last; what an earlier call left is gone before."""
+    """Deletes the files of an earlier run, then writes all files, the report last."""
     for name in WRITTEN:
         (output / name).unlink(missing_ok=True)
     paths = contents.paths
@@ -321,7 +321,7 @@ def _write(
 
 
 def _samples(contents: Contents, seen: Seen) -> list[list[int]]:
-    """Of each group a row of images, of identities evenly spread over all."""
+    """Selects rows for samples.png: for each group the first images of evenly spaced identities."""
     usable, found = seen.usable, []
     for group in range(len(contents.groups) or 1):
         rows = contents.rows_of(group)

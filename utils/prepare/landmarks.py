@@ -1,4 +1,4 @@
-"""Files of landmarks: which points each line gives, whether they are like a face's, and which image they belong to."""
+"""Reads files of landmarks, checks that the points resemble a face, and matches them with images by path."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from utils.data import images
 from utils.data.align import TEMPLATE
 from utils.errors import InputError
 
-OF_NO_FACE, MOSTLY_NO_FACES = 0.75, 0.5  # `unlikeness` of landmarks that are refused, of one image and of most
+OF_NO_FACE, MOSTLY_NO_FACES = 0.75, 0.5  # highest `unlikeness` accepted: of one image, and as median of a file
 
 FIELD = re.compile(r"[^\s,]+")
 IMAGE = re.compile(rf".*?({'|'.join(map(re.escape, images.READABLE + images.OTHERS))})(?=[\s,\"]|$)", re.I)
@@ -20,18 +20,18 @@ IMAGE = re.compile(rf".*?({'|'.join(map(re.escape, images.READABLE + images.OTHE
 
 @dataclass(frozen=True)
 class Landmarks:
-    """What a file of landmarks holds."""
+    """Holds the N landmarks of a file."""
 
-    paths: list[str]  # N, as in the file but with slashes
-    lines: list[str]  # N: where in the file
-    points: np.ndarray  # (N, 5, 2) float64
-    strays: list[tuple[str, str]]  # lines that hold no landmarks, and why
+    paths: list[str]  # N: as in the file, but with slashes
+    lines: list[str]  # N: "line <number> of <file>"
+    points: np.ndarray  # (N, 5, 2) float64: x, y in pixels
+    strays: list[tuple[str, str]]  # lines without landmarks, and why
 
 
 def read_landmarks(path: Path) -> Landmarks:
-    """Reads lines of a path, perhaps other fields, and ten numbers; finds out how these are arranged.
+    """Reads lines with a path, optionally other fields, and ten numbers; detects the order of the numbers.
 
-    Raises InputError for a file that is not there, holds no such line, or numbers in neither arrangement.
+    Raises InputError if the file cannot be read, has no such line, or its numbers look like a face in neither order.
     """
     paths, lines, numbers, strays = [], [], [], []
     try:
@@ -47,14 +47,14 @@ def read_landmarks(path: Path) -> Landmarks:
         raise InputError(f"{path} cannot be read ({error.strerror}): set --landmarks to files of landmarks.") from error
     if not paths:
         raise InputError(f"{path} has no line of a path with ten numbers at the end: set --landmarks to another file.")
-    if path.name.endswith("_lmk.txt"):  # the file's name tells the group where its paths do not
+    if path.name.endswith("_lmk.txt"):  # the paths may lack the group, but the file name has it
         group = path.name.removesuffix("_lmk.txt")
         paths = [f"{group}/{name}" if name.count("/") == 1 else name for name in paths]
-    return Landmarks(paths, lines, _arranged(np.array(numbers), lines), strays)
+    return Landmarks(paths, lines, _in_likelier_order(np.array(numbers), lines), strays)
 
 
 def _parsed(line: str) -> tuple[str, list[float]] | None:
-    """Path and ten numbers of a line, or None; without tabs the path ends with an image's ending, or is one field."""
+    """Returns path and ten numbers of a line, or None. Without tabs, the path ends at an image ending or a space."""
     fields = [*FIELD.finditer(line)]
     try:
         numbers = [float(field[0]) for field in fields[-10:]]
@@ -67,8 +67,8 @@ def _parsed(line: str) -> tuple[str, list[float]] | None:
     return path.strip('" ').replace("\\", "/"), numbers
 
 
-def _arranged(numbers: np.ndarray, lines: list[str]) -> np.ndarray:
-    """Points (N, 5, 2) of ten numbers each (N, 10), in the arrangement in which they are more like faces."""
+def _in_likelier_order(numbers: np.ndarray, lines: list[str]) -> np.ndarray:
+    """Returns points (N, 5, 2) from numbers (N, 10), in the order that resembles faces more."""
     both = numbers.reshape(-1, 5, 2), numbers.reshape(-1, 2, 5).swapaxes(1, 2)
     found = np.stack([unlikeness(points) for points in both])
     medians = np.median(found, axis=1)
@@ -82,10 +82,10 @@ def _arranged(numbers: np.ndarray, lines: list[str]) -> np.ndarray:
 
 
 def unlikeness(points: np.ndarray) -> np.ndarray:
-    """(...) what is left of the template by the similarity that brings points (..., 5, 2) closest to it, as a share.
+    """Returns the relative residual (...) of the best similarity transform between points (..., 5, 2) and TEMPLATE.
 
-    That is 0 for the template, moved, scaled and turned in any way, at most 0.5 for heads turned by 60 degrees to the
-    side, 0.7 at 90, and 1 for points that have nothing of it, or are no finite numbers.
+    It is 0 for the template, shifted, scaled or rotated in any way; at most 0.5 for a head turned by 60 degrees to the
+    side, 0.7 at 90 degrees; and 1 for uncorrelated or non-finite points.
     """
     with np.errstate(all="ignore"):
         z, w = ((one[..., 0] + 1j * one[..., 1]) for one in (points, TEMPLATE))
@@ -98,25 +98,25 @@ def unlikeness(points: np.ndarray) -> np.ndarray:
 def match(
     paths: list[str], files: Iterable[Landmarks]
 ) -> tuple[dict[str, np.ndarray], dict[str, str], list[tuple[str, str]]]:
-    """Gives each image the landmarks whose path ends like its own, the longest such end first.
+    """Assigns each image the landmarks whose path shares the most trailing parts with its own.
 
-    Two parts must be the same, `<id>/<image>`, or the one that there is. Returns the landmarks (5, 2) of the images
-    that have some, why the others have none, and the lines that are of no use, with the reason.
+    At least two parts must agree, <id>/<image>, or the only part. Returns the landmarks (5, 2) by image, the reasons
+    why the other images have none, and the unused lines with the reason.
     """
     ends, names = _by_end(paths, 2), _by_end(paths, 1)
-    claims: dict[str, list[tuple[int, np.ndarray, str, str]]] = {}  # parts in common, landmarks, path and line
+    candidates: dict[str, list[tuple[int, np.ndarray, str, str]]] = {}  # image: shared parts, landmarks, path and line
     points, failures, strays = {}, {}, []
     for file in files:
         strays += file.strays
         for name, line, five in zip(file.paths, file.lines, file.points, strict=True):
             found = ends.get(_end(name, 2)) or ends.get(_end(name, 1), []) if "/" in name else names.get(name, [])
-            common = [_in_common(name, path) for path in found]
+            common = [_shared_parts(name, path) for path in found]
             best = [path for path, parts in zip(found, common, strict=True) if parts == max(common)]
             if len(best) == 1:
-                claims.setdefault(best[0], []).append((max(common), five, name, line))
+                candidates.setdefault(best[0], []).append((max(common), five, name, line))
             else:
                 strays.append((name, f"{line} fits {'several images' if best else 'no image'}"))
-    for path, lines in claims.items():
+    for path, lines in candidates.items():
         most = max(parts for parts, *_ in lines)
         strays += [(name, f"{line} fits no image") for parts, _, name, line in lines if parts < most]
         first, *others = (claim for claim in lines if claim[0] == most)
@@ -124,7 +124,7 @@ def match(
             failures[path] = f"has different landmarks in {first[3]} and {other[3]}"
         else:
             points[path] = first[1]
-    return points, failures | {path: "has no landmarks" for path in paths if path not in claims}, strays
+    return points, failures | {path: "has no landmarks" for path in paths if path not in candidates}, strays
 
 
 def _by_end(paths: list[str], parts: int) -> dict[str, list[str]]:
@@ -138,7 +138,7 @@ def _end(path: str, parts: int) -> str:
     return "/".join(path.split("/")[-parts:])
 
 
-def _in_common(one: str, other: str) -> int:
-    """How many parts two paths share at their ends."""
+def _shared_parts(one: str, other: str) -> int:
+    """Counts the trailing parts that two paths share."""
     pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
     return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])

@@ -1,4 +1,4 @@
-"""Lists of pairs, the faces that they name, and the verification sets (.bin) that are made of both."""
+"""Reads lists of pairs and the faces that they name, and writes both as verification sets (.bin)."""
 
 import pickle
 import re
@@ -14,32 +14,32 @@ from utils.errors import InputError
 from utils.prepare.work import in_processes, write_failures
 from utils.storage.files import replaced
 
-PROTOCOL = 2  # of the pickle, as in the files that are handed out
-NAMED = 20  # bad images that a message names; all are in its list
+PROTOCOL = 2  # pickle protocol of the published .bin files
+NAMED = 20  # bad images named in a message; the CSV file lists all
 ENDINGS = (*EXTENSIONS, *map(str.upper, EXTENSIONS))
 IS_NOT_THERE, OF_ANOTHER_SIZE = "is not there", f"not {SIZE} x {SIZE}"
 
 
 class Face(NamedTuple):
-    """A face as a list names it."""
+    """Describes a face named by a list."""
 
-    identity: str  # "" where the list names a file instead
-    places: tuple[str, ...]  # where its image may lie in the folder of images; the first one that is there counts
+    identity: str  # "" if the list names a file instead
+    places: tuple[str, ...]  # possible paths of its image, relative to the folder of images; the first that exists wins
 
 
 class Pair(NamedTuple):
-    """A line of a list."""
+    """Describes a line of a list."""
 
-    line: int  # from 1 on
+    line: int  # counted from 1
     one: Face
     other: Face
     same: bool
 
 
 class Image(NamedTuple):
-    """The encoded image of a face."""
+    """Holds the encoded image of a face."""
 
-    place: str
+    place: str  # path relative to the folder of images
     content: bytes
     reason: str  # why it cannot be used, "" if it can
 
@@ -50,9 +50,9 @@ Parse = Callable[[list[str]], tuple[Face, Face, bool] | None]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and columns of the lines that are not blank; tabs separate columns, where there is none white space.
+    """Yields number and columns of each line that is not blank; columns are separated by tabs, otherwise by spaces.
 
-    Names need not be text. Raises InputError where the file cannot be read.
+    Names need not be valid UTF-8. Raises InputError if the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -66,9 +66,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_pairs(path: Path, lines: Iterator[tuple[int, list[str]]], parse: Parse, form: str) -> list[Pair]:
-    """The pairs of a list, in its order; `parse` gives None for columns that are not of the `form`.
+    """Reads the pairs of a list in order; `parse` returns None for columns that do not match `form`.
 
-    Raises InputError that names the first such line, or for a list without a pair.
+    Raises InputError naming the first line that does not match, or if the list is empty.
     """
     pairs = []
     for number, columns in lines:
@@ -83,7 +83,7 @@ def read_pairs(path: Path, lines: Iterator[tuple[int, list[str]]], parse: Parse,
 
 
 def numbered(columns: list[str]) -> tuple[Face, Face, bool] | None:
-    """The pair of "name n1 n2", genuine, or "name1 n1 name2 n2", impostor."""
+    """Parses "name n1 n2" as a genuine pair and "name1 n1 name2 n2" as an impostor pair; returns None otherwise."""
     match columns:
         case [name, one, other] if name and are_numbers(one, other):
             return _face(name, one), _face(name, other), True
@@ -93,6 +93,7 @@ def numbered(columns: list[str]) -> tuple[Face, Face, bool] | None:
 
 
 def are_numbers(*texts: str) -> bool:
+    """Tells whether all texts are non-negative integers of at most nine digits."""
     return all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
 
 
@@ -101,7 +102,7 @@ def _face(name: str, number: str) -> Face:
 
 
 def doubts(path: Path, pairs: list[Pair]) -> list[str]:
-    """Sentences about pairs that can be read but hardly be meant."""
+    """Warns of pairs that are valid but suspicious: an image paired with itself, impostor pairs of one identity."""
     kinds = {
         "genuine pairs show one image twice": [pair for pair in pairs if pair.same and pair.one == pair.other],
         "impostor pairs are of one identity": [
@@ -115,13 +116,13 @@ def doubts(path: Path, pairs: list[Pair]) -> list[str]:
 
 
 def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processes: int) -> str:
-    """Writes the verification set of a list's pairs, with the images of a folder as they are encoded.
+    """Writes the pairs of the list `path` as a verification set, with the encoded images of `folder` unchanged.
 
-    Every image is decoded before. Where one cannot be used nothing is written, but the list of all such images into
-    `<output's stem>_failures.csv`; what is wrong is then returned, for the user. A set that was there stays. Raises
-    NotWritten for a full disk.
+    Every image is decoded first. If one cannot be used, the .bin is not written, an existing one stays, and all such
+    images are listed in `<output's stem>_failures.csv`. Returns the error message for the user then, otherwise "".
+    Raises NotWritten if the disk is full.
     """
-    lines: dict[Face, int] = {}  # where each face is named first
+    lines: dict[Face, int] = {}  # the line that names a face first
     for pair in pairs:
         lines.setdefault(pair.one, pair.line)
         lines.setdefault(pair.other, pair.line)
@@ -142,7 +143,7 @@ def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processe
 
 
 def read_image(folder: Path, face: Face) -> Image:
-    """The image of a face, decoded to see that it can be."""
+    """Reads the image of a face and decodes it to check that it is usable."""
     for place in face.places:
         try:
             content = read_bytes(folder / place)
@@ -156,19 +157,19 @@ def read_image(folder: Path, face: Face) -> Image:
 
 
 def _advice(bad: list[tuple[int, str, str]], of: int) -> str:
-    """What to do about images that cannot be used."""
+    """Advises the user what to do about unusable images."""
     if any(reason.endswith(OF_ANOTHER_SIZE) for *_, reason in bad):
         return f"Align the faces to {SIZE} x {SIZE} first: python -m utils.prepare align --help"
     if len(bad) == of and all(reason == IS_NOT_THERE for *_, reason in bad):
         return f"Set --images to the folder in which {bad[0][1]} lies."
-    return "Add or mend them."
+    return "Add or repair them."
 
 
 def write_bin(path: Path, images: list[bytes], same: list[bool]) -> None:
-    """Writes 2P encoded images and P booleans as `utils.data.pairs.load_bin` and the published evaluators read them.
+    """Writes 2P encoded images and P booleans in the format of `utils.data.pairs.load_bin` and published evaluators.
 
-    The file is a pickle of (images, same), pair k being images 2k and 2k + 1; an object that is in `images` several
-    times is in the file once. Raises InputError where it cannot be written; what was there is then as it was.
+    The file is a pickle of (images, same); pair k consists of images 2k and 2k + 1. An object that occurs repeatedly
+    in `images` is stored once. Raises InputError if the file cannot be written; an existing one then stays unchanged.
     """
     with replaced(path) as beside, open(beside, "wb") as file:
         pickle.dump((images, same), file, PROTOCOL)

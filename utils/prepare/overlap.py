@@ -1,4 +1,4 @@
-"""Images that a data folder shares with sets of pairs."""
+"""Finds images that a data folder shares with verification sets, and duplicates within the folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,24 @@ from utils.prepare.likeness import BYTES, fingerprint, near
 
 @dataclass(frozen=True)
 class PairsImages:
-    """The M different images of sets of pairs."""
+    """Holds the M distinct images of verification sets."""
 
-    places: list[tuple[Path, int]]  # the first place of each: a .bin file, and the number of the image in it
+    places: list[tuple[Path, int]]  # M: first occurrence of each, as .bin file and number of the image in it
     fingerprint: np.ndarray  # (M, 32) uint8
-    digests: list[bytes]
+    digests: list[bytes]  # M: of their pixels
 
 
 class Match(NamedTuple):
-    """An image of the data that is, or shows the same photograph as, one of the pairs."""
+    """Describes an image of the data that equals an image of the pairs, or shows the same photograph."""
 
     row: int
-    other: int  # which of the images of the pairs
-    bits: int  # in which their fingerprints differ
+    other: int  # position in `PairsImages`
+    bits: int  # number of bits in which their fingerprints differ
     same_pixels: bool
 
 
 def read_pairs(folder: Path) -> PairsImages:
-    """Raises InputError for a folder without a .bin, and where `load_bin` does."""
+    """Reads the distinct images of all .bin files. Raises InputError if there is none, and as `load_bin` does."""
     paths = sorted(folder.glob("*.bin"))
     if not paths:
         raise InputError(f"{folder} holds no .bin: set --pairs to the folder of the <ethnicity>_test.bin files.")
@@ -52,19 +52,19 @@ def read_pairs(folder: Path) -> PairsImages:
 
 
 def candidates(seen: Seen, pairs: PairsImages) -> list[tuple[int, int, int]]:
-    """Row, which of the images of the pairs, and in how many bits they differ, for all that are near."""
-    usable = np.flatnonzero(seen.usable & seen.fingerprint.any(1))  # even images, black ones say, are all alike
+    """Compares all images with those of the pairs; returns (row, position in `pairs`, bits) of those that are near."""
+    usable = np.flatnonzero(seen.usable & seen.fingerprint.any(1))  # without uniform images, which all look alike
     rows, others, bits = near(seen.fingerprint[usable], pairs.fingerprint)
     return [*zip(usable[rows].tolist(), others.tolist(), bits.tolist(), strict=True)]
 
 
 def matches(found: list[tuple[int, int, int]], pairs: PairsImages, digests: dict[int, bytes]) -> list[Match]:
-    """With the digests of the rows that are `candidates`."""
+    """Turns `candidates` into matches; `digests` holds those of their rows and decides `same_pixels`."""
     return [Match(row, other, bits, digests[row] == pairs.digests[other]) for row, other, bits in found]
 
 
 def equal_images(seen: Seen) -> np.ndarray:
-    """Rows of images that may have equal pixels: all that share a fingerprint and a size with another one."""
+    """Returns the rows (K,) of images that may have equal pixels: fingerprint and size equal those of another image."""
     usable = np.flatnonzero(seen.usable)
     keys = np.concatenate([seen.fingerprint, seen.sides.view(np.uint8).reshape(len(seen.sides), -1)], 1)[usable]
     _, which, count = np.unique(keys.view(f"V{keys.shape[1]}").ravel(), return_inverse=True, return_counts=True)
@@ -72,7 +72,7 @@ def equal_images(seen: Seen) -> np.ndarray:
 
 
 def duplicates(rows: np.ndarray, digests: dict[int, bytes]) -> list[list[int]]:
-    """Rows of equal pixels together, in order."""
+    """Groups rows of equal pixels, in order; rows without a duplicate are left out."""
     sets: dict[bytes, list[int]] = {}
     for row in rows.tolist():
         sets.setdefault(digests[row], []).append(row)

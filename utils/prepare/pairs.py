@@ -1,20 +1,21 @@
-"""Any list of pairs and folder of faces to a verification set (.bin), and back.
+"""Converts a list of pairs and a folder of faces to a verification set (.bin), or a .bin back to list and images.
 
-Reads   <list>, lines separated by tabs, or where they have none by spaces:
+Reads   <list>, whose lines have columns separated by tabs or, if there are none, by spaces:
           name n1 n2           a genuine pair
           name1 n1 name2 n2    an impostor pair
-          path1 path2 same     a pair of files, same being 1 (genuine) or 0 (impostor)
-        after a first line, which may be missing, with the numbers of folds and pairs, as in LFW's pairs.txt
-        <images>/<name>/<name>_%04d.jpg, .jpeg or .png, or <images>/<path>, aligned to 112 x 112
-Writes  <output>, a .bin with the pairs in the order of the list and images as they are encoded
-        beside it <output's stem>_failures.csv instead where an image is missing or cannot be decoded: then a set that
-          was there before stays
+          path1 path2 same     a pair of files; same is 1 (genuine) or 0 (impostor)
+        The first line may give the numbers of folds and pairs, as in LFW's pairs.txt.
+        <images>/<name>/<name>_%04d.jpg, .jpeg, .png or .webp, or <images>/<path>, aligned to 112 x 112
+Writes  <output>, a .bin with the pairs in the order of the list, encoded images unchanged
+        If an image is missing or cannot be decoded, <output's stem>_failures.csv is written beside it instead, and an
+          existing .bin stays.
 Run     python -m utils.prepare pairs --list pairs.txt --images faces --output data/RFW/lfw.bin
 
-and back
+The way back:
 
 Reads   <bin>
-Writes  <output>/images/, every image once, as it is encoded, and <output>/pairs.txt, of which the same .bin can be made
+Writes  <output>/images/, every distinct image once, encoded as in the .bin
+        <output>/pairs.txt, from which the same .bin can be made
 Run     python -m utils.prepare pairs --bin data/RFW/lfw.bin --output lfw
 """
 
@@ -50,21 +51,23 @@ FORM = '"name n1 n2", "name1 n1 name2 n2" or "path1 path2 0|1"'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--list", type=path_of, metavar="FILE", help="pairs to make a .bin of")
-    source.add_argument("--bin", type=path_of, metavar="FILE", help="to take apart")
-    parser.add_argument("--images", type=path_of, metavar="FOLDER", help="holds the aligned faces that --list names")
+    source.add_argument("--list", type=path_of, metavar="FILE", help="list of pairs to convert to a .bin")
+    source.add_argument("--bin", type=path_of, metavar="FILE", help="verification set to convert back")
     parser.add_argument(
-        "--output", type=path_of, required=True, metavar="PATH", help="the .bin, or a folder for its parts"
+        "--images", type=path_of, metavar="FOLDER", help="folder of the aligned faces that --list names"
+    )
+    parser.add_argument(
+        "--output", type=path_of, required=True, metavar="PATH", help="the .bin, or with --bin a new folder"
     )
     add_processes(parser)
 
 
 def run(given: argparse.Namespace) -> None:
-    """Raises InputError for bad input of any kind, with nothing written but the list of bad images."""
+    """Converts one way or the other. Raises InputError for bad input, and then writes nothing but the failures."""
     if given.list:
         if given.images is None:
             raise InputError("--list goes with --images: set it to the folder that holds what the list names.")
-        put_together(given.list, given.images, given.output, given.processes)
+        make_set(given.list, given.images, given.output, given.processes)
     else:
         if given.images:
             raise InputError("--bin holds its images: leave --images out.")
@@ -74,8 +77,8 @@ def run(given: argparse.Namespace) -> None:
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
-def put_together(path: Path, images: Path, output: Path, processes: int) -> None:
-    """Writes the verification set of a list; raises InputError for a list or an image that cannot be used."""
+def make_set(path: Path, images: Path, output: Path, processes: int) -> None:
+    """Writes a list of pairs as a verification set. Raises InputError if the list or an image cannot be used."""
     if not images.is_dir():
         raise InputError(f"There is no folder {images}: set --images to the folder that holds what the list names.")
     if output.suffix != ".bin" or (output.exists() and not output.is_file()):
@@ -91,9 +94,9 @@ def put_together(path: Path, images: Path, output: Path, processes: int) -> None
 
 
 def read_list(path: Path) -> list[Pair]:
-    """The pairs of a list as the module's docstring gives it, in its order; warns where its first line does not fit.
+    """Reads a list of the form in the module's docstring, in order; warns if the counts in its first line are wrong.
 
-    Raises InputError that names the first line of another form.
+    Raises InputError naming the first line of another form.
     """
     lines = read_lines(path)
     first = [*islice(lines, 1)]
@@ -102,7 +105,7 @@ def read_list(path: Path) -> list[Pair]:
     match [int(number) for number in head]:
         case [folds, per_fold]:
             announced = (2 * folds * per_fold,)
-        case [count]:  # of all, or of genuine and as many impostor pairs
+        case [count]:  # all pairs, or the genuine ones with as many impostor pairs
             announced = (count, 2 * count)
         case _:
             announced = (len(pairs),)
@@ -120,7 +123,7 @@ def _numbered_or_paths(columns: list[str]) -> tuple[Face, Face, bool] | None:
 
 
 def _in_folds(same: np.ndarray) -> dict[str, np.ndarray]:
-    """How many genuine and impostor pairs each fold of `eval.verification.ten_fold` holds, (folds,) each."""
+    """Counts genuine and impostor pairs in each fold of `eval.verification.ten_fold`, (folds,) each."""
     fold = fold_of(len(same))
     return {kind: np.bincount(fold[which], minlength=FOLDS) for kind, which in (("genuine", same), ("impostor", ~same))}
 
@@ -145,9 +148,9 @@ def _doubts_of_folds(path: Path, same: np.ndarray) -> list[str]:
 
 
 def take_apart(path: Path, output: Path) -> None:
-    """Writes the images of a .bin, each once, and the list of its pairs into a folder that appears when it is whole.
+    """Writes the distinct images of a .bin and the list of its pairs into a new folder, atomically.
 
-    Raises InputError where `load_bin` does, where something is in the folder, and where there is no room.
+    Raises InputError as `load_bin` does, if the folder is not empty, or if the disk is full.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: set --bin to a verification set.")
@@ -156,25 +159,25 @@ def take_apart(path: Path, output: Path) -> None:
     names: dict[bytes, str] = {}
     for k, content in enumerate(encoded):
         if content not in names:
-            decode_image(path, encoded, k)  # it is refused if it is none
+            decode_image(path, encoded, k)  # raises InputError if it cannot be decoded
             names[content] = f"images/{k:06}{ending_of(content)}"
     lines = [
         f"{names[one]}\t{names[other]}\t{int(is_same)}\n"
         for one, other, is_same in zip(encoded[0::2], encoded[1::2], same, strict=True)
     ]
-    beside = output.with_name(f"{output.name}.partial")
+    partial = output.with_name(f"{output.name}.partial")
     with locked(output):
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            (beside / "images").mkdir(parents=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "images").mkdir(parents=True)
             for content, name in names.items():
-                (beside / name).write_bytes(content)
-            (beside / "pairs.txt").write_text("".join(lines), newline="\n")
-            os.replace(beside, output)
+                (partial / name).write_bytes(content)
+            (partial / "pairs.txt").write_text("".join(lines), newline="\n")
+            os.replace(partial, output)
         except OSError as error:
             raise not_written(output, error) from error
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"Written to {output}: {len(names):,} images, {len(same):,} pairs in {output / 'pairs.txt'}.")
     back = ["--list", str(output / "pairs.txt"), "--images", str(output), "--output", f"{path.stem}_again.bin"]
     print(f"Back: python -m utils.prepare pairs {shlex.join(back)}")

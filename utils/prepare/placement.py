@@ -1,7 +1,7 @@
-"""Measures where the faces of a sample lie: how far from ArcFace's template, and whether all in one place.
+"""Measures whether a sample of faces is aligned: distance from ArcFace's template, and agreement between the faces.
 
-A face is darker than its surroundings at eyes and mouth, and lighter at the bridge of the nose and below the eyes. The
-template is moved, scaled and turned to where this holds most, in the mean of the sample and in each image by itself.
+Eyes and mouth are darker than their surroundings; the bridge of the nose and the cheeks below the eyes are lighter. The
+template is shifted, scaled and rotated to maximise this contrast, in the mean of the sample and in each image.
 """
 
 import functools
@@ -18,28 +18,28 @@ DARK = np.array([LEFT_EYE, RIGHT_EYE, LEFT_CORNER, (LEFT_CORNER + RIGHT_CORNER) 
 LIGHT = np.array([(LEFT_EYE + RIGHT_EYE) / 2, (LEFT_EYE[0], 66.0), (RIGHT_EYE[0], 66.0)])
 WEIGHTS = np.array([1, 1, 0.4, 0.4, 0.4, -0.8, -0.7, -0.7], np.float32)
 CENTRE = TEMPLATE.mean(0)
-FEATURE = 3.0  # pixels: standard deviation of the blur that a feature survives; its surroundings are twice as wide
-MARGIN = 72  # pixels around the image, all of them neutral: features are looked for there too
+BLUR = 3.0  # pixels: standard deviation of the blur that keeps eyes and mouth; that of their surroundings is twice this
+MARGIN = 72  # pixels of zero padding, since the template may be placed partly outside of the image
 
 SAMPLE, FEWEST = 200, 50
 MOST_DISTANCE, LEAST_AGREEMENT = 4.0, 0.4
-"""docs/data.md has the rates of false and missed warnings that these give."""
+"""For the rates of false and missed warnings with these limits see docs/data.md."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the faces of a sample lie, compared with the template."""
+    """Describes where the faces of a sample are, relative to the template."""
 
     images: int
     shift: tuple[float, float]  # pixels to the right and down
     scale: float
     turn: float  # degrees, clockwise
-    distance: float  # pixels: how far the template's five points are moved by all of this, on average
-    agreement: float  # 1 where all faces lie in one place: the mean face's contrast there, of that of each at its own
+    distance: float  # pixels: mean displacement of the five template points by shift, scale and turn
+    agreement: float  # contrast of the mean face over the mean contrast of single faces; 1 if all have the same place
 
     @property
     def doubts(self) -> str:
-        """What makes it look as if the faces were not aligned, or nothing."""
+        """Returns the reasons why the faces do not look aligned, or ""."""
         found = []
         if self.distance > MOST_DISTANCE:
             (x, y), turn = self.shift, f"turned by {self.turn:+.0f} degrees"
@@ -57,7 +57,7 @@ class Placement:
 
 
 def place(images: np.ndarray) -> Placement:
-    """Of images (N, 112, 112) uint8, grey."""
+    """Measures the placement of the faces in grey images (N, 112, 112) uint8."""
     responses = np.stack([_contrast(image) for image in images])
     mean = responses.mean(0)
     shift, scale, turn, best = _fit(mean, _fine())
@@ -74,25 +74,28 @@ def place(images: np.ndarray) -> Placement:
 
 
 def _contrast(image: np.ndarray) -> np.ndarray:
-    """(112 + 2 MARGIN, ...) float32: how much darker than its surroundings, in standard deviations of the image."""
+    """Returns how much darker each pixel is than its surroundings, in standard deviations of the image.
+
+    The result is float32, padded by MARGIN on each side: (112 + 2 MARGIN, 112 + 2 MARGIN).
+    """
     values = image.astype(np.float32)
-    darker = cv2.GaussianBlur(values, (0, 0), 2 * FEATURE) - cv2.GaussianBlur(values, (0, 0), FEATURE)
+    darker = cv2.GaussianBlur(values, (0, 0), 2 * BLUR) - cv2.GaussianBlur(values, (0, 0), BLUR)
     return np.pad(darker / max(values.std(), 1.0), MARGIN)
 
 
 def _similar(points: np.ndarray, scale: float, turn: float) -> np.ndarray:
-    """Points (P, 2) scaled and turned around the template's centre."""
+    """Scales and rotates points (P, 2) around the centre of the template."""
     x, y = scale * np.cos(np.radians(turn)), scale * np.sin(np.radians(turn))
     return (points - CENTRE) @ np.array([[x, y], [-y, x]]) + CENTRE
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Places at which the template is tried."""
+    """Holds the placements of the template that are searched."""
 
-    scales_and_turns: list[tuple[float, float]]
-    shifts: np.ndarray  # (S, 2)
-    where: np.ndarray  # (scales and turns, S, points): in a flat response
+    scales_and_turns: list[tuple[float, float]]  # T
+    shifts: np.ndarray  # (S, 2) pixels
+    where: np.ndarray  # (T, S, points) int64: positions in the flattened contrast
 
 
 def _grid(shifts: np.ndarray, scales: np.ndarray, turns: np.ndarray) -> _Grid:
@@ -115,7 +118,7 @@ def _coarse() -> _Grid:
 
 
 def _fit(response: np.ndarray, grid: _Grid) -> tuple[np.ndarray, float, float, float]:
-    """The shift (2,), scale and turn of the template that fit best, and how well."""
+    """Returns shift (2,), scale and turn of the placement with the highest contrast, and that contrast."""
     fits = response.ravel()[grid.where] @ WEIGHTS
     best, shift = np.unravel_index(fits.argmax(), fits.shape)
     return grid.shifts[shift], *grid.scales_and_turns[best], float(fits[best, shift])

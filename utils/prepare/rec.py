@@ -1,23 +1,23 @@
-"""A folder of faces to MXNet's RecordIO (train.rec), and back. Neither way needs MXNet.
+"""Converts a folder of faces to MXNet's RecordIO (train.rec), or train.rec to a folder, without MXNet.
 
-Stages read a folder that holds train.rec as it is: give it as --data. Nothing has to be unpacked for them.
+The stages read train.rec directly: pass its folder as --data. Unpacking it is not necessary.
 
 Reads   <folder>/<identity>/<image>, or with --ethnicities <folder>/<ethnicity>/<identity>/<image>, 112 x 112
-Writes  <output>/train.rec, train.idx and property in insightface's layout, images as they are encoded
-        <output>/identities.txt, which name each number stands for: identities are counted from 0 in the order of their
-          names, group after group; groups have BUPT-BalancedFace's numbers: 0 Caucasian, 1 Indian, 2 Asian, 3 African
-        <output>/failures.csv, where images cannot be used or lie elsewhere: they are left out
+Writes  <output>/train.rec, train.idx and property in insightface's layout, encoded images unchanged
+        <output>/identities.txt, the name of each label: identities are numbered from 0, sorted by name, group after
+          group; groups have BUPT-BalancedFace's numbers: 0 Caucasian, 1 Indian, 2 Asian, 3 African
+        <output>/failures.csv, if images cannot be used or are misplaced; they are left out
 Run     python -m utils.prepare rec --folder data/faces --ethnicities African,Asian,Caucasian,Indian --output data/rec
 
-and back
+The way back:
 
 Reads   <rec>/train.rec, with or without train.idx
-Writes  <output>/<identity>/<key>.jpg, .png or .webp, with --groups <output>/<ethnicity>/<identity>/..., images as they
-          are encoded; identities and keys are numbers of eight digits
-        <output>/failures.csv, where records hold no such image; rec.json, what it was unpacked from
+Writes  <output>/<identity>/<key>.jpg, .png or .webp, with --groups <output>/<ethnicity>/<identity>/..., encoded images
+          unchanged; identities and keys are numbers of eight digits
+        <output>/failures.csv, if records hold no readable image; rec.json, provenance
 Run     python -m utils.prepare rec --rec data/rec --groups --output data/faces
 
-The folder appears when it is whole. Until then it is called <output>.partial, in which the same command goes on.
+The folder is called <output>.partial until it is complete. Run the same command again to resume.
 """
 
 import argparse
@@ -55,8 +55,8 @@ WRITTEN = (RECORDS, INDEX, PROPERTY, IDENTITIES, FAILURES)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--folder", type=path_of, metavar="FOLDER", help="aligned faces to make train.rec of")
-    source.add_argument("--rec", type=path_of, metavar="FOLDER", help="holds the train.rec to unpack")
+    source.add_argument("--folder", type=path_of, metavar="FOLDER", help="aligned faces to convert to train.rec")
+    source.add_argument("--rec", type=path_of, metavar="FOLDER", help="folder of the train.rec to unpack")
     parser.add_argument("--ethnicities", metavar="A,B", help="with --folder: the groups, separated by commas")
     parser.add_argument("--groups", action="store_true", help="with --rec: a folder for each group")
     parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="for the result")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Raises InputError for input that cannot be used, and where there is no room."""
+    """Converts one way or the other. Raises InputError for unusable input, and if the disk is full."""
     if given.folder:
         if given.groups:
             raise InputError("--groups goes with --rec: with --folder give --ethnicities.")
@@ -80,7 +80,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0) -> None:
-    """Writes a folder's images as records; raises InputError where `scan` and `write_records` do."""
+    """Writes the images of a folder as records. Raises InputError as `scan` and `write_records` do."""
     if unknown := [name for name in groups if name not in GROUPS_OF_RECORDS]:
         raise InputError(
             f"Records have numbers for the groups {', '.join(GROUPS_OF_RECORDS)}, not for {unknown[0]}: leave "
@@ -94,7 +94,7 @@ def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0
     refuse_filled(output, WRITTEN)
     index = scan(folder, groups)
     with locked(output):
-        # Before the records, which are whole as soon as they are there.
+        # Written before the records: once train.rec exists, the output must be complete.
         write_text(output / IDENTITIES, "".join(f"{k}\t{name}\n" for k, name in enumerate(index.identities)))
         failures = [(path, "is passed over, as by stages") for path in passed_over(folder, groups, index.paths)]
         others = len(failures)
@@ -111,7 +111,7 @@ def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0
 def _images(
     folder: Path, index: Index, failures: list[tuple[str, str]], output: Path, processes: int
 ) -> Iterator[tuple[bytes, int, int]]:
-    """What `write_records` takes; `failures` gets the images that cannot be used."""
+    """Yields (encoded image, identity, group) for `write_records`; appends unusable images to `failures`."""
     of_identity = [GROUPS_OF_RECORDS.index(name.split("/")[0]) if "/" in name else -1 for name in index.identities]
     count, others = len(index.paths), len(failures)
     read = in_processes(_Reader(str(folder)), index.paths, count, "pack", processes)
@@ -126,16 +126,16 @@ def _images(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads an image of a folder, and decodes it to see that stages can."""
+    """Reads an image of a folder, and decodes it to check that the stages can; can be pickled."""
 
     folder: str
 
     def __call__(self, path: str) -> tuple[bytes, str]:
-        """Its content, or why it cannot be used."""
+        """Returns the encoded image and "", or b"" and the reason why it cannot be used."""
         try:
             content = images.read_bytes(f"{self.folder}/{path}")
             decode(content)
-        except (OSError, ValueError) as error:  # not of the file that is being written
+        except (OSError, ValueError) as error:
             return b"", images.reason_of(error)
         return content, ""
 
@@ -149,7 +149,7 @@ def _report(failures: list, folder: Path) -> None:
 
 
 def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) -> None:
-    """Writes the images of records into a folder; raises InputError where `read_index` does."""
+    """Writes the images of records into a new folder. Raises InputError as `read_index` does."""
     output = new_folder(output)
     records = read_index(source)
     names = _names(records, with_groups)
@@ -168,7 +168,7 @@ def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) ->
 
 
 def _names(records: Records, with_groups: bool) -> list[str]:
-    """The path of each image without its ending."""
+    """Returns the path of each image, without its ending. Raises InputError if a group is needed and unknown."""
     names = [
         f"{number:08}/{key:08}" for number, key in zip(records.identity.tolist(), records.keys.tolist(), strict=True)
     ]
@@ -186,7 +186,7 @@ def _names(records: Records, with_groups: bool) -> list[str]:
 
 
 def _claim(partial: Path, source: Path, with_groups: bool) -> None:
-    """Notes what a folder is filled from; raises InputError where it is filled from anything else."""
+    """Records the provenance of a folder; raises InputError if it is partly filled from another source."""
     files = [path for path in (source / RECORDS, source / INDEX) if path.exists()]
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     origin = {"folder": str(source.resolve()), "files": stamps, "groups": with_groups}
@@ -198,11 +198,12 @@ def _claim(partial: Path, source: Path, with_groups: bool) -> None:
 
 
 def _finish(partial: Path, output: Path) -> None:
+    """Renames the complete folder to its final name. Raises InputError if that fails."""
     try:
-        for leftover in partial.glob(f"*{PARTIAL}"):  # of a process that was killed
+        for leftover in partial.glob(f"*{PARTIAL}"):  # left by a killed process
             leftover.unlink()
         if hasattr(os, "sync"):
-            os.sync()  # once for all files, whose content must be on the disk before the folder has its name
+            os.sync()  # one sync instead of an fsync per file; the content must be on disk before the rename
         if output.exists():
             output.rmdir()
         os.replace(partial, output)
@@ -218,7 +219,7 @@ class _Unpacker:
     folder: str
 
     def __call__(self, item: tuple[int, int, str]) -> str:
-        """Of offset, length and name: why there is no image, or nothing. Raises NotWritten where there is no room."""
+        """Takes offset, length and name; returns why there is no image, or "". Raises NotWritten on a full disk."""
         *where, name = item
         try:
             content = image_of(images.read_bytes(self.records, *where))
@@ -229,7 +230,7 @@ class _Unpacker:
         return ""
 
     def _write(self, target: str, content: bytes) -> None:
-        """Writes a file that is not there, or is not this: a power cut may have left less of it."""
+        """Writes a file atomically, unless it exists with this content; a power failure may have truncated it."""
         partial = f"{self.folder}/{os.getpid()}{PARTIAL}"
         try:
             if os.path.isfile(target) and images.read_bytes(target) == content:

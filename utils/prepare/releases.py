@@ -1,13 +1,13 @@
-"""What the releases of BUPT-BalancedFace and RFW hold, counted, and which of them a data folder looks like."""
+"""Compares the counts of a data folder with those of the known releases of BUPT-BalancedFace and RFW."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Count(NamedTuple):
-    """Of one group. It may be one of several that are known without the name of their group."""
+    """Holds the counts of one group."""
 
-    images: tuple[int, ...]
+    images: tuple[int, ...]  # several if the source does not tell which count belongs to which group
     identities: int
 
 
@@ -37,34 +37,37 @@ RELEASES = {
         "Indian": Count((10_308,), 2_984),
     },
 }
-"""Images and identities of each group: the first two and RFW from an audit of the downloads; of the third MST-KD's
-configuration gives the images, for African and Asian without saying which is which."""
+"""Images and identities of each group. The first two and RFW are from an audit of the downloads. The images of the
+third are from MST-KD's configuration, which does not tell which of two counts is African and which Asian."""
 
-ALIKE = 0.01  # share of images by which a release may be off and still be named
+ALIKE = 0.01  # largest share of images by which the data may differ from a release that is named
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A release beside what was found, group by group."""
+    """Holds the counts of a release and of the data, group by group."""
 
     release: str
     rows: list[tuple[str, Count, int, int]]  # group, expected, images and identities found
 
     @property
     def images_off(self) -> int:
+        """Returns by how many images the groups differ from the release, summed."""
         return sum(min(abs(found - one) for one in expected.images) for _, expected, found, _ in self.rows)
 
     @property
     def identities_off(self) -> int:
+        """Returns by how many identities the groups differ from the release, summed."""
         return sum(abs(found - expected.identities) for _, expected, _, found in self.rows)
 
     @property
     def share_off(self) -> float:
+        """Returns `images_off` as a share of the images of the release."""
         return self.images_off / sum(max(expected.images) for _, expected, *_ in self.rows)
 
 
 def compare(found: dict[str, tuple[int, int]]) -> list[Comparison]:
-    """The releases beside images and identities of each group, nearest first; none for groups of other names."""
+    """Compares {group: (images, identities)} with each release, nearest first; returns [] for groups of other names."""
     compared = [
         Comparison(release, [(group, counts[group], *found[group]) for group in found])
         for release, counts in RELEASES.items()
@@ -74,7 +77,7 @@ def compare(found: dict[str, tuple[int, int]]) -> list[Comparison]:
 
 
 def verdict(compared: list[Comparison]) -> str:
-    """One sentence."""
+    """States in one sentence which release the counts are those of."""
     if not compared:
         return "BUPT-BalancedFace and RFW have other groups: their counts are not compared."
     best = compared[0]

@@ -1,4 +1,4 @@
-"""The report of `inspect` as Markdown, and its pictures."""
+"""Formats the report of `inspect` as Markdown, and draws its pictures."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from utils.prepare.overlap import Match, PairsImages
 from utils.storage.files import printable, replaced
 from utils.tables import Table
 
-NAMED = 20  # identities of the overlap
+NAMED = 20  # identities of the overlap that are listed by name
 KNOWN_OVERLAP = (
     "An audit of the downloads found 3 identities of BUPT-BalancedFace (177 images) in RFW (11 images of them)."
 )
@@ -23,6 +23,7 @@ KNOWN_OVERLAP = (
 
 
 def as_markdown(facts: dict) -> str:
+    """Formats the facts of inspect.json: warnings first, then a table for each subject."""
     tables = [
         _held(facts),
         _labels(facts),
@@ -93,8 +94,8 @@ def _placements(facts: dict) -> Table:
         if "unknown" in found:
             rows.append((_named(name), "-", "-", "-", f"not measured: {found['unknown']}"))
         else:
-            told = "does not look aligned" if found["doubts"] else "nothing speaks against it"
-            cells = (_number(found["images"]), f"{found['distance']:.1f}", f"{found['agreement']:.2f}", told)
+            verdict = "does not look aligned" if found["doubts"] else "no sign of misalignment"
+            cells = (_number(found["images"]), f"{found['distance']:.1f}", f"{found['agreement']:.2f}", verdict)
             rows.append((_named(name), *cells))
     notes = (
         "Distance: pixels from eyes and mouth of the mean of these faces to ArcFace's template. Agreement: 1 where "
@@ -161,13 +162,13 @@ def _names(facts: dict) -> Table | None:
 
 
 def draw_samples(contents: Contents, samples: list[list[int]], path: Path) -> None:
-    """A row of faces for each group, as many as there are samples of."""
+    """Draws a row of faces for each group: the rows of `contents` in `samples`."""
     names = [_named(name) for name in contents.groups or ("",)]
     _draw([(name, [decoded(contents, row) for row in rows]) for name, rows in zip(names, samples, strict=False)], path)
 
 
 def draw_pairs(contents: Contents, shared: list[Match], pairs: PairsImages, path: Path) -> None:
-    """Images of the data with those of the pairs that they match, a row for each."""
+    """Draws a row for each match: the image of the data, and that of the pairs."""
     files: dict[Path, list[bytes]] = {}
     rows = []
     for match in shared:
@@ -180,7 +181,7 @@ def draw_pairs(contents: Contents, shared: list[Match], pairs: PairsImages, path
 
 
 def _draw(rows: list[tuple[str, list[np.ndarray]]], path: Path) -> None:
-    """Rows of BGR images, each with its name beside it."""
+    """Draws rows of BGR images (H, W, 3) uint8, each with its label beside it, and writes them as PNG."""
     columns = max(1, *(len(faces) for _, faces in rows))
     figure = Figure(figsize=(2.5 + 0.9 * columns, 0.3 + 0.9 * len(rows)), layout="constrained")
     for axes, (name, faces) in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True):
@@ -195,7 +196,7 @@ def _draw(rows: list[tuple[str, list[np.ndarray]]], path: Path) -> None:
 
 
 def _paste(cell: np.ndarray, face: np.ndarray) -> None:
-    """A whole face in the middle of a cell, smaller or larger than it is if need be."""
+    """Scales a face to fit a cell (112, 112, 3) and pastes it into the middle, in place."""
     scale = SIZE / max(face.shape[:2])
     height, width = (max(1, round(scale * side)) for side in face.shape[:2])
     top, left = (SIZE - height) // 2, (SIZE - width) // 2

@@ -1,15 +1,15 @@
-"""RFW's text release to the verification sets <output>/<ethnicity>_test.bin that evaluation reads.
+"""Converts RFW's text release to the verification sets <output>/<ethnicity>_test.bin that the evaluation reads.
 
-Reads   <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, lines separated by tabs:
+Reads   <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, whose lines have columns separated by tabs:
           id n1 n2         a genuine pair
           id1 n1 id2 n2    an impostor pair
         <images>/<ethnicity>/<id>/<id>_%04d.jpg, or <images>/data/<ethnicity>/..., aligned to 112 x 112
-Writes  <output>/<ethnicity>_test.bin, pairs in the order of the list, images as they are encoded
-        <output>/<ethnicity>_test_failures.csv instead where an image is missing or cannot be decoded: then a set that
-          was there before stays
+Writes  <output>/<ethnicity>_test.bin, with the pairs in the order of the list, encoded images unchanged
+        If an image is missing or cannot be decoded, <output>/<ethnicity>_test_failures.csv is written instead, and an
+          existing .bin stays.
 Run     python -m utils.prepare rfw --release RFW --images aligned/RFW --output data/RFW
 
-Lists must hold RFW's 6,000 pairs: ten folds of 300 genuine, then 300 impostor pairs.
+Each list must hold RFW's 6,000 pairs: ten folds of 300 genuine, then 300 impostor pairs.
 """
 
 import argparse
@@ -28,8 +28,10 @@ FORM = '"id n1 n2" or "id1 n1 id2 n2"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--release", type=path_of, required=True, metavar="FOLDER", help="holds txts")
-    parser.add_argument("--images", type=path_of, required=True, metavar="FOLDER", help="holds the aligned faces")
+    parser.add_argument(
+        "--release", type=path_of, required=True, metavar="FOLDER", help="RFW's folder, which holds txts"
+    )
+    parser.add_argument("--images", type=path_of, required=True, metavar="FOLDER", help="folder of the aligned faces")
     parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="for <ethnicity>_test.bin")
     add_processes(parser)
 
@@ -37,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Writes the sets of all ethnicities that have a list.
 
-    One whose images are not all there is not written, and at the end an InputError says so. Raises InputError before
-    anything is written where a list is not as RFW's are.
+    Raises InputError before anything is written if a list is not like RFW's. A set with missing images is not written;
+    the others are, then InputError is raised.
     """
     lists = {ethnicity: _checked(path) for ethnicity, path in find_lists(given.release).items()}
     complaints = []
@@ -62,7 +64,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def find_lists(release: Path) -> dict[str, Path]:
-    """The list of pairs of each ethnicity, sorted; raises InputError where there is none, or one is missing."""
+    """Finds the list of pairs of each ethnicity, sorted. Raises InputError if there is none, or one is missing."""
     folders = sorted(path for path in release.glob("txts/*") if path.is_dir())
     lists = {folder.name: folder / f"{folder.name}_pairs.txt" for folder in folders}
     missing = [path for path in lists.values() if not path.is_file()]
@@ -76,9 +78,9 @@ def find_lists(release: Path) -> dict[str, Path]:
 
 
 def identities_of_lists(release: Path) -> dict[str, set[str]]:
-    """The names of the identities that RFW's lists of pairs name, for each ethnicity.
+    """Returns for each ethnicity the names of the identities in RFW's list of pairs.
 
-    Raises InputError where there is no list, or a line is of another form.
+    Raises InputError if there is no list, or a line has another form.
     """
     return {
         ethnicity: {face.identity for pair in _read(path) for face in (pair.one, pair.other)}
@@ -91,7 +93,7 @@ def _read(path: Path) -> list[Pair]:
 
 
 def _checked(path: Path) -> tuple[Path, list[Pair]]:
-    """A list and its pairs; raises InputError where they are not in RFW's number and order."""
+    """Reads a list; returns its path and pairs. Raises InputError if number or order of the pairs is not RFW's."""
     pairs = _read(path)
     for pair, same in zip(pairs, SAME, strict=False):
         if pair.same != same:

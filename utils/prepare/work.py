@@ -1,4 +1,4 @@
-"""What the commands share: work spread over processes, and a list of what failed."""
+"""Provides the commands with common options, checks of folders, a pool of processes and the list of failures."""
 
 import argparse
 import contextlib
@@ -27,10 +27,12 @@ from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-TOGETHER = 64  # items that go to a process at once
+TOGETHER = 64  # items sent to a process at once
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --processes."""
+
     def whole_number(text: str) -> int:
         if not re.fullmatch("[0-9]{1,4}", text):
             raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
@@ -41,19 +43,19 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def path_of(text: str) -> Path:
-    """For `add_argument`: a path, but not the current folder for a shell's variable that is not set."""
+    """Parses a path for `add_argument`; refuses "", which an unset shell variable gives, since it would mean "."."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing")
     return Path(text)
 
 
 def groups_of(text: str) -> tuple[str, ...]:
-    """The groups in a list with commas; raises InputError where the setting ethnicities does."""
+    """Parses a comma-separated list of groups. Raises InputError as the setting ethnicities does."""
     return Config(ethnicities=tuple(filter(None, text.split(",")))).ethnicities
 
 
 def new_folder(output: Path) -> Path:
-    """The folder that is to be made, from the root on: "." has no name. Raises InputError where it holds anything."""
+    """Returns the absolute path of a folder to create ("." has no name). Raises InputError if it is not empty."""
     output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir()) or os.path.ismount(output)):
         raise InputError(f"{output} is there already: set --output to a new folder.")
@@ -61,13 +63,13 @@ def new_folder(output: Path) -> Path:
 
 
 def refuse_inside(output: Path, source: Path) -> None:
-    """Raises InputError where what is written would lie in what is read."""
+    """Raises InputError if the output folder is the source folder or lies inside it."""
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise InputError(f"{output} lies in {source}: set --output to a folder of its own.")
 
 
 def refuse_filled(output: Path, names: Iterable[str]) -> None:
-    """Raises InputError for a folder that holds anything but files of these names and partial ones."""
+    """Raises InputError if a folder holds files other than these, hidden and partial ones."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder: set --output to a new one.")
     held = os.listdir(output) if output.exists() else []
@@ -79,10 +81,11 @@ def refuse_filled(output: Path, names: Iterable[str]) -> None:
 def in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], total: int, title: str, processes: int = 0
 ) -> Iterator[Result]:
-    """`function` of every item, in order, in so many processes (0: as many as there are cores), with a progress bar.
+    """Maps `function` over the items in a pool of processes (0: one per core); yields the results in order.
 
-    Function and items are pickled: the function is one of a module. A process gets TOGETHER items at once: there are no
-    more processes than such lots, and for a single one none is started. Raises InputError where a process was killed.
+    Shows a progress bar. Function and items must be picklable. Processes receive TOGETHER items at a time, and no more
+    processes are started than there are such batches; a single batch is done in this process. Raises InputError if a
+    process is killed.
     """
     processes = min(processes or os.cpu_count() or 1, math.ceil(total / TOGETHER))
     with contextlib.ExitStack() as stack:
@@ -90,7 +93,7 @@ def in_processes(
         if processes <= 1:
             results = map(function, items)
         else:
-            # Started afresh: a fork of a process with threads may stand still.
+            # Spawned, since forking a process that has threads can deadlock.
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -113,7 +116,7 @@ def _batches(items: Iterable) -> Iterator[tuple]:
 
 
 class _Each:
-    """`function` of each of several items; unlike a closure it can be pickled."""
+    """Maps a function over a batch of items; a class, since a closure cannot be pickled."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -123,22 +126,22 @@ class _Each:
 
 
 def _initialize() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     images.prepare_process()
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the first one is gone: nobody else would, after a SIGKILL."""
+    """Ends this process when its parent is gone: after a SIGKILL of the parent nothing else would."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def write_failures(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """Writes what failed as CSV, a line each. Without a failure, a list of an earlier run is emptied.
+    """Writes failures as CSV. Without a failure, an existing file of an earlier run is reduced to its header.
 
-    Names that are no text are written with their odd bytes replaced.
+    Bytes of names that are not valid text are replaced.
     """
     if not rows and not path.exists():
         return

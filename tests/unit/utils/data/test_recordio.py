@@ -239,7 +239,7 @@ def large(end: int, group: int = -1) -> dict[int, bytes]:
 def test_the_numbers_that_float32_holds_alike(number):
     said = float(np.float32(number))
     found = [near for near in range(number - 20, number + 20) if np.float32(near) == said]
-    assert recordio._held_as(said) == (found[0], found[-1])
+    assert recordio._integers_rounded_to(said) == (found[0], found[-1])
     assert number in found
     assert (len(found) == 1) == (number < recordio.EXACT)
 
@@ -247,7 +247,7 @@ def test_the_numbers_that_float32_holds_alike(number):
 def test_webface42m_would_be_read_two_keys_too_far():
     """Its 42,474,557 images end before a key that float32 does not hold."""
     assert int(np.float32(42_474_558)) == 42_474_560
-    assert recordio._held_as(42_474_560.0) == (42_474_558, 42_474_562)
+    assert recordio._integers_rounded_to(42_474_560.0) == (42_474_558, 42_474_562)
 
 
 @pytest.mark.parametrize("group", [-1, 2])

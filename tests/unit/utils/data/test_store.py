@@ -338,7 +338,7 @@ def test_an_index_that_cannot_be_kept_costs_nothing_else(cfg, monkeypatch):
     def read_only(*_):
         raise InputError("index.npz could not be written (Read-only file system).")
 
-    monkeypatch.setattr(index, "_keep_index", read_only)
+    monkeypatch.setattr(index, "_write_cache", read_only)
     assert len(find_images(cfg).paths) == 20
 
 

@@ -144,7 +144,7 @@ def test_an_ethnicity_with_images_that_cannot_be_used_is_not_written(release):
     assert text.startswith(
         f"4 of the 9 images in {folder} that {listed} names cannot be used (all listed in {failures}):\n  m.0"
     )
-    assert text.endswith(f"\nAdd or mend them.\n{output / 'African_test.bin'} is still that of an earlier run.")
+    assert text.endswith(f"\nAdd or repair them.\n{output / 'African_test.bin'} is still that of an earlier run.")
     reasons = {
         "m.0a/m.0a_0001.jpg": "is not there",
         "m.0a/m.0a_0002.jpg": "is a truncated JPEG",
@@ -416,11 +416,11 @@ def test_missing_images_are_counted_and_the_first_twenty_named(faces):
 def test_the_advice_fits_what_is_wrong(tmp_path):
     write_faces(tmp_path / "faces", {"Ada": 1, "Bo": 1})
     (tmp_path / "faces" / "Cy").write_bytes(b"a file where a folder should be")
-    with pytest.raises(InputError, match="1 of the 3 .*\n  Cy/Cy_0001.jpg is not there\nAdd or mend them.$"):
+    with pytest.raises(InputError, match="1 of the 3 .*\n  Cy/Cy_0001.jpg is not there\nAdd or repair them.$"):
         put_together(tmp_path / "faces", b"Ada 1 Bo 1\nAda 1 Cy 1")
     for name in ("Ada", "Bo"):
         (tmp_path / "faces" / name / f"{name}_0001.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match="2 of the 2 .*\n.* is empty\n.* is empty\nAdd or mend them.$"):
+    with pytest.raises(InputError, match="2 of the 2 .*\n.* is empty\n.* is empty\nAdd or repair them.$"):
         put_together(tmp_path / "faces", b"Ada 1 Bo 1")
 
 
