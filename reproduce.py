@@ -1,10 +1,11 @@
-"""All stages of the paper's tables for one teachers' network, one after another or side by side on several devices.
+"""Runs all stages of the paper's tables for one teachers' network, in order or in parallel on several devices.
 
-With iresnet34 these are the models of Tables 1 to 3, with iresnet50 of Tables 4 to 6; and a network that is trained
-alone on all identities, which the paper does not have. What is finished is passed over, what was stopped goes on.
+With iresnet34 these are the models of Tables 1 to 3, with iresnet50 those of Tables 4 to 6, and in both cases a
+standalone network, trained on all identities, that the paper does not have. Finished stages are skipped, interrupted
+ones are resumed.
 
 Reads   <data>, <pairs>
-Writes  what its stages write below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
+Writes  the outputs of the stages, below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
 Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--network iresnet50] [any other setting]
 """
 
@@ -56,17 +57,20 @@ def main(argv: list[str] | None = None) -> None:
     with locked(output / "reproduce.json"):
         runner = Runner(stages, given.devices or ("",), record, logs, weights, share_done)
         if not runner.run():
-            print(f"All others are finished. Mend the cause, then go on with: {this_command()}")
+            print(f"All others are finished. Fix the cause, then continue with: {this_command()}")
             sys.exit(1)
     print(f"All stages are finished: {output}/evaluation/report.html")
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Own options and the settings of all stages; what is wrong with them ends in one sentence and status 2."""
+    """Parses the command line into reproduce.py's own options and the settings of all stages.
+
+    On invalid options prints one sentence and exits with status 2.
+    """
     parser = argparse.ArgumentParser(prog="reproduce.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="print what would be run and what it takes, run nothing")
-    parser.add_argument("--rate", type=float, default=0.0, help="of the plan: images/s of training the teachers")
-    parser.add_argument("--devices", default="", help="GPUs that work side by side: 0,1,2,3")
+    parser.add_argument("--plan", action="store_true", help="print the stages, their time and disk space; run nothing")
+    parser.add_argument("--rate", type=float, default=0.0, help="with --plan: training rate of the teachers, images/s")
+    parser.add_argument("--devices", default="", help="GPUs that run stages in parallel: 0,1,2,3")
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         parser.print_help()
@@ -83,7 +87,10 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def require_devices(devices: tuple[str, ...], cfg: Config) -> None:
-    """Raises InputError for a GPU that is not there: its stages would run on the CPU. On a CPU names are slots."""
+    """Raises InputError for a GPU that does not exist, since its stages would run on the CPU.
+
+    On a CPU the names of devices are arbitrary: each stands for one stage at a time.
+    """
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -92,7 +99,10 @@ def require_devices(devices: tuple[str, ...], cfg: Config) -> None:
 
 
 def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
-    """What there is to be seen; a plan may assume the paper's data where there is none, and says so in a line."""
+    """Counts images and identities; returns the counts, and a line for each assumption.
+
+    With `may_assume`, as for a plan, missing data is replaced by the numbers of the paper; otherwise raises InputError.
+    """
     missing = [path for path in cfg.pairs_files.values() if not path.is_file()]
     assumed = []
     if missing and not may_assume:
@@ -108,7 +118,7 @@ def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
 
 
 def sources_of(cfg: Config, counts: Counts) -> dict:
-    """What all stages depend on beside each other: the data folder's index, and the verification sets."""
+    """Returns the state of the input data of all stages: digest of the index, size and time of verification sets."""
     stamps = {}
     for name, path in cfg.pairs_files.items():
         stat = path.stat() if path.is_file() else None
