@@ -1,4 +1,4 @@
-"""Every stage of MST-KD on generated faces: the commands that a user types, one after another, then the result table.
+"""Runs every stage of MST-KD on generated faces, with the commands that a user types, and prints the result table.
 
 Writes  demo/ (demo-<seed>/): generated faces, run folders, and in output/evaluation tables, pictures and report.html
 Run     python demo.py [--seed 1]   (or: make demo)
@@ -17,9 +17,9 @@ from utils.stages.paper import Stage
 from utils.stages.runner import Runner
 
 GROUPS = ("African", "Asian", "Caucasian", "Indian")
-"""Names only: the scripts look for folders of these names. The faces are generated and show nobody."""
+"""Names of folders that the scripts expect. The faces in them are generated, and show no person."""
 
-# A narrow network on a few faces learns with a softer margin and a larger learning rate than a wide one on a million.
+# A narrow network on few faces needs a smaller margin and a larger learning rate than a wide one on a million faces.
 SMALL = (
     "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny --batch_size 32 --lr 0.3 "
     "--s 16 --m 0.2 --std 0.02 --num_epoch 12 --num_epoch_fc 20"
@@ -40,7 +40,7 @@ STAGES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="decides the generated faces and the training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated faces and of the training")
     seed = parser.parse_args().seed
     if seed < 0:
         parser.error("seed must be 0 or more.")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def stages(folder: Path, seed: int) -> list[Stage]:
-    """Each needs the one before it."""
+    """Returns all stages in order; each needs the one before it."""
     faces = folder / "faces"
     paths = f"--data {faces}/train --pairs {faces}/pairs --output {folder}/output --cache {folder}/cache --seed {seed}"
     found: list[Stage] = []

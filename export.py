@@ -1,7 +1,7 @@
-"""Trained models for other runtimes: as ONNX, checked in onnxruntime, and as safetensors; both say what they hold.
+"""Exports a trained model as ONNX, checked in onnxruntime, and as safetensors, both with metadata.
 
-Reads   CHECKPOINT, the weights of a teacher or student, or with --teacher of an adaptor on top of these, as
-        eval.evaluation reads them; config.json beside those that we wrote
+Reads   CHECKPOINT, the weights of a teacher or student, or with --teacher of an adaptor on top of these teachers;
+        config.json of the run folders, for weights trained here
 Writes  <output>/<stem of CHECKPOINT>.onnx and .safetensors: images (B, 3, 112, 112) to embeddings (B, D)
 Run     python export.py CHECKPOINT --network iresnet50 [--output FOLDER] [--raw]
         python export.py ADAPTOR --network iresnet34 --teacher asian.pth,african.pth,caucasian.pth,indian.pth
@@ -28,16 +28,16 @@ from utils.storage.files import read_json, replaced
 from utils.storage.tensors import OURS
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript", "safetensors")
-"""What requirements.txt does not ask for: only an export needs them."""
+"""Packages that are not in requirements.txt, since only an export needs them."""
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-4
-"""Largest difference between onnxruntime and PyTorch, as a share of the largest number of each output."""
+"""Largest allowed difference between onnxruntime and PyTorch, relative to the largest number of each output."""
 ONNX_LIMIT = 2**31 - 2**24
-"""Bytes of weights: an ONNX file is one message of Protocol Buffers, which ends at 2 GiB; the rest is for the graph."""
+"""Largest size of weights in bytes: an ONNX file is one Protocol Buffers message of at most 2 GiB, with the graph."""
 
 
 class Embedder(nn.Module):
-    """A network and the step to unit length: images (B, 3, 112, 112) in [-1, 1] -> embeddings (B, embedding_size)."""
+    """A network with normalised output: images (B, 3, 112, 112) in [-1, 1] -> embeddings (B, embedding_size)."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -56,18 +56,22 @@ def main(argv: list[str] | None = None) -> None:
         prog="python export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=path_of, metavar="CHECKPOINT", help="a file of weights")
-    parser.add_argument("--network", required=True, metavar="NAME", help="what it is, or with --teacher they are")
+    parser.add_argument(
+        "--network", required=True, metavar="NAME", help="architecture of CHECKPOINT, or of its teachers"
+    )
     size = {"type": int, "metavar": "N"}
-    parser.add_argument("--embedding_size", **size, default=Config.embedding_size, help="its dimensions [%(default)s]")
-    words = "files of the teachers below an adaptor, in its order"
+    parser.add_argument(
+        "--embedding_size", **size, default=Config.embedding_size, help="dimension of the embedding [%(default)s]"
+    )
+    words = "weights of the teachers of an adaptor, in its order"
     parser.add_argument("--teacher", type=_names, default=(), metavar="a,b,...", help=words)
-    words = "the groups of these teachers, where they are others than BUPT-BalancedFace's"
+    words = "groups of these teachers, if they are not those of BUPT-BalancedFace"
     parser.add_argument("--ethnicities", type=_names, default=Config.ethnicities, metavar="a,b,...", help=words)
     parser.add_argument("--is_dual_layer", action="store_true", help="the adaptor is dual-layer (DuL, DLDPO), not SL")
-    words = "dimensions between its layers [%(default)s]"
+    words = "width of its hidden layer [%(default)s]"
     parser.add_argument("--middle_layer_size", **size, default=Config.middle_layer_size, help=words)
     parser.add_argument("--output", type=path_of, metavar="FOLDER", help="where to write [the checkpoint's folder]")
-    parser.add_argument("--raw", action="store_true", help="features as the network gives them, not of unit length")
+    parser.add_argument("--raw", action="store_true", help="export raw features instead of embeddings of unit length")
     given = parser.parse_args(argv)
     guarded(lambda: run(given))
 
@@ -77,7 +81,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Exports what the command line names; raises InputError for what it cannot, and then leaves no file behind."""
+    """Exports the model that the command line names; raises InputError if it cannot, without leaving a file."""
     need(*PACKAGES)
     cfg = Config(
         checkpoint=str(given.checkpoint),
@@ -105,13 +109,13 @@ def run(given: argparse.Namespace) -> None:
 
 
 def need(*packages: str) -> None:
-    """Raises InputError with the command that installs what is missing."""
+    """Raises InputError with the command that installs missing packages."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise InputError(f"An export needs what is not there: pip install {' '.join(missing)}")
+        raise InputError(f"Export needs packages that are not installed: pip install {' '.join(missing)}")
 
 
 def _outputs(folder: Path, stem: str) -> list[Path]:
-    """The two files to be written; raises InputError where they cannot be, or another model could be lost."""
+    """Returns the paths of both files; raises InputError if `folder` is no folder or a file exists already."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is no folder: set --output to one.")
     paths = [folder / f"{stem}.{kind}" for kind in ("onnx", "safetensors")]
@@ -120,14 +124,14 @@ def _outputs(folder: Path, stem: str) -> list[Path]:
     return paths
 
 
-# What a file says of itself -------------------------------------------------------------------------------------------
+# Metadata -------------------------------------------------------------------------------------------------------------
 
 
 def description(cfg: Config, model: Model, raw: bool) -> dict[str, str]:
-    """The metadata of both files: how to feed the network, what comes out, and what its weights are.
+    """Returns the metadata of both files: architecture, input, output, and provenance (`made_from`).
 
-    `made_from` is a JSON list of the files, an adaptor before its teachers. It holds no paths and none of the settings
-    that do not decide what was trained: they would tell strangers of the machine.
+    `made_from` is a JSON list of the files of weights, an adaptor before its teachers. For privacy it contains no full
+    paths, and of the settings only those that affect the trained weights.
     """
     files = zip((cfg.checkpoint, *cfg.teacher), model.weights, strict=True)
     return {
@@ -144,10 +148,10 @@ def description(cfg: Config, model: Model, raw: bool) -> dict[str, str]:
 
 
 def _origin(path: Path, digest: str) -> dict[str, Any]:
-    """A file of weights; where it is ours and its run folder says so, also the settings that decided its training."""
+    """Returns folder and name of a file of weights, its SHA-256, and its training settings if it was trained here."""
     origin = {"file": "/".join(path.absolute().parts[-2:]), "sha256": digest}
     about = path.with_name("config.json")
-    if OURS.fullmatch(path.name) and about.is_file():  # beside a released file it is somebody else's
+    if OURS.fullmatch(path.name) and about.is_file():  # beside a released file it is not ours
         origin["settings"] = read_json(about).get("settings", {})
     return origin
 
@@ -156,9 +160,10 @@ def _origin(path: Path, digest: str) -> dict[str, Any]:
 
 
 def to_onnx(network: nn.Module, about: dict[str, str]) -> bytes:
-    """A network in eval mode with its metadata: `image` (batch, 3, 112, 112) -> `output` (batch, embedding_size).
+    """Converts a network in eval mode to ONNX: `image` (batch, 3, 112, 112) -> `output` (batch, embedding_size).
 
-    The opset is the one that PyTorch's exporter takes by itself. Raises InputError where one file cannot hold it.
+    The opset is the default of PyTorch's exporter. `about` becomes the metadata. Raises InputError if the weights are
+    too large for one file.
     """
     import onnx
 
@@ -166,7 +171,7 @@ def to_onnx(network: nn.Module, about: dict[str, str]) -> bytes:
         raise InputError("The weights are more than the 2 GB that one ONNX file can hold: fuse smaller teachers.")
     program = torch.onnx.export(
         network,
-        (torch.zeros(2, 3, SIZE, SIZE),),  # not one image: the exporter would take that for a constant
+        (torch.zeros(2, 3, SIZE, SIZE),),  # the exporter would specialise a batch of 1 to a constant
         input_names=["image"],
         output_names=["output"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -175,7 +180,7 @@ def to_onnx(network: nn.Module, about: dict[str, str]) -> bytes:
     )
     model = program.model_proto
     for part in (model.graph, *model.graph.node):
-        del part.metadata_props[:]  # where in whose home folder each line of code lies
+        del part.metadata_props[:]  # source paths, which contain the user's home folder
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model)
     return model.SerializeToString()
@@ -183,15 +188,15 @@ def to_onnx(network: nn.Module, about: dict[str, str]) -> bytes:
 
 @torch.no_grad()
 def check(path: Path, network: nn.Module) -> float:
-    """The largest difference between onnxruntime and PyTorch on random images, as TOLERANCE counts it.
+    """Returns the largest relative difference, see TOLERANCE, between onnxruntime and PyTorch on random images.
 
-    Raises InputError where it is larger than that, the network gives NaN or infinity, or onnxruntime is too old.
+    Raises InputError if it exceeds TOLERANCE, if the output is not finite, or if onnxruntime cannot read the file.
     """
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no class of their own in common
+    except Exception as error:  # onnxruntime's exceptions have no common base class of their own
         reason = " ".join(str(error).split())
         raise InputError(
             f"onnxruntime {onnxruntime.__version__} cannot read what PyTorch wrote ({reason}): "
@@ -205,7 +210,7 @@ def check(path: Path, network: nn.Module) -> float:
             raise InputError("The network gives NaN or infinity for random images: nothing is written.")
         found = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
         difference = ((found - expected).abs() / expected.abs().amax(1, keepdim=True)).max().item()
-        if not difference <= TOLERANCE:  # nor where it is not a number
+        if not difference <= TOLERANCE:  # also refuses NaN
             raise InputError(
                 f"onnxruntime differs from PyTorch by {difference:.0e} (batch {batch}), more than {TOLERANCE:.0e}: "
                 f"nothing is written; newer packages may agree: pip install --upgrade {' '.join(PACKAGES)}"
@@ -218,17 +223,17 @@ def check(path: Path, network: nn.Module) -> float:
 
 
 def to_safetensors(network: nn.Module, about: dict[str, str]) -> bytes:
-    """The state dict of a network, names and bits unchanged, with its metadata."""
+    """Converts the state dict of a network to safetensors, names and bits unchanged, with `about` as metadata."""
     from safetensors.torch import save
 
     return save({name: value.contiguous() for name, value in network.state_dict().items()}, about)
 
 
 def load_exported(path: Path) -> nn.Module:
-    """The model in a safetensors file of ours, in eval mode; it computes what was exported, to the last bit.
+    """Loads the model in a safetensors file of export.py, in eval mode; its outputs are bit-identical to the original.
 
-    Images (B, 3, 112, 112), RGB in [-1, 1] -> embeddings (B, embedding_size), with --raw features. Raises InputError
-    where safetensors is not installed, or the file is not there or not of ours.
+    Images (B, 3, 112, 112), RGB in [-1, 1] -> embeddings (B, embedding_size), or features if exported with --raw.
+    Raises InputError if safetensors is not installed, or if the file is missing, corrupted or not from export.py.
     """
     need("safetensors")
     from safetensors import SafetensorError, safe_open
@@ -238,26 +243,26 @@ def load_exported(path: Path) -> nn.Module:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            # Copied to where PyTorch would lay it: the last bits of a product depend on how its factors are aligned.
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (it is no dict)
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are replaced
+            # Cloned into memory that PyTorch allocates: the last bits of a product depend on the operands' alignment.
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with torch.device("meta"):  # no memory, no initialisation: all weights are replaced
             network = _build(about)
         network.load_state_dict(state, assign=True)
         return _with_output(network, about["normalisation"] == "none")
     except KeyError as error:
-        raise InputError(f"{path} is not of export.py: it does not say its {error.args[0]}.") from error
+        raise InputError(f"{path} is not from export.py: its metadata lacks {error.args[0]}.") from error
     except (SafetensorError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is damaged or not of export.py ({reason}): export it again.") from error
+        raise InputError(f"{path} is corrupted or not from export.py ({reason}): export it again.") from error
 
 
 def _build(about: dict[str, str]) -> nn.Module:
-    """The network that metadata tell of, with no weights of its own yet."""
+    """Builds the network that the metadata `about` describes."""
     size, teachers = int(about["embedding_size"]), range(int(about["teachers"]))
     if not teachers:
         return build_backbone(about["network"], size)
     middle = int(about["middle_layer_size"] or Config.middle_layer_size)
-    groups = tuple(f"teacher{k}" for k in teachers)  # any names: only how many there are decides the adaptor's shape
+    groups = tuple(f"teacher{k}" for k in teachers)  # arbitrary names: the adaptor depends only on their number
     cfg = Config(embedding_size=size, middle_layer_size=middle, ethnicities=groups)
     networks = [build_backbone(about["network"], size) for _ in teachers]
     return MultiTeacher(networks, build_adaptor(about["adaptor"], cfg))

@@ -1,10 +1,11 @@
-"""All stages of the paper's tables for one teachers' network, one after another or side by side on several devices.
+"""Runs all stages of the paper's tables for one teachers' network, in order or in parallel on several devices.
 
-With iresnet34 these are the models of Tables 1 to 3, with iresnet50 of Tables 4 to 6; and a network that is trained
-alone on all identities, which the paper does not have. What is finished is passed over, what was stopped goes on.
+With iresnet34 these are the models of Tables 1 to 3, with iresnet50 those of Tables 4 to 6, and in both cases a
+standalone network, trained on all identities, that the paper does not have. Finished stages are skipped, interrupted
+ones are resumed.
 
 Reads   <data>, <pairs>
-Writes  what its stages write below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
+Writes  the outputs of the stages, below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
 Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--network iresnet50] [any other setting]
 """
 
@@ -17,15 +18,14 @@ from pathlib import Path
 import torch
 
 from config.config import Config
-from utils.data.pairs import read_bin
 from utils.errors import InputError
 from utils.process import guarded, this_command
 from utils.stages.disk import items, require_room, rooms
 from utils.stages.paper import FIXED, paper
 from utils.stages.plan import describe
 from utils.stages.rates import measured_rates, rates_from
-from utils.stages.runner import Record, Runner
-from utils.stages.work import RFW_IMAGES, Counts, counted, papers_counts, seconds, share_done, work_of_all
+from utils.stages.runner import Record, Runner, stamps
+from utils.stages.work import counts_of, seconds, share_done, work_of_all
 from utils.storage.locks import locked
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     stages, (counts, assumed) = paper(cfg), counts_of(cfg, may_assume=given.plan)
     work = work_of_all(stages, counts)
     output = Path(cfg.output)
-    record = Record(output / "reproduce.json", sources_of(cfg, counts))
+    record = Record(output / "reproduce.json", {"data": counts.digest, "pairs": stamps([*cfg.pairs_files.values()])})
     by_name = {stage.name: stage for stage in stages}
     finished = {one.name for one in stages if record.holds(one, [by_name[name] for name in one.needs])}
     left = [stage for stage in stages if stage.name not in finished]
@@ -57,17 +57,20 @@ def main(argv: list[str] | None = None) -> None:
     with locked(output / "reproduce.json"):
         runner = Runner(stages, given.devices or ("",), record, logs, weights, share_done)
         if not runner.run():
-            print(f"Mend the cause, then go on with: {this_command()}")
+            print(f"Fix the cause, then continue with: {this_command()}")
             sys.exit(1)
     print(f"All stages are finished: {cfg.evaluation_dir}/report.html")
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Own options and the settings of all stages; what is wrong with them ends in one sentence and status 2."""
+    """Parses the command line into reproduce.py's own options and the settings of all stages.
+
+    On invalid options prints one sentence and exits with status 2.
+    """
     parser = argparse.ArgumentParser(prog="reproduce.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="print what would be run and what it takes, run nothing")
-    parser.add_argument("--rate", type=_rate, help="of the plan: images/s of training the teachers")
-    parser.add_argument("--devices", default="", help="GPUs that work side by side: 0,1,2,3")
+    parser.add_argument("--plan", action="store_true", help="print the stages, their time and disk space; run nothing")
+    parser.add_argument("--rate", type=_rate, help="with --plan: training rate of the teachers, images/s")
+    parser.add_argument("--devices", default="", help="GPUs that run stages in parallel: 0,1,2,3")
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         parser.print_help()
@@ -92,37 +95,15 @@ def _rate(text: str) -> float:
 
 
 def require_devices(devices: tuple[str, ...], cfg: Config) -> None:
-    """Raises InputError for a GPU that is not there: its stages would run on the CPU. On a CPU names are slots."""
+    """Raises InputError for a GPU that does not exist, since its stages would run on the CPU.
+
+    On a CPU the names of devices are arbitrary: each stands for one stage at a time.
+    """
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if missing := [name for name in devices if name not in visible.split(",")]:
         raise InputError(f"devices names {missing[0]}, which is none of the GPUs here: choose from {visible}.")
-
-
-def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
-    """What there is to be seen; a plan may assume the paper's data where there is none, and says so in a line."""
-    missing = [path for path in cfg.pairs_files.values() if not path.is_file()]
-    assumed = []
-    if missing and not may_assume:
-        raise InputError(f"Missing: {', '.join(map(str, missing))}. Set pairs to the folder of these files.")
-    if missing:
-        assumed = [f"{cfg.pairs} lacks {missing[0].name}: sets that are not there count as {RFW_IMAGES:,} images.\n"]
-    pairs = {name: RFW_IMAGES if p in missing else len({*read_bin(p)[0]}) for name, p in cfg.pairs_files.items()}
-    papers = papers_counts(cfg, pairs)
-    if may_assume and papers and not Path(cfg.data).is_dir():
-        number = papers.images["All"]
-        return papers, [f"{cfg.data} is not there: counted with the paper's {number:,} images.\n", *assumed]
-    return counted(cfg, pairs), assumed
-
-
-def sources_of(cfg: Config, counts: Counts) -> dict:
-    """What all stages depend on beside each other: the data folder's index, and the verification sets."""
-    stamps = {}
-    for name, path in cfg.pairs_files.items():
-        stat = path.stat() if path.is_file() else None
-        stamps[name] = [stat.st_size, stat.st_mtime_ns] if stat else []
-    return {"data": counts.digest, "pairs": stamps}
 
 
 if __name__ == "__main__":

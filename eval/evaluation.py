@@ -1,10 +1,11 @@
-"""Evaluation: the paper's tables of all trained models, how sure they are, and error rates at shared thresholds.
+"""Evaluates all trained models: the paper's tables, confidence intervals, and error rates at shared thresholds.
 
-Reads   <pairs>, and <output>: teachers, adaptors (through their teachers) and students, of every setting; or the
-        files that --checkpoint and --teacher name
-Writes  <output>/evaluation/ (other sets and named files: a folder in it): accuracy, intervals, differences and rates as
-        .md, .csv and .tex; on RFW paper.* with the paper's printed results beside those here; results.json, scores/
-        with a line per pair, pictures, with --report report.html; distances/, from which it goes on
+Reads   <pairs>, and from <output> the teachers, adaptors (with their teachers) and students of every setting; or the
+        files given by --checkpoint and --teacher
+Writes  <output>/evaluation/ (a subfolder of it for other sets or given files): accuracy, intervals, differences and
+        rates as .md, .csv and .tex; on RFW also paper.*, the paper's printed results beside the measured ones;
+        results.json; scores/ with a line per pair; pictures; with --report also report.html; distances/, which an
+        interrupted or repeated evaluation reuses
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
 """
@@ -26,7 +27,7 @@ from utils.process import command, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
-LOGGED = {"epoch", "loss", "scores", "best"}  # what pictures read of a log
+LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the pictures need
 
 
 def main(cfg: Config) -> None:
@@ -40,7 +41,7 @@ def main(cfg: Config) -> None:
     if model:
         scored = Scores(cfg, sets, folder / "distances").of([model])
     else:
-        scored = [one for family in found for one in _scored(family, sets, folder)]
+        scored = [one for family in found for one in _score_family(family, sets, folder)]
     scored.sort(key=lambda one: (SETTINGS.index(one.setting), NETWORKS.index(one.network), KINDS.index(one.kind)))
 
     results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
@@ -56,9 +57,9 @@ def main(cfg: Config) -> None:
     if results.of_groups and results.of_one_kind:
         print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
     written = _write_forms(forms, folder)
-    write_json(folder / "results.json", _all_of(cfg, sets, scored, tables))
+    write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
     for one in scored:
-        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores(one, sets))
+        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
     pictures = _draw(results, compared, _logs(cfg), folder)
     written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
     written |= {name: [name] for name in pictures.values() if "/" not in name}
@@ -67,7 +68,7 @@ def main(cfg: Config) -> None:
         shown = {title: folder / name for title, name in pictures.items()}
         write_text(folder / "report.html", report.page(tables, shown, cfg))
         written["report.html"] = ["report.html"]
-    _remove_others(folder, {folder / name for names in written.values() for name in names})
+    _remove_stale(folder, {folder / name for names in written.values() for name in names})
     print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
 
 
@@ -80,7 +81,7 @@ def _families(cfg: Config) -> list[Config]:
 
 
 def _write_forms(forms: dict[str, dict[str, str]], folder: Path) -> dict[str, list[str]]:
-    """Writes texts by the name and the extension of their files; returns the files by what is said of them."""
+    """Writes `forms`, texts by file name and extension; returns the files by the label under which they are printed."""
     for name, texts in forms.items():
         for kind, text in texts.items():
             write_text(folder / f"{name}.{kind}", text)
@@ -88,7 +89,7 @@ def _write_forms(forms: dict[str, dict[str, str]], folder: Path) -> dict[str, li
 
 
 def _notes(cfg: Config) -> tuple[str, ...]:
-    """What every table must say of itself."""
+    """Returns the notes that go under every table."""
     notes = []
     if is_generated(Path(cfg.pairs)):
         notes.append("Generated faces, not photographs: the group names mean nothing.")
@@ -99,7 +100,7 @@ def _notes(cfg: Config) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _all_of(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: dict[str, Table]) -> dict:
+def _results_json(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: dict[str, Table]) -> dict:
     return {
         "versions": versions(cfg),
         "sets": {
@@ -111,8 +112,8 @@ def _all_of(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tables: d
     }
 
 
-def _remove_others(folder: Path, written: set[Path]) -> None:
-    """Deletes what an earlier evaluation wrote of models or tables that are not there any more."""
+def _remove_stale(folder: Path, written: set[Path]) -> None:
+    """Deletes files of an earlier evaluation whose models or tables no longer exist."""
     ours = [folder / name for name in ("report.html", "trade_off.png", "training.png", "paper.png")]
     ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
     ours += [*folder.glob("scores/*.csv"), *folder.glob("curves/*.png")]
@@ -121,7 +122,7 @@ def _remove_others(folder: Path, written: set[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _scored(family: Config, sets: dict[str, Pairs], folder: Path) -> list[Scored]:
+def _score_family(family: Config, sets: dict[str, Pairs], folder: Path) -> list[Scored]:
     scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
     return [one for models in models_of(family) for one in scores.of(models)]
 
@@ -130,8 +131,8 @@ def _file_name(one: Scored) -> str:
     return "-".join(part for part in (one.setting, one.network, one.kind, one.name) if part).replace(" ", "-")
 
 
-def _scores(one: Scored, sets: dict[str, Pairs]) -> str:
-    """A line per pair with all digits: enough to compute every figure again without this code."""
+def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
+    """Returns a CSV with one line per pair and all digits, from which every accuracy and rate can be recomputed."""
     lines = ["set,pair,same,squared distance"]
     for name, pairs in sets.items():
         both = zip(pairs.same.tolist(), one.distances[name].tolist(), strict=True)
@@ -142,7 +143,7 @@ def _scores(one: Scored, sets: dict[str, Pairs]) -> str:
 def _draw(
     results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
 ) -> dict[str, str]:
-    """Draws all pictures; their files below the folder by title."""
+    """Draws all pictures; returns their paths relative to `folder`, by title."""
     models, note = results.models, " ".join(results.notes)
     drawn = {"Accuracy of each group": "accuracy.png"}
     figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
@@ -165,14 +166,14 @@ def _draw(
 
 
 def _logs(cfg: Config) -> dict[str, list[dict]]:
-    """The entries of every run's log.jsonl below the output folder, by the run folder's path."""
+    """Reads every log.jsonl below the output folder; returns the entries by the run folder's relative path."""
     if cfg.checkpoint:
         return {}
     logs = {}
     for path in sorted(Path(cfg.output).glob("*/*/*/**/log.jsonl")):
         try:
             entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            is_log = bool(entries) and all(entry.keys() >= LOGGED for entry in entries)
+            is_log = bool(entries) and all(entry.keys() >= LOG_KEYS for entry in entries)
         except (ValueError, AttributeError):
             is_log = False
         if is_log and any(entry["best"] for entry in entries):

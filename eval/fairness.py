@@ -1,4 +1,4 @@
-"""Figures of fairness from the accuracies of the groups."""
+"""Average, STD and SER of the groups' accuracies."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def summary(accuracies: Sequence[float]) -> tuple[float, float, float]:
-    """Average, STD and SER of the groups' accuracies in percent.
+    """Returns average, STD and SER of the groups' accuracies (G,) in percent.
 
-    STD is that of `std`. SER (skewed error ratio) is (100 - lowest) / (100 - highest), Eq. 7 of the MST-KD paper: 1
-    where no group has an error, and infinite where only some groups have errors.
+    STD is computed by `std`. SER (skewed error ratio) is (100 - lowest) / (100 - highest), Eq. 7 of the MST-KD paper.
+    It is 1 if no group has an error, and infinite if only some groups have errors.
     """
     values = np.asarray(accuracies, np.float64)
     errors = 100 - values
@@ -18,11 +18,11 @@ def summary(accuracies: Sequence[float]) -> tuple[float, float, float]:
 
 
 def std(accuracies: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Sample standard deviation (ddof 1) of the groups' accuracies, which lie along `axis`; NaN for a single group.
+    """Returns the sample standard deviation (ddof 1) of the groups' accuracies along `axis`; NaN for a single group.
 
-    All 40 rows of the MST-KD paper's six tables have ddof 1.
+    All 40 rows of the MST-KD paper's six tables use ddof 1.
     """
     values = np.asarray(accuracies, np.float64)
     if values.shape[axis] == 1:
-        return np.full_like(values.mean(axis), np.nan)  # NumPy gives NaN too, but warns
+        return np.full_like(values.mean(axis), np.nan)  # NumPy returns NaN as well, but warns
     return values.std(axis, ddof=1)

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Draws the pictures of an evaluation as PNG files."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from eval.scores import Scored
 from eval.uncertainty import by_chance
 from utils.storage.files import replaced
 
-# Okabe and Ito's colours, told apart with every form of colour vision; markers and lines tell them apart in grey.
+# Okabe and Ito's palette is safe for colour-blind readers; markers and line styles keep groups distinct in grey.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
@@ -25,10 +25,10 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, 
 def draw_accuracies(
     models: list[Scored], sets: Sequence[str], intervals: np.ndarray, path: Path, note: str = ""
 ) -> None:
-    """One line per model, one marker per set with its interval, a bar for their average.
+    """Draws one row per model: a marker with its interval per verification set, and a bar for the average.
 
-    `intervals` (models, sets, 2) in percent. The markers of one line stand at slightly different heights, so that equal
-    accuracies do not hide each other.
+    `intervals` (models, sets, 2) are in percent. The markers of a row are shifted vertically, so that equal accuracies
+    do not hide each other.
     """
     values = np.array([model.accuracies for model in models])
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(models)), layout="constrained")
@@ -52,10 +52,10 @@ def draw_accuracies(
 
 
 def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], path: Path, note: str = "") -> None:
-    """A panel per table of a paper; per row one marker per set, hollow as printed and filled as measured here.
+    """Draws a panel per table of a paper, with a hollow (printed) and a filled (measured) marker per row and set.
 
-    `panels` holds the printed and the measured row by the table's title, `pairs` the number of pairs of each set. The
-    bars are binomial 95 % intervals; those of the printed accuracies are dotted.
+    `panels` holds (printed, measured) rows by the title of their table, `pairs` the number of pairs by set. The bars
+    are binomial 95 % intervals, dotted for printed accuracies.
     """
     columns = 1 if len(panels) <= 3 else 2
     lines = -(-len(panels) // columns)
@@ -100,7 +100,10 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
 
 
 def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:
-    """One dot per model, average against STD; shaded is what perfectly fair models show by chance, 95 of 100."""
+    """Draws average against STD, one dot per model; the STD of 95 % of perfectly fair models is in the shaded area.
+
+    `pairs` (G,) are the numbers of pairs of the groups.
+    """
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     accuracies = np.array([model.accuracies for model in models])
@@ -112,7 +115,7 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
     for (setting, kind), k in looks.items():
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
-        # A ninth has the colour of the first with another marker.
+        # The ninth look reuses the first colour, with another marker.
         style = {"color": COLOURS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "linestyle": "none", "markersize": 9}
         axes.plot(averages[of_look], stds[of_look], label=f"{setting} {kind}".strip(), **style)
     for average, spread, model in zip(averages, stds, models, strict=True):
@@ -130,7 +133,10 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
 def draw_curves(
     model: Scored, same: dict[str, np.ndarray], shared: dict[str, float], path: Path, note: str = ""
 ) -> None:
-    """ROC, DET and histograms of a model per group, with the thresholds `shared` by all groups marked."""
+    """Draws ROC, DET and histograms of squared distances of one model, a curve per group.
+
+    `same` (P,) bool per group says which pairs are genuine; thresholds `shared` by all groups, by name, are marked.
+    """
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for i, (name, labels) in enumerate(same.items()):
@@ -165,7 +171,7 @@ def draw_curves(
 
 
 def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> None:
-    """Losses, measures and scores per epoch of every run, from the entries of their log.jsonl."""
+    """Draws losses, measures and scores per epoch, a panel per run; `logs` holds the entries of each log.jsonl."""
     columns = 3
     rows = -(-len(logs) // columns)
     figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
@@ -174,7 +180,7 @@ def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> No
     styles: dict[str, int] = {}  # of each loss and measure
     for (title, log), axes in zip(logs.items(), every, strict=False):
         epochs = [entry["epoch"] for entry in log]
-        for name in (*log[0]["loss"], *log[0].get("measures", ())):  # runs from before have none
+        for name in (*log[0]["loss"], *log[0].get("measures", ())):  # older logs have no measures
             values = [{**entry["loss"], **entry.get("measures", {})}[name] for entry in log]
             label = f"loss {name}" if name in log[0]["loss"] else name
             style = LINES[styles.setdefault(name, len(styles)) % 8]

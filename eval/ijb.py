@@ -1,18 +1,18 @@
-"""IJB-B and IJB-C, 1:1 verification of templates: share of genuine pairs accepted (TAR) at false accept rates (FAR).
+"""Evaluates networks on IJB-B or IJB-C: true accept rate (TAR) at false accept rates (FAR), 1:1 template verification.
 
-Reads   <folder>, as insightface distributes it, ijbc_ or ijbb_:
+Reads   <folder>, as insightface distributes it, with the prefix ijbc_ or ijbb_:
           meta/ijbc_face_tid_mid.txt         <image name> <template id> <media id> of every image
           meta/ijbc_name_5pts_score.txt      <image name> x1 y1 ... x5 y5 <detector score>, in the same order
           meta/ijbc_template_pair_label.txt  <template id> <template id> <1 genuine, 0 impostor>
           loose_crop/<image name>
-        the checkpoints: state dicts of one kind of network
-Writes  <output>/ijb/<name>/: features.npy, from which it goes on; tar.json, tar.md
+        the checkpoints: state dicts of the network --network
+Writes  <output>/ijb/<name>/: features.npy, which a repeated evaluation reuses; tar.json, tar.md
 Run     python -m eval.ijb --folder data/IJBC --checkpoint path [path ...] --network iresnet50
         python -m eval.ijb --folder data/IJBC --checkpoint path --network mobilefacenet --row "AdaArcDistill m=0.45"
 
-<name> holds the digest of the weights. Features are made again where the weights or meta/*_name_5pts_score.txt are
-others; images that are exchanged are not noticed: delete features.npy then. On a GPU the reading of images sets the
-pace: give as many --num_workers as there are cores.
+<name> contains the digest of the weights. Features are recomputed if the weights or meta/*_name_5pts_score.txt have
+changed. A change of the images is not detected: delete features.npy in that case. On a GPU, reading images is the
+bottleneck: set --num_workers to the number of cores.
 """
 
 import argparse
@@ -42,37 +42,41 @@ from utils.weights import load_backbone
 
 SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}
-"""One impostor pair accepted in so many: whole numbers, since the product of 1e-6 and a count is rounded."""
+"""1 / FAR for each FAR: an integer, since the product of 1e-6 and a count is rounded."""
 
-ROWS, COLUMNS = 4096, 64  # that are worked on together in float64: all at once would take twice the memory of features
+ROWS, COLUMNS = 4096, 64  # of a float64 block: converting all features at once would double their memory
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """N images of T templates, and P pairs of templates."""
+    """A benchmark with N images of T templates, and P pairs of templates."""
 
     name: str  # IJB-B | IJB-C
-    crops: Path  # the folder of the images
-    images: list[str]  # N names of files
+    crops: Path  # folder of the images
+    images: list[str]  # N file names
     landmarks: np.ndarray  # (N, 5, 2) float64, x and y in pixels
     detector_score: np.ndarray  # (N,) float64
-    template: np.ndarray  # (N,) int64 in 0 ... T - 1: which template an image belongs to
-    media: np.ndarray  # (N,) int64: which photograph or video it was taken from
+    template: np.ndarray  # (N,) int64 in 0 ... T - 1: the template of each image
+    media: np.ndarray  # (N,) int64: the photograph or video of each image
     pairs: np.ndarray  # (P, 2) int64 in 0 ... T - 1
-    same: np.ndarray  # (P,) bool
-    digest: str  # SHA-256 of the file of names and landmarks, which decide the features
+    same: np.ndarray  # (P,) bool: genuine
+    digest: str  # SHA-256 of the file with names and landmarks, on which the features depend
 
 
 def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: bool = True, norm: bool = True) -> None:
-    """Evaluates networks of the kind `cfg.network`; the two switches are those of `image_weights`."""
+    """Evaluates checkpoints of `cfg.network` on the benchmark in `folder`.
+
+    `detector_score` and `norm` choose the weights of images, see `image_weights`. Raises InputError for files that are
+    missing or invalid.
+    """
     setup(cfg, trains=False)
-    printed = _printed(cfg.row, SETS[_which(folder)], len(checkpoints)) if cfg.row else {}
+    printed = _printed(cfg.row, SETS[_benchmark_kind(folder)], len(checkpoints)) if cfg.row else {}
     networks = [load_backbone(cfg.network, path, cfg) for path in checkpoints]
     benchmark = load_benchmark(folder)
     about = {"benchmark": benchmark.name, "network": cfg.network, "detector score": detector_score, "norm": norm}
     about |= {"images": len(benchmark.images), "templates": int(benchmark.template.max()) + 1}
     about |= {"genuine pairs": int(benchmark.same.sum()), "impostor pairs": int((~benchmark.same).sum())}
-    # Results with other switches stand beside each other.
+    # Other switches must not overwrite the results of the published protocol.
     stem = "tar" + "-no_detector_score" * (not detector_score) + "-no_norm" * (not norm)
     results = {}
     for checkpoint, (network, digest) in zip(checkpoints, networks, strict=True):
@@ -92,7 +96,7 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
 
 
 def _printed(row: str, benchmark: str, checkpoints: int) -> dict[str, float]:
-    """The TAR in percent that AdaDistill prints in this row, by FAR; raises InputError where it prints none."""
+    """Returns the TAR in percent that AdaDistill prints in `row`, by FAR; raises InputError if it prints none."""
     if checkpoints > 1:
         raise InputError(f"row = {row!r} is compared with one checkpoint: give one, not {checkpoints}.")
     rows = published.adadistill().values()
@@ -107,11 +111,11 @@ def _printed(row: str, benchmark: str, checkpoints: int) -> dict[str, float]:
 
 
 def load_benchmark(folder: Path) -> Benchmark:
-    """Reads the text files of IJB-B or IJB-C, whichever is there; opens no image, but looks whether all are there.
+    """Reads the text files of IJB-B or IJB-C, whichever `folder` holds, and checks that every image file exists.
 
-    Raises InputError that names the file, and the line where there is one, for whatever is missing or does not fit.
+    Raises InputError with the file, and the line if there is one, for anything that is missing or inconsistent.
     """
-    kind = _which(folder)
+    kind = _benchmark_kind(folder)
     meta, crops = folder / "meta", folder / "loose_crop"
     path = meta / f"{kind}_name_5pts_score.txt"
     images, numbers = _table(path, "<image name> x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 <detector score>", 11, float)
@@ -124,7 +128,7 @@ def load_benchmark(folder: Path) -> Benchmark:
     if len(names) != len(images):
         raise InputError(f"{of_images} has {len(names)} lines, {path} {len(images)}: expected one per image in both.")
     in_order = np.array([one == other for one, other in zip(names, images, strict=True)])
-    _check_lines(of_images, in_order, f"another image than in this line of {path}: expected both in one order")
+    _check_lines(of_images, in_order, f"not the image in this line of {path}: both files must be in the same order")
     found = set(os.listdir(crops))
     if missing := [name for name in images if name not in found]:
         raise InputError(f"{crops} lacks {len(missing)} of {len(images)} images, the first {missing[0]}: add them.")
@@ -142,8 +146,8 @@ def load_benchmark(folder: Path) -> Benchmark:
     return Benchmark(SETS[kind], crops, images, landmarks, scores, template, ids[:, 1], rows, same, sha256(path))
 
 
-def _which(folder: Path) -> str:
-    """ijbb or ijbc; raises InputError that names all that is missing."""
+def _benchmark_kind(folder: Path) -> str:
+    """Returns "ijbb" or "ijbc"; raises InputError with all files that are missing."""
     names = ("face_tid_mid", "name_5pts_score", "template_pair_label")
     files = {kind: [folder / "meta" / f"{kind}_{name}.txt" for name in names] for kind in SETS}
     there = [kind for kind, paths in files.items() if any(path.is_file() for path in paths)]
@@ -158,22 +162,22 @@ def _which(folder: Path) -> str:
 
 
 def _table(path: Path, form: str, columns: int, kind: type) -> tuple[list[str], np.ndarray]:
-    """The names, if the form of a line begins with one, and the numbers (lines, columns), int64 or float64.
+    """Returns the image names, if `form` begins with one, and the numbers (lines, columns), int64 or float64.
 
-    Raises InputError that names the first line of another form.
+    Raises InputError with the first line that does not have this form.
     """
     names, numbers = [], array("d" if kind is float else "q")
-    first = int(form.startswith("<image name>"))  # field that is a number
+    first = int(form.startswith("<image name>"))  # index of the first field that is a number
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         lines = tqdm(file, f"read {path.name}", unit=" lines", leave=False, disable=None, delay=1)
         for number, line in enumerate(lines, 1):
             fields = line.split()
             try:
                 numbers.extend(map(kind, fields[first:]))
-                is_good = len(fields) == first + columns
+                is_valid = len(fields) == first + columns
             except (ValueError, OverflowError):
-                is_good = False
-            if not is_good:
+                is_valid = False
+            if not is_valid:
                 raise InputError(f"{path}, line {number}: expected {form}, found {line.strip()[:80]!r}.")
             names += fields[:first]
     if not numbers:
@@ -181,9 +185,9 @@ def _table(path: Path, form: str, columns: int, kind: type) -> tuple[list[str], 
     return names, np.frombuffer(numbers, np.float64 if kind is float else np.int64).reshape(-1, columns)
 
 
-def _check_lines(path: Path, is_good: np.ndarray, what: str) -> None:
-    if not is_good.all():
-        raise InputError(f"{path}, line {is_good.argmin() + 1}: {what}.")
+def _check_lines(path: Path, is_valid: np.ndarray, what: str) -> None:
+    if not is_valid.all():
+        raise InputError(f"{path}, line {is_valid.argmin() + 1}: {what}.")
 
 
 # Features -------------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def _check_lines(path: Path, is_good: np.ndarray, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops(Column):
-    """The images as a column of aligned faces, read when they are gathered; `arrays` are the landmarks (N, 5, 2)."""
+    """A column of faces (N, 112, 112, 3), read and aligned on access; `arrays` holds the landmarks (N, 5, 2)."""
 
     paths: list[Path]
 
@@ -200,17 +204,17 @@ class Crops(Column):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB image (H, W, 3) uint8 of any size; raises InputError where the file is none."""
+    """Reads an RGB image (H, W, 3) uint8 of any size; raises InputError if the file is not an image."""
     try:
         return images.read(path, upright=True)[..., ::-1]
     except ValueError as error:
-        raise InputError(f"{path} {error}: replace it, and what was finished is kept.") from error
+        raise InputError(f"{path} {error}: replace it and run again, the features computed so far are kept.") from error
 
 
 def extract(path: Path, benchmark: Benchmark, network: nn.Module, digest: str, cfg: Config) -> np.ndarray:
-    """The features f(x) + f(flip x) of all images, (N, D) float32, mapped from `path`, where they are kept.
+    """Returns the features f(x) + f(flip x) of all images, (N, D) float32, memory-mapped from `path`.
 
-    Only those that are not there yet are computed. `digest` is that of the network's weights.
+    Features that `path` already holds are not computed again. `digest` is the SHA-256 of the network's weights.
     """
 
     def both(image: torch.Tensor) -> torch.Tensor:
@@ -227,12 +231,12 @@ def extract(path: Path, benchmark: Benchmark, network: nn.Module, digest: str, c
 
 
 def image_weights(features: np.ndarray, detector_score: np.ndarray | None, norm: bool) -> np.ndarray:
-    """What each of the features (N, D) is multiplied by before it is pooled, (N,) float64.
+    """Returns the weights (N,) float64 by which the features (N, D) are multiplied before they are pooled.
 
-    `norm` leaves a feature its length, which is small for poor images, as a weight; without it only its direction
-    counts. `detector_score` (N,) is a factor more, None leaves it out. The published protocol uses both.
+    With `norm` a feature keeps its length, which is small for poor images; without it, it is scaled to unit length.
+    `detector_score` (N,), unless it is None, is another factor. The published protocol uses both.
 
-    Raises InputError where a feature is not finite.
+    Raises InputError if a feature is not finite.
     """
     parts = cut(range(len(features)), ROWS)
     length = np.concatenate([np.linalg.norm(features[p.start : p.stop].astype(np.float64), axis=1) for p in parts])
@@ -243,10 +247,11 @@ def image_weights(features: np.ndarray, detector_score: np.ndarray | None, norm:
 
 
 def pool(features: np.ndarray, weight: np.ndarray, template: np.ndarray, media: np.ndarray) -> np.ndarray:
-    """The templates (T, D) float64, in order of their ids: sums over media of the mean of weighted features.
+    """Pools weighted features into templates (T, D) float64, in order of their ids.
 
-    `features` (N, D), `weight`, `template` and `media` (N,). Frames of one video count as much as one photograph. The
-    same media id in another template is another media. Templates are not scaled to unit length.
+    A template is the sum over its media of the mean feature of each, so that all frames of a video together count as
+    one photograph. A media id is only unique within its template. Templates are not scaled to unit length. Shapes:
+    `features` (N, D); `weight`, `template` and `media` (N,).
     """
     order = np.lexsort((media, template))
     template, media, weight = template[order], media[order], weight[order, None]
@@ -265,7 +270,7 @@ def pool(features: np.ndarray, weight: np.ndarray, template: np.ndarray, media: 
 
 
 def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """The cosines (P,) of pairs (P, 2) of rows of unit-length embeddings (T, D)."""
+    """Returns the cosine similarities (P,) of pairs of embeddings (T, D); `pairs` (P, 2) are their row numbers."""
     scores = np.empty(len(pairs))
     for part in tqdm(cut(range(len(pairs)), ROWS), "score pairs", leave=False, disable=None, delay=1):
         one, other = embeddings[pairs[part.start : part.stop].T]
@@ -274,14 +279,14 @@ def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str, float] | None]:
-    """TAR and threshold at each of FARS, from the scores of genuine and of impostor pairs.
+    """Returns TAR (in [0, 1]) and threshold at each of FARS, from the scores (n,) of genuine and of impostor pairs.
 
-    A pair is accepted where its score is not below the threshold: the smallest float64 at which the share of impostor
-    pairs accepted does not exceed the FAR. The published script takes the nearest point of the ROC curve instead, which
-    may exceed it.
+    A pair is accepted if its score is at least the threshold, which is the smallest float64 at which the share of
+    accepted impostor pairs does not exceed the FAR. The published script uses the nearest point of the ROC curve
+    instead, which may exceed the FAR.
 
-    None where there are fewer than 3 / FAR impostor pairs: if none of n is accepted, the rate may still be as high as
-    3 / n (rule of three, 95 % confidence).
+    The value is None with fewer than 3 / FAR impostor pairs: if none of n is accepted, the rate may still be as high
+    as 3 / n (rule of three, 95 % confidence).
     """
     impostors = np.sort(impostors)[::-1]
     found: dict[str, dict[str, float] | None] = {}
@@ -289,7 +294,7 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str
         if len(impostors) < 3 * one_in:
             found[far] = None
             continue
-        # So many may be accepted: the next one, and all that equal it, must not be.
+        # The first len // one_in scores may be accepted; the next one, and all equal to it, must be rejected.
         threshold = just_above(impostors[len(impostors) // one_in])
         found[far] = {"tar": float(np.mean(genuine >= threshold)), "threshold": threshold}
     return found
@@ -299,9 +304,9 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str
 
 
 def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | None = None) -> str:
-    """Markdown table with one line per name, TAR in percent; a dash where the FAR is not resolved.
+    """Returns a Markdown table of TAR in percent, a line per name; a dash marks a FAR that the pairs do not resolve.
 
-    Where a row of the paper is `printed`, TAR in percent by FAR, it and the difference from it are two lines more.
+    If `printed` holds a row of the paper, TAR in percent by FAR, two more lines show it and the difference from it.
     """
     rows = [["TAR in % at FAR", *FARS]]
     for name, found in results.items():
@@ -329,7 +334,7 @@ def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | 
 
 
 def command(argv: list[str] | None = None) -> None:
-    """Runs `main` with a command line; bad input is one sentence and exit status 2."""
+    """Runs `main` with a command line; on bad input prints one sentence and exits with status 2."""
     parser = argparse.ArgumentParser(
         description="TAR at FAR of trained networks on IJB-B or IJB-C, 1:1.",
         epilog="Also every setting of config/config.py: --network, --device, --infer_batch_size, --output, ...",
@@ -337,8 +342,8 @@ def command(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, required=True, help="holds meta and loose_crop")
     parser.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="state dicts of --network")
-    parser.add_argument("--no_detector_score", action="store_true", help="images count whatever the detector's score")
-    parser.add_argument("--no_norm", action="store_true", help="features are scaled to unit length before pooling")
+    parser.add_argument("--no_detector_score", action="store_true", help="do not weight images by the detector's score")
+    parser.add_argument("--no_norm", action="store_true", help="scale features to unit length before pooling")
     own, settings = parser.parse_known_args(argv)
     run(
         lambda cfg: main(own.folder, own.checkpoint, cfg, not own.no_detector_score, not own.no_norm),

@@ -1,4 +1,4 @@
-"""The trained models that lie in the output folder, or that are named by their files."""
+"""Finds and loads the trained models in the output folder, or a model from given files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: a teacher, a student, or an adaptor with the teachers that it was trained on."""
+    """A trained model: a teacher, a student, or an adaptor with the teachers on which it was trained."""
 
     kind: str  # one of KINDS
     name: str
-    weights: tuple[str, ...]  # digests of the files that it was loaded from
+    weights: tuple[str, ...]  # SHA-256 of the files from which it was loaded
     networks: tuple[nn.Module, ...]
     adaptor: nn.Module | None = None
 
 
 def families(cfg: Config) -> list[Config]:
-    """The settings of every teacher network, specialized, baseline and standalone, that has a trained model."""
-    # Data without groups have no specialized teachers, and nothing that a baseline could divide.
+    """Returns one Config for each setting and teacher network (a family) with a trained model in `cfg.output`."""
+    # Data without groups has only standalone models: it can be divided neither by group nor into quarters.
     kinds = [(False, False), (True, False), (False, True)] if cfg.ethnicities else [(False, True)]
     every = (
         replace(cfg, is_teacher_baseline=baseline, is_standalone=standalone, network=name)
@@ -40,7 +40,7 @@ def families(cfg: Config) -> list[Config]:
 
 
 def models_of(family: Config) -> Iterator[list[Model]]:
-    """All models of a family, those together that share networks."""
+    """Yields all models of a family in lists; the models of a list share networks."""
     if teachers := _teacher_models(family):
         yield teachers
     for settings, method, path in _students(family):
@@ -49,7 +49,10 @@ def models_of(family: Config) -> Iterator[list[Model]]:
 
 
 def model_of_files(cfg: Config) -> Model:
-    """The network in `cfg.checkpoint`, or with `cfg.teacher` the adaptor in it on top of these teachers, in order."""
+    """Loads the network in `cfg.checkpoint`; with `cfg.teacher`, loads the adaptor in it on top of these teachers.
+
+    Raises InputError for a missing file, a wrong number of teachers, or weights that do not fit the network.
+    """
     paths = [Path(path) for path in (cfg.checkpoint, *cfg.teacher)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -71,20 +74,20 @@ def model_of_files(cfg: Config) -> Model:
 
 
 def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers: list[tuple[nn.Module, str]]) -> Model:
-    """The adaptor with the weights in `path` on top of teachers, each with the digest of its weights."""
+    """Loads the adaptor in `path` on top of `teachers`, which are pairs of a network and the digest of its weights."""
     digest = load_weights(adaptor, path)
     networks, digests = zip(*teachers, strict=True)
     return Model(kind, name, (digest, *digests), networks, adaptor)
 
 
 def _teachers(cfg: Config) -> dict[str, Path]:
-    """The weights of every teacher of this family, by name."""
+    """Returns the files of weights of this family's teachers, by the teacher's name."""
     names = cfg.ethnicities if cfg.setting == "specialized" else cfg.teachers  # in the order of the columns
     return {name: path for name in names if (path := find_weights(cfg.teacher_dir(name), cfg.weights))}
 
 
 def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
-    """Settings, method and weights of every student of this family."""
+    """Returns (settings, method, file of weights) of every student of this family."""
     shapes = ((False, False), (True, False), (True, True))
     adaptors = [{"ada_source": "adaptor", "is_dual_layer": dual, "has_dropout": dropout} for dual, dropout in shapes]
     teachers = [{"ada_source": "teacher", "ethnicity": name} for name in cfg.teachers]
@@ -99,7 +102,7 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
 
 
 def _teacher_models(cfg: Config) -> list[Model]:
-    """All teachers, and the adaptors on top of those that they were trained on."""
+    """Loads all teachers, and the adaptors on top of the teachers on which they were trained."""
     teachers, models = _teachers(cfg), []
     loaded = {path: load_backbone(cfg.network, path, cfg) for path in teachers.values()}
     for name, path in teachers.items():
@@ -115,10 +118,11 @@ def _teacher_models(cfg: Config) -> list[Model]:
 
 
 def _adaptor(cfg: Config, name: str) -> tuple[Path, list[Path]] | None:
-    """The weights of an adaptor and of its teachers in its order, or None with a line that says why it is left out.
+    """Returns the files of weights of an adaptor and of its teachers, in its order; None if one of them is missing.
 
-    One of ours goes with the teachers whose embeddings it was trained on, be they the best or the last; one of which
-    that is not known, a released one, with those that `cfg.weights` selects.
+    An adaptor trained here is combined with the teachers whose embeddings it was trained on, whether these are the best
+    or the last weights. For a released adaptor, whose teachers' digests are unknown, `cfg.weights` selects them. Prints
+    why an adaptor that exists is left out.
     """
     folder = cfg.adaptor_dir(name)
     weights = find_weights(folder, cfg.weights)
@@ -128,9 +132,7 @@ def _adaptor(cfg: Config, name: str) -> tuple[Path, list[Path]] | None:
     if decided := decided_by(folder):
         trained_on = tuple(decided["settings"]["teachers"])
         if trained_on != cfg.teachers:
-            print(
-                f"{folder} is left out: it was trained on {', '.join(trained_on)}, in this order; set ethnicities so."
-            )
+            print(f"{folder} is left out: it was trained on {', '.join(trained_on)}; set ethnicities in this order.")
             return None
         digests = {name: decided["sources"][f"embedding {name}"]["weights"] for name in cfg.teachers}
     inputs = []

@@ -1,4 +1,4 @@
-"""Models here beside the printed rows of the papers: cell by cell, and the conclusions that MST-KD draws."""
+"""Compares measured results with the rows printed in the papers: cell by cell, and MST-KD's conclusions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,34 +16,35 @@ AGREES = 1.96  # standard errors: 95 of 100 differences between two equally good
 METHOD = (
     "Difference: here minus printed. Its standard error is sqrt(p1 (1 - p1) / n + p2 (1 - p2) / n) for accuracies p1 "
     "and p2 on n pairs; for the average, the root of the sum of the sets' squared standard errors, divided by the "
-    f"number of sets. Agrees: the difference is at most {AGREES} standard errors. STD and SER are given without. That "
-    "both models see the same pairs makes the true error smaller, that their seeds differ makes it larger; neither is "
-    "counted."
+    f"number of sets. Agrees: the difference is at most {AGREES} standard errors. No standard error is given for STD "
+    "and SER. Not accounted for: both models see the same pairs, which makes the true error smaller, and they have "
+    "different seeds, which makes it larger."
 )
 CAUTION = (
-    "A lower STD than that of the baseline's students is no line here: in all twelve printed comparisons the two STD "
+    "The STD is not compared with that of the baseline's students: in all twelve printed comparisons the two STD "
     "differ by less than two standard errors of 6,000 pairs a group, so that one run of each cannot decide it."
 )
 
 
 def check(cfg: Config) -> None:
-    """Raises InputError for a `row` that is in no table or does not go with the other settings; needs no data."""
+    """Raises InputError if `cfg.row` is in no table or contradicts other settings; reads no data."""
     if cfg.row is None:
         return
     if not cfg.checkpoint:
         raise InputError(f"row = {cfg.row!r} needs checkpoint, the file to compare: set it, or leave row out.")
     if cfg.teacher:
-        raise InputError(f"row = {cfg.row!r} is no adaptor's, of which no row is printed: leave out row or teacher.")
+        raise InputError(f"row = {cfg.row!r}: the papers print no results of adaptors; leave out row or teacher.")
     if cfg.row not in every():
         listed = mst_kd() if cfg.of_groups else adadistill()
         raise InputError(f"row = {cfg.row!r} is in no table. Set row to one of: {', '.join(listed)}.")
 
 
 def comparable(cfg: Config, pairs: dict[str, int]) -> dict[str, Row]:
-    """The printed rows with which results on sets of so many pairs can be compared, by name.
+    """Returns the printed rows that can be compared with results on these sets, by name.
 
-    Without `row` these are all of MST-KD's where the groups and their numbers of pairs are those of RFW, and none on
-    other sets or on generated faces. With `row` it is this row; raises InputError where it cannot be compared.
+    `pairs` is the number of pairs by set. Without `cfg.row` the rows are all of MST-KD's if groups and numbers of pairs
+    are those of RFW, and none on other sets or on generated faces. With `cfg.row` it is this row alone; raises
+    InputError if the results cannot be compared with it.
     """
     generated = any(is_generated(Path(folder)) for folder in (cfg.pairs, cfg.data))
     if cfg.row is None:
@@ -60,7 +61,7 @@ def comparable(cfg: Config, pairs: dict[str, int]) -> dict[str, Row]:
 
 
 def compare(printed: dict[str, Row], scored: list[Scored], cfg: Config, notes: tuple[str, ...]) -> "Comparison | None":
-    """The models that stand in the paper beside their `printed` rows; None where there is none of them."""
+    """Compares the models that have a row in `printed` with it; returns None if no model has one."""
     if cfg.row is None:
         found = {(one.setting, one.network, one.kind, one.name): one for one in scored}
         models = {row.name: found[row.key] for row in printed.values() if row.key in found}
@@ -78,7 +79,7 @@ def _measured(row: Row, one: Scored) -> Row:
 
 
 def _not_printed(scored: list[Scored]) -> list[str]:
-    """Notes on the models here that have no row in the paper."""
+    """Returns notes on the models that have no row in the paper."""
     notes = []
     if any(one.kind == "adaptor" for one in scored):
         notes.append("The paper prints no rows of adaptors: those here are in the table of accuracy only.")
@@ -97,17 +98,18 @@ def _not_printed(scored: list[Scored]) -> list[str]:
 
 
 def variance(printed: float, here: float, pairs: int) -> float:
-    """Variance of the difference of two accuracies in percent on so many pairs, in squared points.
+    """Returns the variance, in squared percentage points, of the difference of two accuracies in percent.
 
-    Each accuracy is a share of right decisions, and binomial: its variance is p (1 - p) / n. The two count as
-    independent, and so do the pairs. What the choice of thresholds and another seed add is not in it.
+    Each accuracy is the binomial share p of right decisions on n = `pairs` pairs, with variance p (1 - p) / n. The two
+    accuracies are taken as independent, and so are the pairs. The variance due to the choice of thresholds and to the
+    seed is not included.
     """
     return sum(value * (100 - value) / pairs for value in (printed, here))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of one paper's tables as printed, and those of them that were measured here, by name."""
+    """The printed rows of one paper's tables, and the measured rows, both by name."""
 
     printed: dict[str, Row]
     here: dict[str, Row]
@@ -115,26 +117,26 @@ class Comparison:
 
     @property
     def sets(self) -> dict[str, int]:
-        """The numbers of pairs by verification set, in the paper's order."""
+        """The number of pairs by verification set, in the paper's order."""
         return PAIRS[self._paper]
 
     @property
     def panels(self) -> dict[str, list[tuple[Row, Row]]]:
-        """Printed and measured rows by the title of the paper's table."""
+        """The (printed, measured) rows by the title of the paper's table."""
         panels: dict[str, list[tuple[Row, Row]]] = {}
         for name, row in self.here.items():
             panels.setdefault(f"{row.table} of {row.paper}", []).append((self.printed[name], row))
         return panels
 
     def tables(self) -> dict[str, Table]:
-        """A table for each of the paper's that has rows here, then the conclusions, by their names in results.json."""
+        """Returns a comparison for each table of the paper, then the conclusions, by their names in results.json."""
         tables = {f"paper: {title}": self._cells(title, rows) for title, rows in self.panels.items()}
-        if len(self.printed) > 1:  # conclusions are drawn from several rows
+        if len(self.printed) > 1:  # a conclusion needs several rows
             tables["paper: conclusions"] = self._conclusions()
         return tables
 
     def forms(self) -> dict[str, str]:
-        """All tables in Markdown and LaTeX, the cells of all in one CSV, by the extension of the file."""
+        """Returns the texts of paper.md and paper.tex (all tables) and paper.csv (all cells), by extension."""
         cells, every_table = [self._cells(*panel) for panel in self.panels.items()], self.tables().values()
         return {
             "md": "\n".join(table.markdown() for table in every_table),
@@ -158,7 +160,7 @@ class Comparison:
         return Table(f"{title}, as printed and here", header, lines, 2, notes, is_printed=len(self.here) == 1)
 
     def _lines(self, printed: Row, here: Row) -> list[tuple[Cell, ...]]:
-        """Five lines of the table: both figures, their difference, that in standard errors, whether they agree."""
+        """Returns five lines: printed, here, difference, difference in standard errors, and whether they agree."""
         both = [*_both(printed, here, self.sets), (printed.average, here.average, _variance_of_average(printed, here))]
         if printed.paper == "MST-KD":
             both += [(printed.std, here.std, None), (printed.ser, here.ser, None)]
@@ -193,7 +195,7 @@ class Comparison:
 
 
 def _both(printed: Row, here: Row, pairs: dict[str, int]) -> list[tuple[float | None, float, float | None]]:
-    """Per set the printed accuracy, that here, and the variance of their difference; None where none is printed."""
+    """Returns (printed accuracy, measured accuracy, variance of the difference) per set; None where none is printed."""
     found = []
     for name, count in pairs.items():
         before, after = printed.accuracies.get(name), here.accuracies[name]
@@ -202,7 +204,7 @@ def _both(printed: Row, here: Row, pairs: dict[str, int]) -> list[tuple[float | 
 
 
 def _variance_of_average(printed: Row, here: Row) -> float | None:
-    """Variance of the difference of two averages; the sets are independent of each other."""
+    """Returns the variance of the difference of two averages over sets that are independent of each other."""
     pairs = PAIRS[printed.paper]
     if printed.average is None:
         return None
@@ -223,22 +225,22 @@ def _agreement(rows: list[tuple[Row, Row]], pairs: dict[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A conclusion of the paper from the rows of these names."""
+    """A conclusion that the paper draws from some of its rows."""
 
     text: str
-    of: str
-    rows: tuple[str, ...]
-    follows: Callable[..., bool]  # from these rows, in their order
+    of: str  # the models that it is about
+    rows: tuple[str, ...]  # names of the rows
+    follows: Callable[..., bool]  # takes these rows, in this order
 
     def holds(self, known: dict[str, Row]) -> bool | None:
-        """None where a row is not known."""
+        """Returns whether the conclusion holds in the rows `known`, by name; None if one of its rows is missing."""
         if any(name not in known for name in self.rows):
             return None
         return self.follows(*(known[name] for name in self.rows))
 
 
 def _claims(network: str) -> list[Claim]:
-    """The paper's conclusions on the teachers of this network and on their students."""
+    """Returns the paper's conclusions on the teachers of this network and on their students."""
     groups = tuple(PAIRS["MST-KD"])
     teachers = tuple(f"teacher {group} {network} specialized" for group in groups)
     each_best = Claim("Each specialised teacher is the best of them on its own group", "teachers", teachers, _each_best)
@@ -259,7 +261,7 @@ def _claims(network: str) -> list[Claim]:
 
 
 def _each_best(*teachers: Row) -> bool:
-    """Whether each of the teachers, in the order of the groups, is better on its group than all others are."""
+    """Returns whether each teacher, in the order of the groups, is better on its own group than all other teachers."""
     return all(
         teacher.accuracies[group] > other.accuracies[group]
         for group, teacher in zip(PAIRS["MST-KD"], teachers, strict=True)

@@ -1,4 +1,4 @@
-"""One page with all tables and pictures, which opens from the disk and needs nothing beside it."""
+"""A self-contained HTML page with all tables and pictures."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ nav a { margin-right: 1.2em; } figure { margin: 1em 0; }
 
 
 def page(tables: dict[str, Table], pictures: dict[str, Path], cfg: Config) -> str:
-    """HTML; pictures (PNG) by title, which are put into the page."""
+    """Returns an HTML page in which `pictures`, PNG files by title, are embedded."""
     contents = {**{table.title: _table(table) for table in tables.values()}, **_figures(pictures)}
     links = "".join(f'<a href="#{_anchor(title)}">{html.escape(title)}</a> ' for title in contents)
     body = "\n".join(f'<section id="{_anchor(title)}">\n{text}</section>' for title, text in contents.items())

@@ -1,4 +1,4 @@
-"""What follows from the scores of all models: the paper's table, intervals, differences, rates at one threshold."""
+"""Tables from the distances of all models: accuracy, intervals, differences, error rates at shared thresholds."""
 
 from functools import cached_property
 
@@ -10,8 +10,8 @@ from eval.scores import Scored
 from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
 from utils.tables import Cell, Estimate, Table
 
-FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # from the least strict on
-FEW = 10  # pairs of a kind in a fold, which make an interval a twentieth too narrow
+FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
+FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
 MEASURES = {
@@ -23,7 +23,10 @@ MEASURES = {
 
 
 class Results:
-    """Figures of all models on the same verification sets, which with `of_groups` are groups to be fair to."""
+    """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
+
+    `same` holds for each set (P,) bool, which pairs are genuine.
+    """
 
     def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
         self.models, self.same, self.notes = models, same, notes
@@ -36,12 +39,15 @@ class Results:
 
     @property
     def of_one_kind(self) -> list[str]:
-        """The sets that lack genuine or impostor pairs, and so have no error rates."""
+        """The sets without genuine or without impostor pairs, which have no error rates."""
         return [name for name, labels in self.same.items() if labels.all() or not labels.any()]
 
     @cached_property
     def shared(self) -> list[dict[str, float | None]]:
-        """Per model the thresholds that all groups share, by name; none where a set lacks a kind of pair."""
+        """For each model the thresholds shared by all groups, by name; empty if there is a set in `of_one_kind`.
+
+        A threshold is None if the pairs are too few for its FMR.
+        """
         return [self._shared(one) for one in self.models]
 
     def _shared(self, one: Scored) -> dict[str, float | None]:
@@ -55,7 +61,7 @@ class Results:
         return {name: (one.distances[name], labels) for name, labels in self.same.items()}
 
     def tables(self) -> dict[str, Table]:
-        """By the name of the file."""
+        """Returns all tables by file name, without extension."""
         tables = {"accuracy": self._accuracy(), "intervals": self._intervals()}
         if self.of_groups:
             tables["chance"] = self._chance()
@@ -68,7 +74,7 @@ class Results:
         return tables
 
     def _accuracy(self) -> Table:
-        """The paper's columns, and whether the spread could be chance."""
+        """Returns the paper's columns, and whether differences between groups could be chance."""
         rows, header = [], (*NAMES, *self.same, "Average")
         if self.of_groups:
             header += ("STD", "SER", "Within chance")
@@ -107,33 +113,33 @@ class Results:
             rows.append((*_names(one), *cells))
         header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
         notes = [METHOD]
-        if (count := fewest(self.same)) < FEW:
+        if (count := fewest(self.same)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
             notes.append("STD: without the variance that drawing pairs anew adds on average.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
     def _differences(self) -> Table:
-        """Of each model from every other one; the better average first."""
+        """Returns the difference of every two models, the one with the better average first."""
         order = np.argsort(-self.accuracies.mean(1), kind="stable")
         rows = []
         for i, one in enumerate(order):
             for other in order[i + 1 :]:
                 found = difference(one, other, self.accuracies, self._samples)
-                cells = [Estimate(found.average, *found.average_interval), _is_sure(found.average_interval)]
+                cells = [Estimate(found.average, *found.average_interval), _excludes_zero(found.average_interval)]
                 if self.of_groups:
-                    cells += [Estimate(found.std, *found.std_interval), _is_sure(found.std_interval)]
+                    cells += [Estimate(found.std, *found.std_interval), _excludes_zero(found.std_interval)]
                 rows.append((self.models[one].title, self.models[other].title, *cells))
         header = ("Model", "minus", "Average", "Sure")
         header += ("STD", "STD sure") if self.of_groups else ()
         note = (
-            "Sure: zero is outside the 95 % interval of the difference, over pairs that both models see alike. For STD "
-            "it is cautious: between fair models it is said in 1 of 100 cases or less."
+            "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
+            "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
         return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
 
     def _rates(self, name: str) -> Table:
-        """FMR and FNMR of each group at a threshold that all share, and what is made of them."""
+        """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
         rows = []
         for one, shared in zip(self.models, self.shared, strict=True):
             threshold = shared[name]
@@ -147,13 +153,13 @@ class Results:
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
-            "than 3 / pairs; IR, GARBE and max/geomean need rates of three errors at least, FDR takes them as they are."
+            "than 3 / pairs. IR, GARBE and max/geomean need at least three errors per rate; FDR uses any rate."
         )
         title = f"Error rates at the shared threshold of {name}"
         return Table(title, header, rows, len(NAMES), self._notes(note), digits=3, is_printed=False)
 
     def _impostors(self) -> Table:
-        """FMR between images of every two groups, of each model at the strictest threshold that the pairs resolve."""
+        """Returns the FMR between images of every two groups, at the strictest threshold that the pairs resolve."""
         rows = []
         for one, shared in zip(self.models, self.shared, strict=True):
             name = next(name for name in (*reversed(FMR), BEST) if shared[name] is not None)
@@ -162,8 +168,8 @@ class Results:
             rows += [(one.title, name, group, *row) for group, row in zip(self.same, matrix, strict=True)]
         counts = ", ".join(f"{len(sample)} of {group}" for group, sample in self.models[0].samples.items())
         note = (
-            f"False match rates of pairs of images of two groups, {counts}; on the diagonal those of the group's own "
-            "impostor pairs, which RFW chose to be hard. An identity that is in two groups counts as an impostor."
+            f"False match rates between images of two groups: {counts}. On the diagonal: those of the group's own "
+            "impostor pairs, which RFW selected to be hard. An identity that is in two groups counts as an impostor."
         )
         header = ("Model", "Threshold", "Group", *self.same)
         return Table("Impostors across groups", header, rows, 3, self._notes(note), is_printed=False)
@@ -176,5 +182,5 @@ def _names(one: Scored) -> tuple[Cell, ...]:
     return one.setting or "-", one.network, one.kind, one.name
 
 
-def _is_sure(bounds: tuple[float, float]) -> bool:
+def _excludes_zero(bounds: tuple[float, float]) -> bool:
     return bounds[0] > 0 or bounds[1] < 0

@@ -1,4 +1,4 @@
-"""Squared distances of all pairs by each model, kept on the disk: what is there is not computed again."""
+"""Computes the squared distances of all pairs for each model, and keeps them on disk for the next evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +16,18 @@ from utils.errors import InputError
 from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
 
-SAMPLE = 1000  # images of a set whose embeddings are kept, to pair those of different groups
+SAMPLE = 1000  # images per set whose embeddings are kept, for impostor pairs across groups
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model and what it gives to each verification set."""
+    """A model, and its distances and accuracy on each verification set."""
 
-    setting: str  # one of config.config.SETTINGS; empty for a checkpoint that was named
+    setting: str  # one of config.config.SETTINGS; empty for a file given by --checkpoint
     network: str  # of the teachers
     kind: str  # one of `eval.models.KINDS`
     name: str  # teacher, adaptor, or a student's source and network
-    distances: dict[str, np.ndarray]  # per set (P,) float64
+    distances: dict[str, np.ndarray]  # per set (P,) float64, squared
     samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
     accuracies: tuple[float, ...]  # in percent, in order of the sets
     weights: tuple[str, ...]  # SHA-256 of its files
@@ -38,14 +38,17 @@ class Scored:
 
 
 class Scores:
-    """Scores models of one family on verification sets, below the folder `kept`."""
+    """Computes the distances of one family's models on verification sets, and keeps them below the folder `kept`."""
 
     def __init__(self, cfg: Config, sets: dict[str, Pairs], kept: Path):
         self._cfg, self._sets, self._kept = cfg, sets, kept
         self._conditions = numerics(cfg) | ({"adaptor input": "as published"} if cfg.published_adaptor_input else {})
 
     def of(self, models: list[Model]) -> list[Scored]:
-        """Where the models share networks, each sees each image once."""
+        """Returns the distances and accuracies of these models; a network that several share embeds each image once.
+
+        Raises InputError if an embedding is not finite.
+        """
         found = {model: {} for model in models}
         for name, pairs in self._sets.items():
             features: dict[nn.Module, np.ndarray] = {}
@@ -68,7 +71,7 @@ class Scores:
     def _of_set(
         self, model: Model, name: str, pairs: Pairs, features: dict[nn.Module, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and sample; features of networks that were needed are left in `features`."""
+        """Returns distances (P,) and sample (K, D) of a model on one set; reuses and extends `features`, by network."""
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
         which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
@@ -92,9 +95,10 @@ class Scores:
 
 
 def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:
-    """The adaptor's features (N, 2, D) from those of each teacher (N, 2, D).
+    """Returns the adaptor's features (N, 2, D) from the features (N, 2, D) of each teacher.
 
-    The adaptor sees them at unit length, as in training, or raw with `cfg.published_adaptor_input`.
+    Its inputs are the teachers' embeddings (unit length), as in training, or with `cfg.published_adaptor_input` their
+    raw features.
     """
     count = len(features[0])
     flat = [feature.reshape(2 * count, -1) for feature in features]

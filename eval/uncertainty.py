@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and how unfair a perfectly fair model would look by chance."""
+"""Confidence intervals of accuracies, and the STD and SER that a perfectly fair model shows by chance."""
 
 import functools
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
 
 RESAMPLES = 1000
-AT_ONCE = 32  # resamples
+BLOCK = 32  # resamples that are computed at once
 DRAWS = 100_000
-ROUNDING = 1e-9  # few pairs give few different figures, which are computed in two ways
+TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
 METHOD = (
-    f"95 % intervals: the middle of {RESAMPLES:,} accuracies on pairs drawn anew with replacement, within each fold, "
-    "genuine and impostor pairs apart, with thresholds chosen anew. Pairs count as independent of each other: the sets "
-    "do not say whose faces they show."
+    f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on pairs resampled with replacement, "
+    "within each fold and separately for genuine and impostor pairs, with thresholds chosen again for each. Pairs are "
+    "taken as independent of each other, since the sets do not contain identities."
 )
 
 
 def resampled(
     distances: list[dict[str, np.ndarray]], same: dict[str, np.ndarray], seed: int = 0, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """Ten-fold accuracies in percent (resamples, models, sets) on pairs drawn anew.
+    """Returns ten-fold accuracies in percent (resamples, models, sets) on pairs resampled with replacement.
 
-    `distances` holds per model the squared distances (P,) of each set, `same` (P,) whether a pair is genuine. All see
-    the same pairs, so that their differences can be compared pair by pair (paired bootstrap: Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993). They are drawn within each fold and label: a pair that were in two folds would
-    be decided at a threshold that it helped to choose.
+    `distances` holds for each model the squared distances (P,) of each set, `same` (P,) bool of each set which pairs
+    are genuine. A resample has the same pairs for all models (paired bootstrap: Efron and Tibshirani, An Introduction
+    to the Bootstrap, 1993). Pairs are drawn within their fold and label: a pair in two folds would be decided at a
+    threshold that it helped to choose.
     """
     result = np.empty((resamples, len(distances), len(same)))
     for k, (name, labels) in enumerate(same.items()):
@@ -38,7 +38,7 @@ def resampled(
         order, first, size = _strata(fold, labels)
         fold, labels = fold[order], labels[order]
         thresholds = [first_above(one[name]) for one in distances]
-        for part in cut(range(resamples), AT_ONCE):
+        for part in cut(range(resamples), BLOCK):
             drawn = order[first + (random.random((len(part), len(order))) * size).astype(np.int64)]
             for m, above in enumerate(thresholds):
                 counted = Counts.of(above[drawn], fold, labels, FOLDS)
@@ -47,12 +47,12 @@ def resampled(
 
 
 def fewest(same: dict[str, np.ndarray]) -> int:
-    """The number of pairs that the smallest stratum of any set has: with few, pairs drawn anew differ too little."""
+    """Returns the size of the smallest stratum (fold and label) of any set; resamples of few pairs vary too little."""
     return min(int(_strata(fold_of(len(labels)), labels)[2].min()) for labels in same.values())
 
 
 def _strata(fold: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs ordered by fold and label; per place in that order, where its stratum begins, and how many pairs it has."""
+    """Orders pairs by fold and label; returns the order, and for each place in it the start and size of its stratum."""
     stratum = 2 * fold + same
     order = np.argsort(stratum, kind="stable")
     sizes = np.bincount(stratum)
@@ -61,18 +61,18 @@ def _strata(fold: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the values of all resamples."""
+    """Returns the 2.5th and 97.5th percentile of the values (resamples,)."""
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 
 
 def stds(samples: np.ndarray) -> np.ndarray:
-    """STD of the sets' accuracies (resamples, sets) in each resample, without what drawing pairs anew adds to it.
+    """Returns the STD (resamples,) over sets of the accuracies (resamples, sets), corrected for the resampling noise.
 
-    Drawing pairs anew spreads the sets' accuracies by the noise of the pairs a second time. The noise of one set is
-    independent of another's: it adds to the sample variance (ddof 1) of the sets, on average, the mean over the sets of
-    the variance between resamples. This is subtracted, so that the figures lie around the STD of the original pairs.
-    NaN for a single set.
+    Resampling adds the noise of the pairs to the accuracies a second time. This noise is independent between sets, so
+    that on average it raises the sample variance over sets (ddof 1) by the mean over sets of the variance between
+    resamples. That mean is subtracted, so that the values lie around the STD of the original pairs. NaN for a single
+    set.
     """
     added = samples.var(0).mean()
     return np.sqrt(np.maximum(std(samples) ** 2 - added, 0))
@@ -80,7 +80,7 @@ def stds(samples: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's average and STD minus another's, with intervals over the resamples, which both share.
+    """Average and STD of one model minus those of another, with 95 % intervals over resamples of the same pairs.
 
     The STD and its interval are NaN for a single set.
     """
@@ -92,7 +92,10 @@ class Difference:
 
 
 def difference(one: int, other: int, accuracies: np.ndarray, samples: np.ndarray) -> Difference:
-    """Of two models, from `accuracies` (models, sets) and those of `resampled` (resamples, models, sets)."""
+    """Compares the models with indices `one` and `other`.
+
+    `accuracies` (models, sets) are those on the original pairs, `samples` (resamples, models, sets) from `resampled`.
+    """
     average = samples[:, one].mean(1) - samples[:, other].mean(1)
     return Difference(
         float(accuracies[one].mean() - accuracies[other].mean()),
@@ -104,18 +107,18 @@ def difference(one: int, other: int, accuracies: np.ndarray, samples: np.ndarray
 
 @dataclass(frozen=True)
 class ByChance:
-    """STD and SER of a model that is equally good in all groups, as a finite number of pairs shows them."""
+    """STD and SER that a model with the same true accuracy in all groups shows on a finite number of pairs."""
 
     std_mean: float
-    std_95: float  # 95 of 100 such models show no more
+    std_95: float  # 95 % quantile over such models
     ser_95: float
 
 
 @functools.lru_cache
 def by_chance(average: float, pairs: tuple[int, ...]) -> ByChance:
-    """Of a perfectly fair model with this average accuracy in percent, on so many pairs in each group.
+    """Simulates perfectly fair models with this `average` accuracy in percent, on `pairs` (G,) pairs per group.
 
-    Simulated: in each group the right decisions are binomial with the same probability.
+    In each group the number of right decisions is binomial with the same probability.
     """
     random = np.random.default_rng(0)
     counts = np.array(pairs)
@@ -123,12 +126,15 @@ def by_chance(average: float, pairs: tuple[int, ...]) -> ByChance:
     spread = std(accuracies)
     errors = 100 - accuracies
     with np.errstate(divide="ignore", invalid="ignore"):
-        ser = np.where(errors.max(1) == 0, 1.0, errors.max(1) / errors.min(1))  # as `summary`: it may be infinite
+        ser = np.where(errors.max(1) == 0, 1.0, errors.max(1) / errors.min(1))  # infinite as in `summary`
     return ByChance(float(spread.mean()), *(float(np.quantile(one, 0.95, method="higher")) for one in (spread, ser)))
 
 
 def is_within_chance(accuracies: tuple[float, ...], pairs: tuple[int, ...]) -> bool:
-    """Whether STD and SER are no larger than 95 of 100 perfectly fair models would show."""
+    """Returns whether STD and SER are at most the 95 % quantiles of perfectly fair models.
+
+    `accuracies` (G,) are in percent, `pairs` (G,) the numbers of pairs of the groups.
+    """
     average, spread, ser = summary(accuracies)
     chance = by_chance(round(average, 2), pairs)
-    return spread <= chance.std_95 + ROUNDING and ser <= chance.ser_95 + ROUNDING
+    return spread <= chance.std_95 + TOLERANCE and ser <= chance.ser_95 + TOLERANCE

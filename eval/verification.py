@@ -1,4 +1,4 @@
-"""Face verification as published: f(x) + f(flip x), unit length, ten folds, threshold from the other nine."""
+"""Face verification as published: f(x) + f(flip x) scaled to unit length, ten folds, threshold from the other nine."""
 
 from dataclasses import dataclass
 
@@ -13,38 +13,41 @@ from utils.data.pairs import load_bin as load_bin
 from utils.errors import InputError
 from utils.training.engine import Validate, infer
 
-IN_CACHE = 1 << 15  # numbers that are worked on together: a processor's cache holds them
+BLOCK_NUMBERS = 1 << 15  # numbers in a block that fits a processor's cache
 THRESHOLDS = np.arange(0, 4, 0.01)
-"""On the squared distance of unit vectors, which lies in [0, 4]."""
+"""(400,) thresholds on the squared distance of unit vectors, which lies in [0, 4]."""
 
 
 @dataclass(frozen=True)
 class TenFold:
-    """Result of `ten_fold`."""
+    """Accuracy and threshold of each fold, and the ROC curve, as `ten_fold` returns them."""
 
     accuracy: np.ndarray  # (folds,) share of right decisions in each fold, in [0, 1]
-    threshold: np.ndarray  # (folds,) the threshold it was decided at, the best of the other folds
+    threshold: np.ndarray  # (folds,) best threshold on the other folds, applied to this one
     tpr: np.ndarray  # (400,) share of genuine pairs accepted at each of THRESHOLDS, mean over the folds
-    fpr: np.ndarray  # (400,) share of impostor pairs accepted, likewise
+    fpr: np.ndarray  # (400,) share of impostor pairs accepted at each of THRESHOLDS, mean over the folds
 
 
 def ten_fold(embeddings: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:
-    """Verification accuracy of unit-length embeddings (2P, D); pair k is rows 2k and 2k + 1, `same` is (P,) bool.
+    """Returns the verification accuracy of unit-length embeddings (2P, D); pair k is rows 2k and 2k + 1.
 
-    Raises InputError where `squared_distances` or `ten_fold_of` does.
+    `same` (P,) bool says which pairs are genuine. Raises InputError as `squared_distances` and `ten_fold_of` do.
     """
     return ten_fold_of(squared_distances(embeddings), same, folds)
 
 
 def squared_distances(embeddings: np.ndarray) -> np.ndarray:
-    """(P,) float64 of the pairs of (2P, D); raises InputError where an embedding is not finite."""
+    """Returns the squared distances (P,) float64 of the pairs of rows 2k and 2k + 1 of `embeddings` (2P, D).
+
+    Raises InputError if the number of rows is odd or an embedding is not finite.
+    """
     embeddings = np.asarray(embeddings, np.float64)
     if len(embeddings) % 2:
         raise InputError(f"{len(embeddings)} embeddings do not make pairs.")
     one, other = embeddings[0::2], embeddings[1::2]
     distance = np.empty(len(one))
     with np.errstate(invalid="ignore", over="ignore"):
-        for part in cut(range(len(one)), max(1, IN_CACHE // one.shape[1])):
+        for part in cut(range(len(one)), max(1, BLOCK_NUMBERS // one.shape[1])):
             apart = one[part.start : part.stop] - other[part.start : part.stop]
             np.square(apart, out=apart).sum(1, out=distance[part.start : part.stop])
     if not np.isfinite(distance).all():
@@ -53,12 +56,12 @@ def squared_distances(embeddings: np.ndarray) -> np.ndarray:
 
 
 def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> TenFold:
-    """Verification accuracy of pairs with these squared distances, `distance` and `same` (P,).
+    """Returns the verification accuracy of pairs with squared distances `distance` (P,) and labels `same` (P,) bool.
 
-    Folds are consecutive, not shuffled. A pair is accepted where its squared distance is below the threshold; of
-    equally good thresholds the lowest is taken. The result is that of the published loop.
+    Folds are consecutive, not shuffled. A pair is accepted if its squared distance is below the threshold; of equally
+    good thresholds the lowest is chosen. The result equals that of the published loop.
 
-    Raises InputError where the two do not agree, or where there are fewer pairs than folds.
+    Raises InputError if `distance` and `same` differ in length, or if there are fewer pairs than folds.
     """
     same = np.asarray(same, bool)
     if len(distance) != len(same):
@@ -77,25 +80,25 @@ def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> T
 
 
 def first_above(distance: np.ndarray) -> np.ndarray:
-    """(P,) the first of THRESHOLDS above each distance, 400 where there is none."""
+    """Returns the index (P,) of the first of THRESHOLDS above each distance, 400 if there is none."""
     return np.searchsorted(THRESHOLDS, distance, side="right")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Pairs of each fold that are accepted at each threshold, of R sets that have as many pairs in each fold.
+    """Numbers of pairs accepted at each threshold, for each fold of R sets with folds of the same sizes.
 
-    They stand in for a pass over all pairs for each threshold.
+    They are counted in one pass over the pairs, instead of one pass for each threshold.
     """
 
     genuine_accepted: np.ndarray  # (R, folds, 400)
     impostors_accepted: np.ndarray  # (R, folds, 400)
-    genuine: np.ndarray  # (folds, 1) all of them
-    impostors: np.ndarray  # (folds, 1)
+    genuine: np.ndarray  # (folds, 1) accepted or not
+    impostors: np.ndarray  # (folds, 1) accepted or not
 
     @classmethod
     def of(cls, first: np.ndarray, fold: np.ndarray, same: np.ndarray, folds: int) -> "Counts":
-        """Of pairs with these first thresholds (R, P), folds (P,) and labels (P,)."""
+        """Counts pairs by their `first_above` (R, P), fold (P,) and label `same` (P,)."""
         shape = (len(first), folds, len(THRESHOLDS) + 1)
         cells = (np.arange(len(first))[:, None] * folds + fold) * shape[2] + first
 
@@ -107,27 +110,30 @@ class Counts:
         return cls(accepted(same), accepted(~same), *totals)
 
     def right(self) -> np.ndarray:
-        """(R, folds, 400) pairs that are decided rightly."""
+        """Returns the numbers (R, folds, 400) of right decisions."""
         return self.genuine_accepted + self.impostors - self.impostors_accepted
 
     def best(self) -> np.ndarray:
-        """(R, folds) the threshold that is best on the other folds, the lowest of equally good ones."""
+        """Returns the index (R, folds) of the best threshold on the other folds, the lowest of equally good ones."""
         right = self.right()
         return (right.sum(1, keepdims=True) - right).argmax(2)
 
     def accuracies(self) -> np.ndarray:
-        """(R, folds) share of right decisions in each fold at the threshold that is best on the others."""
+        """Returns the share (R, folds) of right decisions in each fold at the best threshold of the other folds."""
         right = np.take_along_axis(self.right(), self.best()[..., None], 2)
         return (right / (self.genuine + self.impostors))[..., 0]
 
 
 def _mean_share(accepted: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Mean over the folds; a fold without such pairs counts as 0, as published."""
+    """Returns the mean over folds of `accepted` / `of`; a fold without such pairs counts as 0, as published."""
     return np.divide(accepted, of, out=np.zeros(accepted.shape), where=of > 0).mean(0)
 
 
 def views(network: nn.Module, images: np.ndarray, cfg: Config, title: str) -> np.ndarray:
-    """Features (N, 2, D) of all images (N, 112, 112, 3) uint8 as they are and flipped, not normalised."""
+    """Returns the features (N, 2, D) of all images (N, 112, 112, 3) uint8 and of the flipped images.
+
+    `title` is shown by the progress bar.
+    """
 
     def both(image: torch.Tensor) -> torch.Tensor:
         return torch.stack([network(image), network(image.flip(-1))], 1)
@@ -136,29 +142,33 @@ def views(network: nn.Module, images: np.ndarray, cfg: Config, title: str) -> np
 
 
 def pair_distances(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Squared distances (P,) of the pairs, from both views' features (U, 2, D) of `Pairs.distinct` and `Pairs.rows`."""
+    """Returns the squared distances (P,) of pairs, from features (U, 2, D) of `Pairs.distinct`, and `Pairs.rows`."""
     return squared_distances(embed(features)[rows])
 
 
 def embed(features: np.ndarray) -> np.ndarray:
-    """The embeddings (N, D) that are verified: the sum of both views' features (N, 2, D), scaled to unit length."""
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by `squared_distances`
+    """Returns embeddings (N, D): sums of the features (N, 2, D) of image and flipped image, scaled to unit length."""
+    with np.errstate(invalid="ignore", over="ignore"):  # `squared_distances` refuses non-finite values
         return normalize(features.sum(1, dtype=np.float64))
 
 
 def normalize(features: np.ndarray) -> np.ndarray:
-    """Features (N, D) scaled to unit length; one of length zero stays zero."""
+    """Scales features (N, D) to unit length; a feature of length zero stays zero."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length == 0, 1, length)
 
 
 def accuracy(distance: np.ndarray, same: np.ndarray) -> float:
-    """Mean accuracy of the ten folds in percent."""
+    """Returns the mean accuracy of the ten folds in percent, from `distance` and `same` (P,)."""
     return 100 * float(ten_fold_of(distance, same).accuracy.mean())
 
 
 def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: str = "") -> Validate:
-    """Verification accuracy of every set; the best epoch is that of the group `best_on`, else that of the average."""
+    """Returns a function that verifies `network` on all sets, for `utils.training.engine.fit`.
+
+    It returns the accuracies in percent by set, with their average, and the score that selects the best epoch: the
+    accuracy on the set `best_on`, or the average if `best_on` is empty.
+    """
 
     def validate() -> tuple[dict[str, float], float]:
         scores = {}

@@ -1,4 +1,4 @@
-"""Tables in the forms in which they are read: aligned Markdown, CSV with all digits, LaTeX with booktabs, HTML."""
+"""Renders tables as aligned Markdown, CSV with all digits, LaTeX with booktabs, and HTML."""
 
 import csv
 import html
@@ -24,28 +24,28 @@ class Estimate:
 
 
 RULE_OF_THREE = 3
-"""With n pairs and no error the rate lies below 3 / n at 95 % (Hanley and Lippman-Hand, JAMA 1983)."""
+"""With no error on n pairs, the rate is below 3 / n with 95 % confidence (Hanley and Lippman-Hand, JAMA 1983)."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Share of pairs that are decided wrongly, with the counts that it comes from."""
+    """Error rate: the number of wrong decisions `errors` on `of` pairs."""
 
     errors: int
     of: int
 
     @property
     def value(self) -> float:
-        """In [0, 1]."""
+        """The rate, in [0, 1]."""
         return self.errors / self.of
 
     @property
     def resolved(self) -> bool:
-        """Whether the rate is at least 3 / of, and can thus be told from zero: whether there are three errors."""
+        """True with at least three errors: the rate is then at least 3 / of, and distinguishable from zero."""
         return self.errors >= RULE_OF_THREE
 
     def text(self) -> str:
-        """Three digits of the rate, or "< 0.001" where it is not resolved: it is below 3 / of, here rounded up."""
+        """Returns three digits of the rate, or, if it is not resolved, "< " and its bound 3 / of, rounded up."""
         if self.resolved:
             return f"{self.value:#.3g}"
         if self.of < RULE_OF_THREE:
@@ -54,23 +54,23 @@ class Rate:
 
 
 Cell = str | float | bool | None | Estimate | Rate
-"""None is what cannot be said."""
+"""None stands for a value that is unknown or undefined."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as the header has; the first `names` columns hold names, the others figures."""
+    """A table; the first `names` columns hold names, the others values."""
 
     title: str
     header: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
     names: int
     notes: tuple[str, ...] = ()
-    digits: int = 2  # of a number as it is shown
-    is_printed: bool = True  # on the console, beside being written
+    digits: int = 2  # decimals of a number in Markdown, LaTeX and HTML
+    is_printed: bool = True  # on the console, in addition to the files
 
     def markdown(self) -> str:
-        """Columns are aligned, so that it reads well in a terminal too."""
+        """Returns Markdown with aligned columns, readable in a terminal."""
         rows = self._shown()
         widths = [max(map(len, column)) for column in zip(self.header, *rows, strict=True)]
 
@@ -86,7 +86,7 @@ class Table:
         return "\n".join(text) + "\n"
 
     def csv(self) -> str:
-        """All digits; an estimate takes three columns, a rate two: errors and pairs."""
+        """Returns CSV with all digits. An estimate has three columns (value, low, high), a rate two (errors, of)."""
         header, rows = [], [[] for _ in self.rows]
         for name, column in zip(self.header, zip(*self.rows, strict=True), strict=True):
             kind = next((type(cell) for cell in column if isinstance(cell, Estimate | Rate)), None)
@@ -99,12 +99,12 @@ class Table:
         return text.getvalue()
 
     def as_dict(self) -> dict:
-        """For JSON: all digits, parts of estimates and rates by name; what cannot be said or is infinite is null."""
+        """Returns notes and rows for JSON, with all digits; None, NaN and infinite values become null."""
         rows = [dict(zip(self.header, map(_plain, row), strict=True)) for row in self.rows]
         return {"notes": [*self.notes], "rows": rows}
 
     def latex(self) -> str:
-        """A `table` for the package booktabs; a rule stands where the names before the last change."""
+        """Returns a LaTeX `table` for the package booktabs, with a rule wherever names before the last one change."""
         lines = [
             r"\begin{table}",
             rf"\caption{{{' '.join((self.title + '.', *self.notes)).translate(LATEX)}}}",
@@ -121,6 +121,8 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
     def html(self) -> str:
+        """Returns an HTML heading and `table`, and its notes."""
+
         def line(cells: tuple[str, ...], tag: str) -> str:
             kinds = ["" if k < self.names else ' class="number"' for k in range(len(cells))]
             inner = "".join(f"<{tag}{kind}>{html.escape(c)}</{tag}>" for kind, c in zip(kinds, cells, strict=True))

@@ -1,4 +1,4 @@
-"""The printed results of MST-KD and AdaDistill: read from the CSV files beside this module, and checked."""
+"""Reads and checks the printed results of MST-KD and AdaDistill, from the CSV files in this folder."""
 
 import csv
 import functools
@@ -10,16 +10,16 @@ from eval.fairness import summary
 from utils.errors import InputError
 
 FOLDER = Path(__file__).parent
-PAIRS = {  # of each verification set on which a paper prints accuracies
+PAIRS = {  # numbers of pairs of the verification sets on which a paper prints accuracies
     "MST-KD": {"African": 6000, "Asian": 6000, "Caucasian": 6000, "Indian": 6000},
     "AdaDistill": {"lfw": 6000, "cfp_fp": 7000, "agedb_30": 6000, "calfw": 6000, "cplfw": 6000},
 }
-FARS = {"IJB-C": ("1e-4", "1e-5"), "IJB-B": ("1e-4", "1e-5")}  # at which AdaDistill prints a TAR
-SIC = {  # printed cells that do not agree with the rest of their row
+FARS = {"IJB-C": ("1e-4", "1e-5"), "IJB-B": ("1e-4", "1e-5")}  # false accept rates at which AdaDistill prints a TAR
+SIC = {  # printed cells that contradict the rest of their row
     ("EAF-KD DLDPO iresnet50 specialized", "Asian"): 91.71,
     ("AdaArcDistill m=0.45", "average"): 95.47,
 }
-ROUNDING = 0.0051  # of a figure with two decimals, with room for binary fractions
+ROUNDING = 0.0051  # largest rounding error of two decimals, plus that of floating point
 Key = tuple[str, str, str, str]
 
 
@@ -27,10 +27,10 @@ Key = tuple[str, str, str, str]
 class Row:
     """One row of a table: accuracies, average and STD in percent, as printed or as measured here."""
 
-    name: str  # as the setting `row` gives it
+    name: str  # value of the setting `row`
     paper: str  # MST-KD | AdaDistill | FairnessOCFR
     table: str
-    accuracies: dict[str, float]  # by verification set, only those that are given
+    accuracies: dict[str, float]  # by verification set; sets without a printed accuracy are absent
     average: float | None
     std: float | None = None
     ser: float | None = None
@@ -40,31 +40,34 @@ class Row:
 
 @functools.cache
 def mst_kd(path: Path = FOLDER / "mst_kd.csv") -> dict[str, Row]:
-    """The 40 rows of MST-KD's Tables 1 to 6, by name: `<method> <model> <teachers' network> <setting>`.
+    """Reads the 40 rows of MST-KD's Tables 1 to 6, by name: `<method> <model> <teachers' network> <setting>`.
 
-    Raises InputError that names file and line where average, STD (ddof 1) or SER do not follow from the accuracies, or
-    where an accuracy is no share of 6,000 pairs.
+    Raises InputError with file and line if average, STD (ddof 1) or SER do not follow from the accuracies, or if an
+    accuracy is not a share of 6,000 pairs.
     """
     return _read(path, functools.partial(_mst_kd_row, paper="MST-KD"))
 
 
 @functools.cache
 def fairness_ocfr(path: Path = FOLDER / "fairness_ocfr.csv") -> dict[str, Row]:
-    """Standalone networks of MST-KD's laboratory, derived from its published scores; checked as `mst_kd`."""
+    """Reads standalone networks of MST-KD's laboratory, whose accuracies come from its published scores.
+
+    Raises InputError as `mst_kd` does.
+    """
     return _read(path, functools.partial(_mst_kd_row, paper="FairnessOCFR"))
 
 
 @functools.cache
 def adadistill(path: Path = FOLDER / "adadistill.csv") -> dict[str, Row]:
-    """The rows of AdaDistill's tables, by name.
+    """Reads the rows of AdaDistill's tables, by name.
 
-    Raises InputError that names file and line where an average does not follow from the accuracies.
+    Raises InputError with file and line if an average does not follow from the accuracies.
     """
     return _read(path, _adadistill_row)
 
 
 def every() -> dict[str, Row]:
-    """All rows that the setting `row` may name."""
+    """Returns all rows that the setting `row` may name, by name."""
     return {**mst_kd(), **adadistill()}
 
 
@@ -98,7 +101,7 @@ def _mst_kd_row(cells: dict[str, str], paper: str) -> Row:
             raise ValueError(f"{group} {value} is no share of {pairs[group]:,} pairs")
     for (column, value), found in zip(figures.items(), summary([*accuracies.values()]), strict=True):
         _check(name, column, value, found, ROUNDING)
-    # A baseline teacher is quarter1, quarter2, ... here, and BT-1, BT-2, ... in the paper.
+    # Baseline teachers are called quarter1, quarter2, ... here, and BT-1, BT-2, ... in the paper.
     of_model = model.replace("BT-", "quarter") if method == "teacher" else f"{model} {cells['student_network']}"
     key = (setting, network, method, of_model)
     table = f"Table {cells['table']}" if paper == "MST-KD" else cells["table"]
@@ -112,7 +115,7 @@ def _adadistill_row(cells: dict[str, str]) -> Row:
     if (average is None) != (accuracies.keys() != sets.keys()):
         raise ValueError("the average must stand where all accuracies do, and only there")
     if average is not None:
-        # It was computed from accuracies before they were rounded.
+        # The paper averaged accuracies before rounding them.
         _check(name, "average", average, sum(accuracies.values()) / len(accuracies), 2 * ROUNDING)
     columns = {(benchmark, far): f"{benchmark} {far}" for benchmark, fars in FARS.items() for far in fars}
     tar = {key: float(cells[column]) for key, column in columns.items() if cells[column]}

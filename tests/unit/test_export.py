@@ -261,7 +261,7 @@ def test_missing_packages_are_named_before_any_work(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         export.main(["nowhere.pth", "--network", "iresnet_tiny"])
     advice = "pip install onnx onnxruntime onnxscript\n"
-    assert capsys.readouterr().err.endswith(f"An export needs what is not there: {advice}")
+    assert capsys.readouterr().err.endswith(f"Export needs packages that are not installed: {advice}")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install safetensors"):
         export.load_exported(Path("nowhere.safetensors"))
@@ -335,11 +335,11 @@ def test_safetensors_that_are_not_ours_or_damaged_are_refused(teachers, tmp_path
     save_file(state, tmp_path / "unknown", about | {"network": "resnet50"})
     for name, sentence in (
         ("nowhere", "There is no file"),
-        ("short", "short is damaged or not of export.py"),
-        ("text", "text is damaged or not of export.py"),
-        ("foreign", "foreign is not of export.py: it does not say its embedding_size"),
-        ("other", "other is damaged .*Missing key"),
-        ("unknown", "unknown is damaged .*There is no network 'resnet50'"),
+        ("short", "short is corrupted or not from export.py"),
+        ("text", "text is corrupted or not from export.py"),
+        ("foreign", "foreign is not from export.py: its metadata lacks embedding_size"),
+        ("other", "other is corrupted .*Missing key"),
+        ("unknown", "unknown is corrupted .*There is no network 'resnet50'"),
     ):
         with pytest.raises(InputError, match=sentence):
             export.load_exported(tmp_path / name)

@@ -1,1 +1,1 @@
-"""The paper as a list of stages: what each reads and writes, what all of it takes, and the process that runs it."""
+"""The stages of the paper's tables: their list, their cost in time and disk space, and the runner."""

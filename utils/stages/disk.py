@@ -1,4 +1,4 @@
-"""What the stages take on each file system, and whether there is room for it."""
+"""Disk space that the stages need on each file system, and the check that it is free."""
 
 import shutil
 from collections.abc import Iterable
@@ -14,26 +14,27 @@ from utils.stages.work import IMAGE, Counts, bytes_of, bytes_while_saving
 
 @dataclass(frozen=True)
 class Item:
-    """Files that will take so many bytes together, and what of them is there already."""
+    """A group of files that a setting (`cache` or `output`) places, with their bytes in the end and at present."""
 
     what: str
-    setting: str  # that decides where they lie: cache or output
-    needed: int
-    there: int
+    setting: str  # cache | output, the folder that holds the files
+    needed: int  # bytes in the end
+    there: int  # bytes that exist already
 
 
 @dataclass(frozen=True)
 class Room:
-    """A file system: which settings lead to it, and how much is needed on it, there already and free."""
+    """A file system, with the bytes that are needed on it, exist already, and are free."""
 
-    settings: tuple[str, ...]
+    settings: tuple[str, ...]  # settings whose folders are on it
     folder: Path
-    needed: int
-    there: int
-    free: int
+    needed: int  # bytes in the end
+    there: int  # bytes that exist already
+    free: int  # bytes
 
     @property
     def suffices(self) -> bool:
+        """True if the missing bytes are free."""
         return self.needed - self.there <= self.free
 
     def __str__(self) -> str:
@@ -42,7 +43,7 @@ class Room:
 
 
 def items(stages: list[Stage], cfg: Config, counts: Counts, slots: int) -> list[Item]:
-    """All that is written; with so many `slots` as many checkpoints may be written at once."""
+    """Returns all files that the stages write; `slots` stages run, and may save, at the same time."""
     images = counts.images["All"] * IMAGE
     pairs = sum(counts.pairs.values()) * IMAGE
     folder = Path(cfg.cache, "pairs")
@@ -69,7 +70,7 @@ def _item(what: str, setting: str, parts: list[tuple[int, Iterable[Path]]]) -> I
 
 
 def rooms(found: list[Item], cfg: Config) -> list[Room]:
-    """One for each file system that the items lie on."""
+    """Groups items by file system; returns one Room for each."""
     by_device: dict[int, tuple[Path, list[Item]]] = {}
     for item in found:
         folder = Path(getattr(cfg, item.setting)).absolute()
@@ -92,7 +93,7 @@ def _file_system(folder: Path) -> int:
 
 
 def require_room(found: list[Room]) -> None:
-    """Raises InputError for a file system that is too small, with the numbers."""
+    """Raises InputError, with the sizes, if a file system does not have enough free space."""
     for room in found:
         if not room.suffices:
             lacking = printed_bytes(room.needed - room.there - room.free)

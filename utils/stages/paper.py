@@ -1,4 +1,4 @@
-"""The stages of the paper's tables, in order: each is a script with settings, and names what it reads and writes."""
+"""Lists the stages of the paper's tables, in order: each is a script with its settings, inputs and outputs."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -28,24 +28,24 @@ SETTINGS_OF = {
     "DuL": {"is_dual_layer": True},
     "DLDPO": {"is_dual_layer": True, "has_dropout": True},
 }
-"""By adaptor, the settings of the students that learn from it."""
+"""Settings of the students that learn from each adaptor."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A script with its settings. It may start when all stages that it `needs` are finished."""
+    """A script with its settings. It may start when all stages in `needs` are finished."""
 
-    name: str  # also that of its log file
+    name: str  # also the stem of its log file
     script: str  # "train.py", or "-m eval.evaluation"
     cfg: Config
     needs: tuple[str, ...] = ()  # names of stages
-    kind: str = ""  # what is trained, as `utils.training.engine.fit` knows it; or split, embeddings, evaluation
+    kind: str = ""  # the argument `kind` of `utils.training.engine.fit`; or split, embeddings, evaluation
     reads: tuple[Path, ...] = ()  # files and folders
-    writes: tuple[Path, ...] = ()
+    writes: tuple[Path, ...] = ()  # files and folders
 
     @property
     def arguments(self) -> list[str]:
-        """What follows the interpreter on the command line: the script, and the settings that it reads."""
+        """The command line after the interpreter: the script and the settings that it reads."""
         changed, script = self.cfg.changed, self.script.removeprefix("-m ")
         pairs = zip(changed[::2], changed[1::2], strict=True)
         read = [pair for pair in pairs if reads(script, pair[0].removeprefix("--"))]
@@ -53,20 +53,21 @@ class Stage:
 
     @property
     def command(self) -> str:
+        """The command as a user types it."""
         return shlex.join(["python", *self.arguments])
 
     @property
     def results(self) -> list[Path]:
-        """The files by which a finished stage is known: of a run folder its weights, else what it writes."""
+        """The files that show that a stage is finished: the weights in a run folder, else the files that it writes."""
         folders = [sorted(path.glob("*backbone.pth")) if path.is_dir() else [path] for path in self.writes]
         return [file for files in folders for file in files]
 
 
 def paper(cfg: Config) -> list[Stage]:
-    """All stages of the tables of one teachers' network; a stage comes after those that it needs.
+    """Returns all stages of the tables for the teachers' network `cfg.network`; each follows the stages that it needs.
 
-    These are both settings with their teachers, adaptors and students, and a network of the students' architecture that
-    is trained alone on all identities. Raises InputError for data without groups.
+    These are teachers, adaptors and students of both settings, and a standalone network of the students' architecture,
+    trained on all identities. Raises InputError for data without groups.
     """
     groups = cfg.selected_ethnicities
     baseline = replace(cfg, is_teacher_baseline=True)
@@ -99,7 +100,7 @@ def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> l
 
 
 def _setting(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:
-    """Teachers, embeddings, adaptors and students of the specialized or the baseline setting."""
+    """Returns the stages of teachers, embeddings, adaptors and students of the specialized or baseline setting."""
     teachers = _teachers(cfg, needs, reads)
     folders = tuple(cfg.teacher_dir(name) for name in cfg.teachers)
     arrays = tuple(cfg.teacher_embeddings(name, view) for name in cfg.teachers for view in cfg.target_views)
@@ -114,16 +115,24 @@ def _setting(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> li
 def _adaptor(cfg: Config, name: str, embeddings: Stage) -> Stage:
     own = replace(cfg, has_dropout=name == "DLDPO")
     writes = (cfg.adaptor_dir(name), *_targets(cfg, name))
-    return Stage(_of(cfg, name), script_that_trains(name), own, (embeddings.name,), name, embeddings.writes, writes)
+    return Stage(
+        _name_of(cfg, name), script_that_trains(name), own, (embeddings.name,), name, embeddings.writes, writes
+    )
 
 
 def _student(cfg: Config, name: str, method: str) -> Stage:
-    """The student that learns from the adaptor `name`."""
+    """Returns the stage of the student that learns from the adaptor `name`."""
     own = replace(cfg, **SETTINGS_OF[name])
     reads = (Path(cfg.data), *cfg.pairs_files.values(), cfg.adaptor_dir(name), *_targets(cfg, name))
     writes = (own.student_dir(method),)
     return Stage(
-        f"{method}-{_of(cfg, name)}", script_that_trains(method), own, (_of(cfg, name),), method, reads, writes
+        f"{method}-{_name_of(cfg, name)}",
+        script_that_trains(method),
+        own,
+        (_name_of(cfg, name),),
+        method,
+        reads,
+        writes,
     )
 
 
@@ -131,5 +140,5 @@ def _targets(cfg: Config, adaptor: str) -> tuple[Path, ...]:
     return tuple(cfg.adaptor_embeddings(adaptor, view) for view in cfg.target_views)
 
 
-def _of(cfg: Config, adaptor: str) -> str:
+def _name_of(cfg: Config, adaptor: str) -> str:
     return f"{adaptor}-{cfg.setting}"

@@ -1,4 +1,4 @@
-"""The plan of all stages in words: what each reads, writes and sees, and what all of it takes."""
+"""Describes the plan of all stages as text: inputs, outputs, amount of work, time and disk space."""
 
 from collections.abc import Set
 from pathlib import Path
@@ -21,7 +21,10 @@ def describe(
     rooms: list[Room],
     slots: int,
 ) -> str:
-    """The commands in order, then the rates, hours and disk space of those stages that are not `finished`."""
+    """Returns the commands in order, then rates, time and disk space of the stages that are not `finished`.
+
+    `slots` is the number of stages that run at the same time, each on its own device.
+    """
     lines = []
     for number, stage in enumerate(stages, 1):
         time = "finished" if stage.name in finished else _duration(seconds(work[stage.name], rates))
@@ -52,15 +55,17 @@ def describe(
 
 
 def _amounts(work: Work) -> str:
-    amounts = [f"{count:,} {UNITS[kind]} in {kind}{_of(network)}" for (kind, network), count in work.items()]
+    amounts = [
+        f"{count:,} {UNITS[kind]} in {kind}{_network_suffix(network)}" for (kind, network), count in work.items()
+    ]
     return "; ".join(amounts)
 
 
 def _rate(kind: str, network: str, rate: float) -> str:
-    return f"{kind}{_of(network)} {rate:,.1f} {UNITS[kind]}/s"
+    return f"{kind}{_network_suffix(network)} {rate:,.1f} {UNITS[kind]}/s"
 
 
-def _of(network: str) -> str:
+def _network_suffix(network: str) -> str:
     return network and f" of {network}"
 
 
@@ -69,7 +74,7 @@ def _duration(time: float) -> str:
 
 
 def _shown(paths: tuple[Path, ...]) -> str:
-    """Paths, those in one folder together."""
+    """Returns the paths as text, with those of one folder as folder/{a,b}."""
     folders: dict[Path, list[str]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path.name)

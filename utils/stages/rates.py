@@ -1,4 +1,4 @@
-"""How fast this machine trains and applies the networks of the paper: measured, or derived from one given rate."""
+"""Training and inference rates of the paper's networks on this machine: measured, or derived from one given rate."""
 
 import contextlib
 import functools
@@ -24,24 +24,24 @@ from utils.process import setup
 from utils.training.engine import fit, infer
 
 TRAIN, INFER, ADAPT = "training", "inference", "training of adaptors"
-"""Images a network is trained on, images that it embeds, rows of embeddings that an adaptor is trained on."""
+"""Kinds of work, counted in images trained on, images embedded, and rows that an adaptor is trained on."""
 
 Rates = dict[tuple[str, str], float]
-"""Images (or rows) per second by kind of work and name of the network; the adaptor's network is ""."""
+"""Images (or rows) per second by (kind of work, network); the network of an adaptor is ""."""
 
 INFERRED_PER_TRAINED = {"fp32": 3.7, "tf32": 1.3, "bf16": 1.05}
 """Images embedded per image trained in each precision, of iresnet34 on an H100: inference is always in fp32."""
 
 ROWS_PER_TRAINED = {"fp32": 110.0, "tf32": 40.0, "bf16": 31.0}
-"""Rows on which the SL adaptor is trained per image on which iresnet34 is trained, likewise."""
+"""Rows on which the SL adaptor is trained per image on which iresnet34 is trained, measured likewise."""
 
-SECONDS = 12.0  # of measuring, for each kind of work
+SECONDS = 12.0  # duration of the measurement for each kind of work and network
 
 
 def rates_from(rate: float, cfg: Config) -> Rates:
-    """Rates that follow from the images per second at which the teachers' network is trained.
+    """Derives all rates from `rate`, the images per second at which the teachers' network is trained.
 
-    The students' network is slower or faster by the ratio of the two networks' multiplications.
+    The rates of the students' network are scaled by the ratio of the two networks' `operations`.
     """
     rates = {}
     for network in (cfg.network, cfg.student_network):
@@ -51,13 +51,13 @@ def rates_from(rate: float, cfg: Config) -> Rates:
 
 
 def measured_rates(cfg: Config, classes: int) -> Rates:
-    """Rates measured on random data with the device, precision and batch size of `cfg`, in about a minute.
+    """Measures all rates on random data with the device, precision and batch size of `cfg`, in about a minute.
 
-    A step of training is that of `utils.training.engine.fit` with a header of so many `classes`. What is measured is
-    discarded.
+    Training steps are those of `utils.training.engine.fit`, with a header of `classes` identities. The trained weights
+    are discarded.
     """
     on_gpu = device_of(cfg).type == "cuda"
-    # Data that lies on the device and batches that are read when they are needed: the clock is read between steps.
+    # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
     cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if on_gpu else 0.0)
     setup(cfg)
     rates = {}
@@ -70,7 +70,7 @@ def measured_rates(cfg: Config, classes: int) -> Rates:
 
 @functools.cache
 def operations(network: str) -> int:
-    """Multiplications and additions of one image's forward pass."""
+    """Returns the multiplications and additions of a forward pass of one image."""
     with torch.device("meta"):
         backbone = build_backbone(network).eval()
         with FlopCounterMode(display=False) as counter:
@@ -78,12 +78,12 @@ def operations(network: str) -> int:
     return counter.get_total_flops()
 
 
-class _Enough(Exception):
-    """Ends `fit` or `infer` from inside when it has been measured long enough."""
+class _Measured(Exception):
+    """Ends `fit` or `infer` from inside when the measurement is complete."""
 
 
 class _Clock:
-    """Counts steps; the first ones are not measured, since libraries choose their algorithms then."""
+    """Measures the rate of steps of `size` images or rows, without the first ones, in which libraries autotune."""
 
     def __init__(self, device: torch.device, size: int):
         self._device, self._size, self._steps = device, size, 0
@@ -91,23 +91,23 @@ class _Clock:
         self.rate = 0.0  # images or rows per second
 
     def tick(self) -> None:
-        """Is called before each step. Raises _Enough after SECONDS, with at least one step measured."""
+        """Must be called before each step. Raises _Measured after SECONDS, with at least one step measured."""
         if self._steps == self._warm:
             self._started = self._now()
         elif self._steps > self._warm and time.perf_counter() - self._started > SECONDS:
             self.rate = (self._steps - self._warm) * self._size / (self._now() - self._started)
-            raise _Enough
+            raise _Measured
         self._steps += 1
 
     def _now(self) -> float:
-        """When the device has taken the steps that it was given."""
+        """Returns the time in seconds after the device has finished all steps."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
 
-class _Endless(Faces):
-    """A training set of random rows whose epoch has no end."""
+class _EndlessFaces(Faces):
+    """A training set that repeats one batch of random rows in an endless epoch."""
 
     def __init__(self, cfg: Config, columns: dict[str, np.ndarray], clock: _Clock):
         self.cfg, self.flip, self._clock = cfg, True, clock
@@ -132,7 +132,7 @@ def _training(network: str, cfg: Config, classes: int) -> float:
     def losses(image, label):
         return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
 
-    return _fitted(losses, "teacher", {"image": images}, cfg, classes, backbone, header)
+    return _rate_of_fit(losses, "teacher", {"image": images}, cfg, classes, backbone, header)
 
 
 def _adaptor(cfg: Config, classes: int) -> float:
@@ -143,15 +143,17 @@ def _adaptor(cfg: Config, classes: int) -> float:
     def losses(embedding, label):
         return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
 
-    return _fitted(losses, "SL", {"embedding": rows}, cfg, classes, adaptor, header)
+    return _rate_of_fit(losses, "SL", {"embedding": rows}, cfg, classes, adaptor, header)
 
 
-def _fitted(losses: Callable, kind: str, columns: dict, cfg: Config, classes: int, *modules: torch.nn.Module) -> float:
-    """The rate of steps of `fit`, which is left before it writes anything."""
+def _rate_of_fit(
+    losses: Callable, kind: str, columns: dict, cfg: Config, classes: int, *modules: torch.nn.Module
+) -> float:
+    """Returns the rate of training by `fit`, which is ended before it writes anything."""
     columns["label"] = np.random.default_rng(1).integers(0, classes, cfg.batch_size)
     clock = _Clock(device_of(cfg), cfg.batch_size)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
-        fit(losses, _Endless(cfg, columns, clock), Path(folder) / "measured", cfg, *modules, kind=kind)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Measured):
+        fit(losses, _EndlessFaces(cfg, columns, clock), Path(folder) / "measured", cfg, *modules, kind=kind)
     return clock.rate
 
 
@@ -166,7 +168,7 @@ def _inference(network: str, cfg: Config) -> float:
     def embedding(image):
         return F.normalize(backbone(image))
 
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(_Measured):
         columns, parts = {"image": Column((images,))}, [range(size)] * (1 << 16)
         infer(embedding, backbone, columns, cfg, "measure", parts, receive)
     return clock.rate

@@ -1,4 +1,4 @@
-"""Runs stages as the commands that a user would type: in order, or several at a time with a device each."""
+"""Runs stages as the commands that a user would type: in order, or several at a time, each on its own device."""
 
 import contextlib
 import ctypes
@@ -21,42 +21,45 @@ from utils.storage.files import read_json, write_json
 from utils.storage.locks import refuse_if_locked
 from utils.training.engine import duration
 
-POLL = 0.05  # seconds between looks at the running stages
-TAIL = 8  # lines of a log that are shown of a stage that failed
+POLL = 0.05  # seconds between checks of the running stages
+TAIL = 8  # last lines of the log of a failed stage that are printed
 
 
 class Record:
-    """Which stages are finished: kept in a file, with their settings and the state of what they read and wrote."""
+    """A file of finished stages, each with its settings and the size and time of the files that it read and wrote."""
 
     def __init__(self, path: Path, sources: dict):
-        """`sources` is what all stages depend on beside each other's results. Raises InputError for a damaged file."""
+        """Reads the file; `sources` is the state of the input data. Raises InputError if the file is corrupted."""
         self._path, self._sources = path, json.loads(json.dumps(sources))
         self._stages = read_json(path) if path.exists() else {}
 
     def holds(self, stage: Stage, needed: list[Stage]) -> bool:
-        """Whether the stage was finished with these settings, and the files that it read and wrote are unchanged."""
+        """Returns True if the stage was finished with these settings and its inputs and outputs are unchanged.
+
+        `needed` are the stages whose results it reads.
+        """
         state = self._state(stage, needed)
         return all(state["writes"].values()) and self._stages.get(_key(stage)) == state
 
     def note(self, stage: Stage, needed: list[Stage]) -> None:
-        """Writes down that a stage is finished."""
+        """Records, by an atomic write, that a stage is finished; `needed` are the stages whose results it reads."""
         self._stages[_key(stage)] = self._state(stage, needed)
         write_json(self._path, self._stages)
 
     def _state(self, stage: Stage, needed: list[Stage]) -> dict:
         read = [path for one in needed for path in one.results]
         state = {"settings": asdict(stage.cfg), "sources": self._sources}
-        state |= {"reads": _stamps(read), "writes": _stamps(stage.results)}
+        state |= {"reads": stamps(read), "writes": stamps(stage.results)}
         return json.loads(json.dumps(state))
 
 
 def _key(stage: Stage) -> str:
-    """Stages of several teachers' networks may share the file."""
+    """Returns the key of a stage in the record, which stages of other teachers' networks may share."""
     return f"{stage.cfg.network} {stage.name}"
 
 
-def _stamps(paths: list[Path]) -> dict[str, list[int]]:
-    """Size and time of change of each file; empty where it is not there."""
+def stamps(paths: list[Path]) -> dict[str, list[int]]:
+    """Returns size in bytes and modification time in nanoseconds of each file; an empty list if it does not exist."""
     found = {}
     for path in paths:
         found[str(path)] = []
@@ -71,19 +74,19 @@ class _Running:
     stage: Stage
     device: str
     log: Path | None
-    process: subprocess.Popen | None = None  # None while another process works on what the stage is to write
-    share: float = 0.0  # of the stage that was done before
+    process: subprocess.Popen | None = None  # None while another process has locked what the stage writes
+    share_before: float = 0.0  # share of the stage's work that an earlier attempt has done
     started: float = 0.0
-    is_told: bool = False  # that it waits
+    wait_is_printed: bool = False
 
 
 class Runner:
-    """Runs stages, each as soon as all that it needs are finished, as many side by side as there are `devices`.
+    """Runs each stage as soon as all stages that it needs are finished, one at a time on each of `devices`.
 
-    A stage that fails does not stop those that do not need it. Ctrl-C and SIGTERM are passed on to all running stages,
-    which save and end. With a `record`, stages that it holds are passed over. With `logs` each stage writes to
-    <logs>/<stage>.log; without, to the terminal. With `work`, the amount of each stage in any one unit, a line after
-    each stage says how much is done; `share_done` is the share of a stage that an interrupted attempt has done.
+    If a stage fails, all stages that do not need it still run. Ctrl-C and SIGTERM are forwarded to the running stages,
+    which save and exit. Stages in `record` are skipped. Each stage writes to <logs>/<stage>.log, or to the terminal if
+    `logs` is None. With `work`, the amount of work by stage in any common unit, the progress is printed after each
+    stage; `share_done` returns the share of a stage's work that an interrupted attempt has done.
     """
 
     def __init__(
@@ -99,29 +102,29 @@ class Runner:
         self._devices, self._record, self._logs = devices, record, logs
         self._work, self._share_done = work or {}, share_done
         self._waiting, self._running, self._finished = [*stages], [], set()
-        self._done_here = 0.0  # work that was done in this process's time
-        self.seconds: dict[str, float] = {}  # of each stage that was run
-        self.failed: dict[str, str] = {}  # why, by the stage's name
+        self._done_here = 0.0  # work done since this process started
+        self.seconds: dict[str, float] = {}  # run time by the stage's name
+        self.failed: dict[str, str] = {}  # reason by the stage's name
 
     def run(self) -> bool:
-        """Whether all stages are finished in the end; what is not is said.
+        """Runs the stages; returns True if all are finished, else prints what failed and what was not started.
 
-        Raises Interrupted on Ctrl-C and SIGTERM when all running stages have ended.
+        Raises Interrupted on Ctrl-C and SIGTERM, after all running stages have exited.
         """
         with StopSignals() as stop:
             try:
                 while self._waiting or self._running:
                     if stop.received:
-                        self._end_all(stop.received)
+                        self._stop_all(stop.received)
                         stop.leave("stopped, what was finished or saved is kept", stop.received)
                     self._start_ready()
                     if not self._running:
                         break
                     time.sleep(POLL)
                     for running in [*self._running]:
-                        self._look_after(running)
+                        self._check_on(running)
             finally:
-                self._end_all(signal.SIGTERM)
+                self._stop_all(signal.SIGTERM)
         self._report_failures()
         return not self.failed
 
@@ -129,7 +132,7 @@ class Runner:
         return [self._stages[name] for name in stage.needs]
 
     def _pass_over_finished(self) -> None:
-        """A stage stands after those that it needs, so that one pass over the list is enough."""
+        """Skips the stages that are finished; a stage follows those that it needs, so that one pass is enough."""
         for stage in [*self._waiting]:
             is_ready = self._finished.issuperset(stage.needs)
             if is_ready and self._record and self._record.holds(stage, self._needed(stage)):
@@ -149,17 +152,17 @@ class Runner:
                 self._start(self._running[-1])
 
     def _start(self, running: _Running) -> None:
-        """Starts a stage, or says what it waits for: an earlier attempt may outlive the process that started it."""
+        """Starts a stage, unless its outputs are locked: an earlier attempt may outlive the runner that started it."""
         stage = running.stage
         try:
             for path in stage.writes:
                 refuse_if_locked(path)
         except InputError as error:
-            if not running.is_told:
+            if not running.wait_is_printed:
                 print(f"{stage.name} waits: {error}", flush=True)
-            running.is_told = True
+            running.wait_is_printed = True
             return
-        running.started, running.share = time.monotonic(), self._share_done(stage)
+        running.started, running.share_before = time.monotonic(), self._share_done(stage)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if running.device:
             environment["CUDA_VISIBLE_DEVICES"] = running.device
@@ -173,11 +176,11 @@ class Runner:
                 print(f"$ {stage.command}", file=file, flush=True)
                 output = {"stdout": file, "stderr": subprocess.STDOUT}
             command = [sys.executable, *stage.arguments]
-            # In a group of its own a stage hears of Ctrl-C once, from here, and not from the terminal too.
-            own = {"process_group": 0, "preexec_fn": _ends_with_parent()} if os.name == "posix" else {}
+            # In a process group of its own a stage gets Ctrl-C once, from `_stop_all`, and not from the terminal too.
+            own = {"process_group": 0, "preexec_fn": _terminate_with_parent()} if os.name == "posix" else {}
             running.process = subprocess.Popen(command, env=environment, **output, **own)
 
-    def _look_after(self, running: _Running) -> None:
+    def _check_on(self, running: _Running) -> None:
         if running.process is None:
             self._start(running)
             return
@@ -196,11 +199,11 @@ class Runner:
         if self._record:
             self._record.note(stage, self._needed(stage))
         if self._work:
-            self._done_here += self._work[stage.name] * (1 - running.share)
+            self._done_here += self._work[stage.name] * (1 - running.share_before)
             print(f"{stage.name} took {duration(self.seconds[stage.name])}. {self._progress()}", flush=True)
 
     def _progress(self) -> str:
-        """How much of the whole is done, and how long the rest takes at the rate of this process's stages."""
+        """Returns the share of all work that is done, and the remaining time at the rate of the stages run so far."""
         done = sum(self._work[name] for name in self._finished)
         share = f"{done / sum(self._work.values()):.1%} of the whole is done"
         if not self._done_here or len(self._finished) == len(self._stages):
@@ -215,8 +218,8 @@ class Runner:
         rest = duration(makespan(left, stages, len(self._devices)))
         return f"{share}; the rest takes about {rest} at the rates seen so far."
 
-    def _end_all(self, number: int) -> None:
-        """Passes a signal on, and waits for what runs to save and end."""
+    def _stop_all(self, number: int) -> None:
+        """Sends signal `number` to all running stages, and waits until they have saved and exited."""
         processes = [running.process for running in self._running if running.process]
         for process in processes:
             process.send_signal(number)
@@ -243,8 +246,8 @@ def _tail(log: Path) -> list[str]:
     return re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").rstrip())[-TAIL:]
 
 
-def _ends_with_parent() -> Callable[[], None] | None:
-    """What a child calls before it becomes a stage: on Linux it then gets SIGTERM when its parent has been killed."""
+def _terminate_with_parent() -> Callable[[], None] | None:
+    """Returns a function for the child process that, on Linux, lets it get SIGTERM when its parent is killed."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

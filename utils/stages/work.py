@@ -1,4 +1,4 @@
-"""How much each stage has to do: images that it sees, by kind of work and network, and the bytes that it writes."""
+"""The work of each stage, in images by kind of work and network, and the bytes that it writes."""
 
 import functools
 import math
@@ -14,31 +14,33 @@ from backbones import build_adaptor, build_backbone
 from config.config import ADAPTORS, Config
 from utils.data.faces import left_out
 from utils.data.index import scan
+from utils.data.pairs import read_bin
 from utils.data.split import split_of
 from utils.data.store import SIZE
 from utils.distributed.world import total_batch
+from utils.errors import InputError
 from utils.stages.paper import STUDENTS, Stage
 from utils.stages.rates import ADAPT, INFER, TRAIN, Rates
 
 IMAGE = SIZE * SIZE * 3  # bytes
-PAPERS_IMAGES = {"African": 324_106, "Asian": 324_202, "Caucasian": 326_070, "Indian": 274_554}
-PAPERS_IDENTITIES = {"African": 7_000, "Asian": 7_000, "Caucasian": 7_000, "Indian": 6_997}
-"""Of the published training set; which of the first two groups has 324,106 images is not known."""
+PAPER_IMAGES = {"African": 324_106, "Asian": 324_202, "Caucasian": 326_070, "Indian": 274_554}
+PAPER_IDENTITIES = {"African": 7_000, "Asian": 7_000, "Caucasian": 7_000, "Indian": 6_997}
+"""Sizes of the published training set; it is not known which of the first two groups has 324,106 images."""
 
-RFW_IMAGES = 12_000  # of 6,000 pairs of one group, if no image is in two of them
-TRAINED = ("teacher", *ADAPTORS, *STUDENTS)  # kinds of stages
+RFW_IMAGES = 12_000  # images in 6,000 pairs of one group, if no image is in two pairs
+TRAINED = ("teacher", *ADAPTORS, *STUDENTS)  # kinds of stages that train
 STATES_IN_CHECKPOINT, CHECKPOINTS, WEIGHTS = 2, 2, 2
-"""Parameters and momentum; the newest checkpoint and the one before; the best and the last weights."""
+"""Parameters and momentum; newest and previous checkpoint; best and last weights."""
 
 Work = Counter[tuple[str, str]]
-"""Images (or rows) by kind of work and name of the network, as in `Rates`."""
+"""Numbers of images (or rows) by (kind of work, network), as in `Rates`."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images and identities that each teacher sees, by its name, and distinct images of each verification set.
+    """Numbers of images and identities that each teacher is trained on, and of distinct images per verification set.
 
-    "All" stands for all groups together. The digest is that of the data folder's index.
+    The key "All" stands for all groups together. `digest` is the SHA-256 of the data folder's index.
     """
 
     images: dict[str, int]
@@ -48,12 +50,15 @@ class Counts:
 
     @property
     def verified(self) -> int:
-        """Images that one verification embeds: both views of every distinct image."""
+        """Images that one verification embeds: every distinct image, and flipped."""
         return 2 * sum(self.pairs.values())
 
 
 def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
-    """What the data folder holds. Raises InputError for a folder that cannot be used."""
+    """Counts the images and identities of the data folder; `pairs` are distinct images per verification set.
+
+    Raises InputError for a folder that cannot be used.
+    """
     index = scan(Path(cfg.data), cfg.selected_ethnicities)
     used = index.identity[~left_out(cfg, index)]
     of_identity = dict(zip(index.identities, np.bincount(used, minlength=len(index.identities)).tolist(), strict=True))
@@ -68,8 +73,8 @@ def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
 
 
 def papers_counts(cfg: Config, pairs: dict[str, int]) -> Counts | None:
-    """Those of the published training set, with even quarters; None where the groups are not the paper's."""
-    if not set(cfg.ethnicities) <= PAPERS_IMAGES.keys():
+    """Returns the counts of the published training set, with equal quarters; None for groups other than the paper's."""
+    if not set(cfg.ethnicities) <= PAPER_IMAGES.keys():
         return None
 
     def by_teacher(of: dict[str, int]) -> dict[str, int]:
@@ -78,11 +83,30 @@ def papers_counts(cfg: Config, pairs: dict[str, int]) -> Counts | None:
         parts = dict(zip(cfg.quarters, map(len, np.array_split(np.arange(total), len(own))), strict=True))
         return {**own, **parts, "All": total}
 
-    return Counts(by_teacher(PAPERS_IMAGES), by_teacher(PAPERS_IDENTITIES), pairs)
+    return Counts(by_teacher(PAPER_IMAGES), by_teacher(PAPER_IDENTITIES), pairs)
+
+
+def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
+    """Counts images and identities; returns the counts, and a line for each assumption.
+
+    With `may_assume`, as for a plan, missing data is replaced by the numbers of the paper; otherwise raises InputError.
+    """
+    missing = [path for path in cfg.pairs_files.values() if not path.is_file()]
+    assumed = []
+    if missing and not may_assume:
+        raise InputError(f"Missing: {', '.join(map(str, missing))}. Set pairs to the folder of these files.")
+    if missing:
+        assumed = [f"{cfg.pairs} lacks {missing[0].name}: sets that are not there count as {RFW_IMAGES:,} images.\n"]
+    pairs = {name: RFW_IMAGES if p in missing else len({*read_bin(p)[0]}) for name, p in cfg.pairs_files.items()}
+    papers = papers_counts(cfg, pairs)
+    if may_assume and papers and not Path(cfg.data).is_dir():
+        number = papers.images["All"]
+        return papers, [f"{cfg.data} is not there: counted with the paper's {number:,} images.\n", *assumed]
+    return counted(cfg, pairs), assumed
 
 
 def work_of(stage: Stage, counts: Counts) -> Work:
-    """Epochs of whole batches, verification after every epoch, and what is embedded."""
+    """Returns the work of one stage other than the evaluation: training, verification after each epoch, embeddings."""
     cfg, images = stage.cfg, counts.images["All"]
     if stage.kind in ("teacher", *STUDENTS):
         is_teacher = stage.kind == "teacher"
@@ -97,7 +121,7 @@ def work_of(stage: Stage, counts: Counts) -> Work:
 
 
 def work_of_all(stages: list[Stage], counts: Counts) -> dict[str, Work]:
-    """Of each stage by name; the evaluation verifies every network that another stage trains."""
+    """Returns the work of each stage by name; the evaluation verifies every network that another stage trains."""
     work = {stage.name: work_of(stage, counts) for stage in stages}
     for stage in stages:
         if stage.kind == "evaluation":
@@ -109,22 +133,23 @@ def work_of_all(stages: list[Stage], counts: Counts) -> dict[str, Work]:
 
 
 def epochs(stage: Stage) -> int:
-    """Of a stage that trains."""
+    """Returns the number of epochs of a stage that trains."""
     return stage.cfg.schedule(stage.kind).epochs
 
 
 def _seen(stage: Stage, images: int) -> int:
-    """Images in all epochs, each without its incomplete last batch."""
+    """Returns the number of images in all epochs, each without its incomplete last batch."""
     size = total_batch(stage.cfg)
     return epochs(stage) * (images // size) * size
 
 
 def seconds(work: Mapping[tuple[str, str], int], rates: Rates) -> float:
+    """Returns the time in seconds for `work` on one device."""
     return sum(count / rates[kind] for kind, count in work.items())
 
 
 def share_done(stage: Stage) -> float:
-    """The share of its epochs that a stage has finished, as its log says; 0 for a stage that trains nothing."""
+    """Returns the share of its epochs, in [0, 1], that a stage has logged; 0 for a stage that does not train."""
     log = stage.writes[0] / "log.jsonl" if stage.writes else None
     if stage.kind not in TRAINED or not log.is_file():
         return 0.0
@@ -132,17 +157,20 @@ def share_done(stage: Stage) -> float:
 
 
 def makespan(durations: dict[str, float], stages: list[Stage], slots: int) -> float:
-    """How long so many slots take for these stages; each slot takes the first stage that may start."""
+    """Returns the time for all stages in `durations` on so many slots, each of which runs the first ready stage.
+
+    `durations` by stage and the result are in the same unit.
+    """
     waiting = [stage for stage in stages if stage.name in durations]
-    open_, ends, now = {stage.name for stage in waiting}, {}, 0.0
+    unfinished, ends, now = {stage.name for stage in waiting}, {}, 0.0
     while waiting or ends:
         for stage in [*waiting]:
-            if len(ends) < slots and open_.isdisjoint(stage.needs):
+            if len(ends) < slots and unfinished.isdisjoint(stage.needs):
                 ends[stage.name] = now + durations[stage.name]
                 waiting.remove(stage)
         name = min(ends, key=ends.get)
         now = ends.pop(name)
-        open_.discard(name)
+        unfinished.discard(name)
     return now
 
 
@@ -150,7 +178,7 @@ def makespan(durations: dict[str, float], stages: list[Stage], slots: int) -> fl
 
 
 def bytes_of(stage: Stage, counts: Counts) -> dict[Path, int]:
-    """What each array and run folder that a stage writes takes in the end; tables and lists are not counted."""
+    """Returns the bytes of each array and run folder that a stage writes, without tables and lists."""
     found = {}
     for path in stage.writes:
         if path.suffix == ".npy":
@@ -162,13 +190,13 @@ def bytes_of(stage: Stage, counts: Counts) -> dict[Path, int]:
 
 
 def bytes_while_saving(stage: Stage, counts: Counts) -> int:
-    """Of the checkpoint that takes the place of the newest when it is whole."""
+    """Returns the bytes of the partial file from which an atomic write makes the newest checkpoint."""
     trains = stage.kind in TRAINED
     return STATES_IN_CHECKPOINT * _state(stage, counts) if trains else 0
 
 
 def _state(stage: Stage, counts: Counts) -> int:
-    """Bytes of the parameters and statistics of a stage's network and header."""
+    """Returns the bytes of the parameters and buffers of a stage's network and header."""
     cfg = stage.cfg
     if stage.kind in ADAPTORS:
         own = _bytes_of_adaptor(stage.kind, cfg)

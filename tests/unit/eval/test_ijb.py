@@ -355,7 +355,7 @@ def test_ctrl_c_ends_in_a_sentence_that_says_how_to_go_on(folder, network, monke
         ("face_tid_mid", 3, "3.jpg 102 0.5", "face_tid_mid.txt, line 3: expected"),
         ("face_tid_mid", 3, "3.jpg 102 99999999999999999999", "face_tid_mid.txt, line 3: expected"),
         ("face_tid_mid", 3, "", "face_tid_mid.txt, line 3: expected"),
-        ("face_tid_mid", 3, "4.jpg 102 0", "face_tid_mid.txt, line 3: another image than in this line of .*5pts"),
+        ("face_tid_mid", 3, "4.jpg 102 0", "face_tid_mid.txt, line 3: not the image in this line of .*5pts"),
         ("face_tid_mid", 20, None, r"face_tid_mid.txt has 19 lines, .*5pts_score.txt 20: expected one per image"),
         ("name_5pts_score", 20, None, r"face_tid_mid.txt has 20 lines, .*5pts_score.txt 19: expected one per image"),
         ("name_5pts_score", 2, "2.jpg 1 2 3 4 5 6 7 8 9 10", "5pts_score.txt, line 2: expected"),

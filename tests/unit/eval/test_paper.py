@@ -314,7 +314,7 @@ def test_a_row_that_is_in_no_table_lists_those_that_are():
 def test_a_row_goes_with_the_file_of_a_network_only():
     with pytest.raises(InputError, match="needs checkpoint"):
         paper.check(replace(CFG, row=STUDENT))
-    with pytest.raises(InputError, match="is no adaptor's"):
+    with pytest.raises(InputError, match="print no results of adaptors"):
         paper.check(replace(CFG, row=STUDENT, checkpoint="x.pth", teacher=("a.pth",)))
 
 
