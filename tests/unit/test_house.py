@@ -27,7 +27,7 @@ LONGEST = 60  # lines of a function, and of a script
 LONGER = {
     "demo.py": 80,  # the list of its stages
     "reproduce.py": 120,  # a command line of its own, and the plan
-    "export.py": 270,  # an application of its own: nothing else uses its functions
+    "export.py": 300,  # an application of its own: nothing else uses its functions
 }
 
 
