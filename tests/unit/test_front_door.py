@@ -53,6 +53,13 @@ def test_readme_has_the_numbers_of_the_committed_demo():
     assert all(row in readme for row in found)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_names_no_setting_that_does_not_exist(page):
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    assert hooks["unknown_options"](page.read_text(encoding="utf-8")) == []
+    assert hooks["unknown_options"]("`python train.py --has_drop_out`") == ["has_drop_out"]
+
+
 def test_readme_stays_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -60,6 +67,6 @@ def test_readme_stays_short():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_link_to_a_file_leads_to_one(page):
     text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)|(?:src|srcset)=\"([^\":]+)\"", text)
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)|(?:src|srcset)=\"([^\":]+)\"", text)
     missing = [link for pair in links for link in pair if link and not (page.parent / link).exists()]
     assert not missing
