@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "Written to site: open site/index.html"
 
 .venv-docs/installed: docs/requirements.txt

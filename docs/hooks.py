@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[1]
 # Options of torchrun, pip, git, ruff and mkdocs, and what stands for the name of any setting.
 OTHERS = {
     "name",
+    "git",
+    "unidiff-zero",
     "max-restarts",
     "shutdown-timeout",
     "standalone",
