@@ -70,3 +70,13 @@ def test_every_link_to_a_file_leads_to_one(page):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)|(?:src|srcset)=\"([^\":]+)\"", text)
     missing = [link for pair in links for link in pair if link and not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("name", ["paper_map.md", "deviations.md", "extending.md"])
+def test_a_page_names_no_code_that_is_not_there(name):
+    named = re.findall(
+        r"`((?:backbones|config|eval|utils)/[\w/]+\.\w+)`(?: `([\w.]+)`)?", (ROOT / "docs" / name).read_text()
+    )
+    for path, symbol in named:
+        assert (ROOT / path).exists(), path
+        assert symbol.split(".")[-1] in (ROOT / path).read_text(encoding="utf-8"), (path, symbol)
