@@ -1,8 +1,8 @@
-"""Stage 8: AdaDistill, a compact student whose class centres follow the teacher; none of them is trained.
+"""Stage 8 (AdaDistill): trains a compact student against class centres that follow the teacher's embeddings.
 
-ArcDistill and CosDistill take the centres that the source was trained with, and leave them as they are.
+The centres get no gradient. ArcDistill and CosDistill freeze the centres that the source was trained with.
 
-Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings), both views
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy), both views
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-<ada_loss>/
 Run     python KD_AdaDistill.py [--ada_loss AdaCosDistill] [--is_dual_layer] [--ada_source teacher --ethnicity African]
 """

@@ -1,8 +1,8 @@
-"""Stage 7: EAF-KD, a student that learns the multi-teacher embeddings and to classify with ElasticArcFace.
+"""Stage 7 (EAF-KD): trains a student on the multi-teacher embeddings and on the identity labels with ElasticArcFace.
 
-With ada_source teacher it learns those of one teacher.
+With --ada_source teacher, the targets are the embeddings of one teacher.
 
-Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings)
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy)
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-EAF-KD/
 Run     python KD_CEL.py [--is_dual_layer] [--has_dropout] [--ada_source teacher --ethnicity African]
 """

@@ -1,8 +1,8 @@
-"""Stage 6: a-KD, a student that learns nothing but the multi-teacher embeddings; it needs no identity labels.
+"""Stage 6 (a-KD): trains a student on the multi-teacher embeddings only, without identity labels.
 
-With ada_source teacher it learns those of one teacher: vanilla KD.
+With --ada_source teacher, the targets are the embeddings of one teacher: vanilla KD.
 
-Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (a teacher: its embeddings)
+Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy)
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-a-KD/
 Run     python KD_alone.py [--is_dual_layer] [--has_dropout] [--ada_source teacher --ethnicity African]
 """

@@ -1,7 +1,7 @@
-"""Stage 1 (baseline only): deals the identities of each ethnicity to one quarter per baseline teacher.
+"""Stage 1 (baseline only): divides the identities of each ethnicity into one quarter per baseline teacher.
 
 Reads   <data>/<ethnicity>/<identity>/
-Writes  <output>/baseline/split/<ethnicity>.json, lists of identities; no image is opened or copied
+Writes  <output>/baseline/split/<ethnicity>.json, lists of identities (images are not opened or copied)
 Run     python baseline_data_split.py [--ethnicity African]
 """
 

@@ -1,9 +1,10 @@
 """Stage 5: trains a dual-layer adaptor on the concatenated embeddings of the teachers, then applies it.
 
-It trains DuL, or with has_dropout DLDPO, which has dropout 0.2 before its activation.
+Trains DuL or, with --has_dropout, DLDPO: a DuL with dropout 0.2 before its activation. The multi-teacher embeddings of
+all images are the targets of the students.
 
 Reads   <output>/<setting>/<network>/embeddings/
-Writes  <output>/<setting>/<network>/adaptors/<DuL|DLDPO>/, and in it the multi-teacher embeddings of all images
+Writes  <output>/<setting>/<network>/adaptors/<DuL|DLDPO>/, which includes the multi-teacher embeddings
 Run     python dual_layer_EAF-Fusion.py [--has_dropout] [--flip_targets]
 """
 

@@ -1,7 +1,7 @@
-"""Stage 3: the unit-length embeddings of all images, of every ethnicity, by each teacher.
+"""Stage 3: computes the unit-length embeddings of all images, of every ethnicity, by each teacher.
 
 Reads   <data>, <output>/<setting>/<network>/teachers/<teacher>/
-Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; with flip_targets, or standalone, <teacher>_flipped too
+Writes  <output>/<setting>/<network>/embeddings/<teacher>.npy; also <teacher>_flipped.npy if flip_targets or standalone
 Run     python extract_all.py [--ethnicity African] [--flip_targets]
 """
 

@@ -1,7 +1,9 @@
 """Stage 4: trains the single-layer adaptor (SL) on the concatenated embeddings of the teachers, then applies it.
 
+The multi-teacher embeddings of all images are the targets of the students.
+
 Reads   <output>/<setting>/<network>/embeddings/
-Writes  <output>/<setting>/<network>/adaptors/SL/, and in it the multi-teacher embeddings of all images
+Writes  <output>/<setting>/<network>/adaptors/SL/, which includes the multi-teacher embeddings of all images
 Run     python fc_EArc.py [--flip_targets]
 """
 

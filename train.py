@@ -1,6 +1,6 @@
-"""Stage 2: trains the teachers, each on one ethnicity (or, for the baseline, on one quarter of every ethnicity).
+"""Stage 2: trains the teachers, each on one ethnicity (for the baseline, on one quarter of every ethnicity).
 
-Standalone it trains one network, All, on everybody: also on data without ethnicities (--ethnicities "").
+With --is_standalone, trains one network, All, on all images. The data may then have no ethnicities (--ethnicities "").
 
 Reads   <data>, <pairs>; for the baseline the split of stage 1
 Writes  <output>/<setting>/<network>/teachers/<teacher>/

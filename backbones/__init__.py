@@ -1,4 +1,4 @@
-"""Networks by name, with the published parameter names, and strict loading of published state dicts."""
+"""Networks with the published parameter names, built by name, and strict loading of state dicts."""
 
 from backbones.adaptors import DualLayerAdaptor, MultiTeacher, SingleLayerAdaptor
 from backbones.build import build_adaptor, build_backbone

@@ -1,4 +1,4 @@
-"""Adaptors that turn the concatenated embeddings of the teachers into one multi-teacher feature."""
+"""Adaptors: they map the concatenated embeddings of the teachers to one multi-teacher feature."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class SingleLayerAdaptor(nn.Module):
-    """SL-EAF-Fusion: (B, in_features) -> (B, out_features), one linear layer with bias and nothing else."""
+    """SL-EAF-Fusion, a single linear layer with bias: (B, in_features) -> (B, out_features)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -17,9 +17,9 @@ class SingleLayerAdaptor(nn.Module):
 
 
 class DualLayerAdaptor(nn.Module):
-    """DuL-EAF-Fusion, and DLDPO-EAF-Fusion with `dropout` 0.2: (B, in_features) -> (B, out_features).
+    """DuL-EAF-Fusion, or DLDPO-EAF-Fusion with `dropout` 0.2: (B, in_features) -> (B, out_features).
 
-    The dropout stands between the first layer and the LeakyReLU (slope 0.01), as in the published network.
+    The dropout is between the first layer and the LeakyReLU (slope 0.01), as in the published network.
     """
 
     def __init__(self, in_features: int, middle_features: int, out_features: int, dropout: float = 0.0):
@@ -33,9 +33,9 @@ class DualLayerAdaptor(nn.Module):
 
 
 class MultiTeacher(nn.Module):
-    """Teachers and adaptor as one face network: images (B, 3, 112, 112) -> features (B, out_features).
+    """Teachers and adaptor as one face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, out_features).
 
-    The adaptor sees what it was trained on: the unit-length embeddings of the teachers, concatenated in their order.
+    As in training, the adaptor gets the unit-length embeddings of the teachers, concatenated in order.
     """
 
     def __init__(self, teachers: list[nn.Module], adaptor: nn.Module):

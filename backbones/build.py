@@ -1,4 +1,4 @@
-"""Networks by name, with the published parameter names."""
+"""Builds networks and adaptors by name."""
 
 from torch import nn
 
@@ -13,15 +13,16 @@ IRESNETS = {
     "iresnet34": {"blocks": (3, 4, 6, 3)},
     "iresnet50": {"blocks": (3, 4, 14, 3), "dropout": 0.4},
     "iresnet100": {"blocks": (3, 13, 30, 3)},
-    # For generated faces on a CPU. Never under 16 channels: see tests/unit/backbones/test_backbones.py.
+    # For generated faces on a CPU. At least 16 channels: see tests/unit/backbones/test_backbones.py.
     "iresnet_tiny": {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2},
 }
 
 
 def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module:
-    """A face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, embedding_size), not normalised.
+    """Builds a face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, embedding_size), not normalised.
 
-    The iresnets take the options `dropout` (default: as in the published training, 0.4 for iresnet50) and `use_se`.
+    Options of the iresnets are `dropout` (default: that of the published training, 0.4 for iresnet50, else 0) and
+    `use_se` (squeeze-and-excitation). Raises InputError for an unknown name.
     """
     if name in IRESNETS:
         return IResNet(embedding_size=embedding_size, **{**IRESNETS[name], **options})
@@ -31,9 +32,9 @@ def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module
 
 
 def build_adaptor(name: str, cfg: Config) -> nn.Module:
-    """The adaptor SL, DuL or DLDPO for the embeddings of all teachers: (B, T * D) -> (B, D).
+    """Builds the adaptor SL, DuL or DLDPO for the embeddings of all T teachers: (B, T * D) -> (B, D).
 
-    Raises InputError for a standalone teacher, which needs none.
+    Raises InputError in the standalone setting, which has one teacher and needs no adaptor.
     """
     if cfg.setting == "standalone":
         raise InputError("A standalone teacher needs no adaptor: set is_standalone to False, or ada_source to teacher.")

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel attention of squeeze-and-excitation networks: (B, C, H, W) -> (B, C, H, W)."""
+    """Squeeze-and-excitation channel attention: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -18,7 +18,10 @@ class SqueezeExcitation(nn.Module):
 
 
 class Block(nn.Module):
-    """BN - 3x3 - BN - PReLU - 3x3 (stride) - BN, added to the identity or to a strided 1x1 projection."""
+    """Residual block: (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride).
+
+    Adds BN - 3x3 - BN - PReLU - 3x3 (stride) - BN to the input or to its strided 1x1 projection.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, use_se: bool):
         super().__init__()
@@ -46,9 +49,9 @@ class Block(nn.Module):
 class IResNet(nn.Module):
     """Face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, embedding_size), not normalised.
 
-    `blocks` and `widths` give the number of blocks and the channels of the four stages; every stage halves the
-    resolution. `stem_stride` 1 is the published stem; 2 makes the network four times cheaper. `dropout` acts on the
-    flattened map before the last layer (0.4 in the published training of iresnet50, 0 otherwise).
+    `blocks` and `widths` are the number of blocks and of channels of the four stages; every stage halves the
+    resolution. The published stem has `stem_stride` 1; 2 makes the network four times cheaper. `dropout` is applied to
+    the flattened feature map before the last layer (0.4 in the published training of iresnet50, 0 otherwise).
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class IResNet(nn.Module):
         side = 7 if stem_stride == 1 else 4
         self.fc = nn.Linear(widths[3] * side * side, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        # The features' scale is left at one, as in ArcFace: only their direction is used.
+        # The scale of the features is fixed at one, as in ArcFace: only their direction is used.
         self.features.weight.requires_grad = False
 
         for module in self.modules():

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class ConvBlock(nn.Module):
-    """Convolution - BN - PReLU; `activation=False` leaves the PReLU out."""
+    """Convolution - BN - PReLU, without the PReLU if `activation` is False."""
 
     def __init__(self, in_channels, out_channels, kernel=1, stride=1, padding=0, groups=1, activation=True):
         super().__init__()
@@ -18,7 +18,7 @@ class ConvBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Expand (1x1), filter each channel (3x3), project (1x1, linear); `residual` adds the input."""
+    """1x1 expansion, 3x3 depthwise convolution, linear 1x1 projection; `residual` adds the input to the output."""
 
     def __init__(self, in_channels: int, out_channels: int, middle_channels: int, stride: int, residual: bool):
         super().__init__()
@@ -33,7 +33,7 @@ class Bottleneck(nn.Module):
 
 
 class ResidualStage(nn.Module):
-    """`depth` residual bottlenecks in a row."""
+    """A sequence of `depth` residual bottlenecks that keeps the shape (B, channels, H, W)."""
 
     def __init__(self, channels: int, middle_channels: int, depth: int):
         super().__init__()
@@ -46,7 +46,7 @@ class ResidualStage(nn.Module):
 
 
 class GlobalDepthwise(nn.Module):
-    """(B, 512, 7, 7) -> features (B, embedding_size) by one 7x7 filter per channel, a linear map and BN."""
+    """Global 7x7 depthwise convolution, linear layer and BN: (B, 512, 7, 7) -> features (B, embedding_size)."""
 
     def __init__(self, embedding_size: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Strict loading of state dicts, published and own."""
+"""Strict loading of state dicts, published or written by this project."""
 
 from pathlib import Path
 
@@ -11,23 +11,23 @@ from config.errors import InputError
 
 
 class UnexpectedAdaptor(InputError):
-    """The weights are an adaptor's, where those of a face network were to be loaded."""
+    """The state dict is that of an adaptor, but a face network was expected."""
 
 
-# The published dual-layer adaptor has these parameters, uses none of them, and still saves them.
+# The published dual-layer adaptor saves these parameters but never uses them.
 UNUSED_IN_PUBLISHED_ADAPTOR = ("attention.", "key_vector", "value_vector")
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads a published or own state dict strictly (see `fit_state_dict`)."""
+    """Loads the state dict in the file `path` strictly into `module`. Raises InputError as `fit_state_dict` does."""
     fit_state_dict(module, torch.load(path, map_location="cpu", weights_only=True), path)
 
 
 def fit_state_dict(module: nn.Module, state: object, path: Path) -> None:
-    """Loads a state dict, read from `path`, strictly.
+    """Loads a state dict, read from `path`, strictly into `module`.
 
-    Only the published dual-layer adaptor's unused parameters may be left over. Raises InputError, which says what does
-    not fit, and leaves the module as it was.
+    Ignores only the unused parameters of the published dual-layer adaptor. Raises InputError that lists the parameters
+    that do not fit; the module is then unchanged. The error is UnexpectedAdaptor if a face network gets an adaptor.
     """
     if isinstance(state, dict) and "decided_by" in state:
         raise InputError(f"{path} is the checkpoint of a run: its weights are in best_backbone.pth beside it.")
@@ -49,14 +49,16 @@ def fit_state_dict(module: nn.Module, state: object, path: Path) -> None:
         text = "; ".join([f"parameters {', '.join(found)}", *shapes])
         is_adaptor = _is_adaptor(state) and not isinstance(module, SingleLayerAdaptor | DualLayerAdaptor)
         error = UnexpectedAdaptor if is_adaptor else InputError
-        raise error(f"{path} does not fit this {type(module).__name__}: {text}. {_looks_like(state)}")
+        raise error(f"{path} does not fit this {type(module).__name__}: {text}. {_guess_network(state)}")
     module.load_state_dict(state)
 
 
-def _looks_like(state: dict[str, torch.Tensor]) -> str:
-    """A sentence on which network a state dict is of, going by the names and shapes of its parameters."""
+def _guess_network(state: dict[str, torch.Tensor]) -> str:
+    """Returns a sentence that names the network that a state dict fits, by parameter names and shapes."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    size = next((shape[0] for shape in reversed(shapes.values()) if shape), 0)  # every network ends with its embedding
+    size = next(
+        (shape[0] for shape in reversed(shapes.values()) if shape), 0
+    )  # the last parameter of every network has embedding_size rows
     known = [(name, {}) for name in (*IRESNETS, "mobilefacenet")] + [(name, {"use_se": True}) for name in IRESNETS]
     for name, options in known:
         with torch.device("meta"):
@@ -66,7 +68,10 @@ def _looks_like(state: dict[str, torch.Tensor]) -> str:
     if _is_adaptor(state) and "fc.weight" in shapes:
         return f"It looks like a single-layer adaptor from {shapes['fc.weight'][1]} to {size} numbers."
     if _is_adaptor(state):
-        out, into = shapes["fc2.weight"][0], shapes["fc1.weight"][1]  # a published one has more parameters after these
+        out, into = (
+            shapes["fc2.weight"][0],
+            shapes["fc1.weight"][1],
+        )  # the last parameter of a published one is an unused one
         return f"It looks like a dual-layer adaptor from {into} to {out} numbers."
     if len(shapes.get("kernel", ())) == 2:
         return f"It looks like the header of {shapes['kernel'][1]} identities."
@@ -74,4 +79,5 @@ def _looks_like(state: dict[str, torch.Tensor]) -> str:
 
 
 def _is_adaptor(state: dict[str, torch.Tensor]) -> bool:
+    """Returns True if the parameter names are those of an adaptor."""
     return state.keys() == {"fc.weight", "fc.bias"} or {"fc1.weight", "fc2.weight"} <= state.keys()

@@ -1,11 +1,11 @@
-"""The exceptions for what a user can put right."""
+"""Exceptions for errors that the user can fix."""
 
 from config.errors import InputError
 
 
 class NotWritten(InputError):
-    """A disk is full, or a folder must not be written to."""
+    """A file cannot be written: the disk is full or the folder is read-only."""
 
 
 class Damaged(InputError):
-    """A file is not as it was written; what can be made again from others may be."""
+    """A file is corrupted. The caller may make it again if it can be derived from other files."""

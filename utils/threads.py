@@ -1,4 +1,4 @@
-"""Work in threads, in order and not too far ahead."""
+"""An ordered map over threads with a bounded number of results ahead of the consumer."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """`pool.map` that runs no more than `ahead` results ahead of the consumer."""
+    """Yields function(item) for each item in order, computed in `pool` at most `ahead` items ahead of the consumer."""
     pending: deque = deque()
     for item in items:
         pending.append(pool.submit(function, item))

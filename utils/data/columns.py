@@ -1,11 +1,11 @@
-"""Training data as aligned columns, one row per image, and the one reader that turns them into batches.
+"""Training data as aligned columns, one row per image, and the reader that turns them into batches on the device.
 
-Loss functions name the columns that they read by their parameters:
+The parameter names of a loss function are the columns that it reads:
 
-    image      (B, 3, 112, 112) float in [-1, 1], flipped at random while training
+    image      (B, 3, 112, 112) float in [-1, 1], flipped at random in training
     label      (B,) int64
-    embedding  (B, T * D) the unit-length embeddings of T teachers, concatenated
-    target     (B, D) the unit-length embedding that a student learns, by an adaptor or by one teacher
+    embedding  (B, T * D) float32, the unit-length embeddings of T teachers, concatenated
+    target     (B, D) float32, the unit-length embedding that a student learns, from an adaptor or one teacher
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,20 +19,19 @@ import torch
 from utils.memory import free_memory
 from utils.threads import map_ahead
 
-PART = 1 << 26  # bytes that pass through memory together on their way to the device
-AHEAD = 2  # batches gathered ahead of the consumer by each worker
-
+PART = 1 << 26  # bytes that are copied to the device at a time
+BATCHES_AHEAD = 2  # batches that each worker gathers ahead of the consumer
 
 Batch = tuple[np.ndarray, np.ndarray | None]
-"""Rows (B,) int64 and whether each is seen flipped (B,) bool, or None where none is."""
+"""Rows (B,) int64, and flips (B,) bool: True where the flipped view is used; None if no row is flipped."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Arrays (N, ...) concatenated along their second dimension.
+    """A column of training data: arrays (N, ...) concatenated along their second dimension.
 
-    The place of a row that is seen flipped is taken by that of `mirrored`, in a column of images (N, H, W, 3) by the
-    mirror image.
+    A flipped row is read from the arrays `mirrored` if they are given. Otherwise images (N, H, W, 3) are mirrored, and
+    rows of other arrays do not change.
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -40,103 +39,113 @@ class Column:
 
     @property
     def holds_images(self) -> bool:
+        """True if the rows are images (H, W, 3)."""
         return self.arrays[0].ndim == 4
 
     @property
     def row_bytes(self) -> int:
+        """Bytes per row, both views included."""
         return sum(array.strides[0] for array in (*self.arrays, *self.mirrored))
 
     def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
-        taken = _take(self.arrays, rows)
+        """Reads rows (B,) into a tensor (B, ...) on the CPU; `flips` (B,) bool selects the flipped view."""
+        values = _gather_rows(self.arrays, rows)
         if flips is not None and flips.any():
             if self.mirrored:
-                taken[flips] = _take(self.mirrored, rows[flips])
+                values[flips] = _gather_rows(self.mirrored, rows[flips])
             elif self.holds_images:
-                taken[flips] = _mirror(taken[flips])
-        return torch.from_numpy(taken)
+                values[flips] = _mirror(values[flips])
+        return torch.from_numpy(values)
 
 
-def _take(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> np.ndarray:
-    taken = [np.asarray(array).take(rows, axis=0) for array in arrays]  # np.memmap itself is slower
-    return taken[0] if len(taken) == 1 else np.concatenate(taken, 1)
+def _gather_rows(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> np.ndarray:
+    """Copies rows of arrays, concatenated along the second dimension."""
+    values = [np.asarray(array).take(rows, axis=0) for array in arrays]  # indexing an np.memmap is slower
+    return values[0] if len(values) == 1 else np.concatenate(values, 1)
 
 
 def _mirror(images: np.ndarray) -> np.ndarray:
-    """Left and right swapped of (B, H, W, 3); all as one tall image, an order faster than NumPy or PyTorch."""
+    """Swaps left and right of images (B, H, W, 3)."""
+    # One OpenCV call on a tall image is an order of magnitude faster than NumPy or PyTorch.
     return cv2.flip(images.reshape(-1, *images.shape[2:]), 1).reshape(images.shape)
 
 
 def cut(rows: range, batch_size: int) -> list[range]:
-    """Consecutive rows in batches, the last one shorter where it does not divide."""
+    """Splits consecutive rows into batches; the last one may be shorter."""
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 class Cached:
-    """Those rows of a column that are read, in the memory of the device."""
+    """A copy of the given rows (sorted) of a column in the memory of the device."""
 
     def __init__(self, column: Column, rows: np.ndarray, device: torch.device):
-        self._rows, self._device = rows, device  # sorted
-        self._values = _load(column.arrays, rows, device)
-        self._mirrored = _load(column.mirrored, rows, device) if column.mirrored else None
+        self._rows, self._device = rows, device
+        self._values = _load_rows(column.arrays, rows, device)
+        self._mirrored = _load_rows(column.mirrored, rows, device) if column.mirrored else None
         self._holds_images = column.holds_images
 
     def gather(self, rows: np.ndarray, flips: np.ndarray | None) -> torch.Tensor:
-        index = _to(torch.from_numpy(np.searchsorted(self._rows, rows)), self._device)
-        taken = self._values.index_select(0, index)
+        """Reads rows (B,) into a tensor (B, ...) on the device; `flips` (B,) bool selects the flipped view."""
+        index = _to_device(torch.from_numpy(np.searchsorted(self._rows, rows)), self._device)
+        values = self._values.index_select(0, index)
         if flips is None or not (self._holds_images or self._mirrored is not None):
-            return taken
-        mirrored = taken.flip(2) if self._mirrored is None else self._mirrored.index_select(0, index)
-        mask = _to(torch.from_numpy(flips), self._device)
-        return torch.where(mask.view(-1, *[1] * (taken.ndim - 1)), mirrored, taken)
+            return values
+        mirrored = values.flip(2) if self._mirrored is None else self._mirrored.index_select(0, index)
+        mask = _to_device(torch.from_numpy(flips), self._device)
+        return torch.where(mask.view(-1, *[1] * (values.ndim - 1)), mirrored, values)
 
 
-def _load(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The rows of arrays that are concatenated along their second dimension; a part at a time passes through memory."""
+def _load_rows(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies rows of arrays, concatenated along the second dimension, to the device, PART bytes at a time."""
     width = [sum(array.shape[1] for array in arrays), *arrays[0].shape[2:]] if arrays[0].ndim > 1 else []
-    kind = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
-    loaded = torch.empty((len(rows), *width), dtype=kind, device=device)
-    at_once = max(1, PART // sum(array.strides[0] for array in arrays))
-    for part in cut(range(len(rows)), at_once):
-        loaded[part.start : part.stop] = torch.from_numpy(_take(arrays, rows[part.start : part.stop]))
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    loaded = torch.empty((len(rows), *width), dtype=dtype, device=device)
+    rows_per_part = max(1, PART // sum(array.strides[0] for array in arrays))
+    for part in cut(range(len(rows)), rows_per_part):
+        loaded[part.start : part.stop] = torch.from_numpy(_gather_rows(arrays, rows[part.start : part.stop]))
     return loaded
 
 
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device, without making it wait."""
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor to the device; asynchronously to a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gigabytes: float | None) -> dict:
-    """The columns, those in the memory of the device that fit into so many gigabytes, the narrowest first.
+    """Copies the given rows of columns to the device while they fit into `gigabytes` (1e9 bytes), narrowest first.
 
-    None stands for half of what is free on a GPU, and for nothing on a CPU: there the files that are read often stay in
-    the page cache by themselves. If more is asked for than is free, what is free is used, and a line says so.
+    Returns all columns, copied or not. With None, the limit is half of the free memory on a GPU and 0 on a CPU, where
+    the page cache already holds files that are read often. A limit above 90% of the free memory is lowered to that, and
+    a line is printed.
     """
     on_gpu = device.type == "cuda"
     free = _free_on_gpu(device) if on_gpu else free_memory()
     budget = gigabytes * 1e9 if gigabytes is not None else free / 2 if on_gpu else 0
     if budget > 0.9 * free:
-        print(f"device_cache_gb = {gigabytes:g} is more than there is: {0.9 * free / 1e9:.1f} GB are used.")
+        print(f"device_cache_gb = {gigabytes:g} is more than is free: {0.9 * free / 1e9:.1f} GB are used.")
         budget = 0.9 * free
-    kept = dict(columns)
+    result = dict(columns)
     for name, column in sorted(columns.items(), key=lambda item: item[1].row_bytes):
         size = column.row_bytes * len(rows)
         if size <= budget:
-            kept[name] = Cached(column, rows, device)
+            result[name] = Cached(column, rows, device)
             budget -= size
-    return kept
+    return result
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """Bytes that are free, those included that PyTorch holds and does not use."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    """Returns the free GPU memory in bytes, including what PyTorch's allocator has reserved and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def stream(
     columns: dict[str, Column | Cached], batches: Iterable[Batch], device: torch.device, workers: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields each batch as {column: tensor on the device}, gathered ahead of the consumer in so many threads."""
+    """Yields each batch as {column: tensor on the device}; `workers` threads gather ahead, 0 gathers in this thread.
+
+    Images are converted by `to_network`.
+    """
     cached = {name: column for name, column in columns.items() if isinstance(column, Cached)}
 
     def gather(batch: Batch):
@@ -153,41 +162,42 @@ def stream(
             batch["image"] = to_network(batch["image"])
         return batch
 
-    deliver = _delivered if device.type == "cuda" else map
+    finish_all = _copy_ahead if device.type == "cuda" else map
     if not workers:
-        yield from deliver(finish, map(gather, batches))
+        yield from finish_all(finish, map(gather, batches))
         return
     with ThreadPoolExecutor(workers) as pool:
-        yield from deliver(finish, map_ahead(pool, gather, batches, AHEAD * workers))
+        yield from finish_all(finish, map_ahead(pool, gather, batches, BATCHES_AHEAD * workers))
 
 
-def _delivered(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torch.Tensor]]:
-    """`map` on a GPU: a batch is copied to it while it works on the one before."""
-    copier, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    copier.wait_stream(current)  # columns may still be on their way
+def _copy_ahead(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torch.Tensor]]:
+    """Applies `finish` to each item on a copy stream: a batch is copied while the GPU computes on the previous one."""
+    copy_stream, current_stream = torch.cuda.Stream(), torch.cuda.current_stream()
+    copy_stream.wait_stream(current_stream)  # cached columns may still be in transfer
 
     def start(item) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
-        with torch.cuda.stream(copier):
-            return finish(item), copier.record_event()
+        with torch.cuda.stream(copy_stream):
+            return finish(item), copy_stream.record_event()
 
-    before = None
+    previous = None
     for item in gathered:
         started = start(item)
-        if before:
-            yield _arrived(*before, current)
-        before = started
-    if before:
-        yield _arrived(*before, current)
+        if previous:
+            yield _wait_for_copy(*previous, current_stream)
+        previous = started
+    if previous:
+        yield _wait_for_copy(*previous, current_stream)
 
 
-def _arrived(batch: dict[str, torch.Tensor], copied: torch.cuda.Event, stream: torch.cuda.Stream) -> dict:
+def _wait_for_copy(batch: dict[str, torch.Tensor], copied: torch.cuda.Event, stream: torch.cuda.Stream) -> dict:
+    """Makes `stream` wait until a batch has been copied."""
     stream.wait_event(copied)
     for tensor in batch.values():
-        tensor.record_stream(stream)  # its memory is not given away before the stream is done with it
+        tensor.record_stream(stream)  # the allocator must not reuse its memory before `stream` has used it
     return batch
 
 
 def to_network(images: torch.Tensor) -> torch.Tensor:
-    """RGB uint8 (B, H, W, 3) -> float (B, 3, H, W), (x / 255 - 0.5) / 0.5."""
-    images = images.permute(0, 3, 1, 2)  # a view: channels last stays the layout in memory
-    return images.float().mul_(1 / 127.5).sub_(1)  # on a CPU half the time of a single call with mixed types
+    """Converts RGB uint8 images (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5."""
+    images = images.permute(0, 3, 1, 2)  # a view: the memory layout stays channels-last
+    return images.float().mul_(1 / 127.5).sub_(1)  # on a CPU twice as fast as a single call with mixed dtypes

@@ -1,4 +1,4 @@
-"""Embeddings of all images by one model: an array (N, D) float32 in index order, and what it was made from."""
+"""Embeddings of all images by one model: an array (N, D) float32 in index order, and its provenance (`made_from`)."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from utils.weights import find_weights
 
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
-    """What decides the embeddings that weights give to an image store, both named by their digests.
+    """Returns the provenance (`made_from`) of embeddings.
 
-    `inputs` are, per teacher in order, the origins of the embeddings that the weights were applied to, if they were not
-    applied to images.
+    `images` and `weights` are the SHA-256 digests of the image store and of the weights. For an adaptor, `inputs` maps
+    each teacher, in order, to the `made_from` of its embeddings.
     """
     made_from = {"images": images, "weights": weights, "flipped": flipped}
     return made_from if inputs is None else {**made_from, "inputs": inputs}
@@ -23,9 +23,10 @@ def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | N
 def read_embeddings(
     path: Path, shape: tuple[int, int], images: str, flipped: bool, command: str
 ) -> tuple[np.ndarray, dict]:
-    """The mapped array (N, D) and what it was made from.
+    """Memory-maps embeddings (N, D) float32 read-only; returns them and their `made_from`.
 
-    Raises InputError where it is missing, damaged or made for other images or the other view; `command` makes it.
+    `command` is the command that makes them, for error messages. Raises InputError if the array is missing, corrupted,
+    of another shape, or made from other images or the other view.
     """
     try:
         found = about(path)
@@ -48,9 +49,9 @@ def read_embeddings(
 
 
 def check_weights(path: Path, digest: str, run: Path, which: str, command: str) -> None:
-    """Raises InputError where the run folder holds other weights than those with which `path` was made.
+    """Raises InputError if the weights in the run folder differ from those (SHA-256 `digest`) that made `path`.
 
-    A run folder without weights is no contradiction: embeddings may be handed on without them.
+    A run folder without weights passes: embeddings may be copied without them.
     """
     weights = find_weights(run, which)
     if weights and sha256(weights) != digest:

@@ -1,4 +1,4 @@
-"""The training set of one stage: which images, with which labels, inputs and targets."""
+"""The training set of one stage: its images, labels, inputs and targets."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ from utils.errors import InputError
 from utils.process import command
 from utils.storage.files import sha256
 
-ORDER, FLIPS, STEP = 1, 2, 3  # what random numbers are drawn for, the first word of their seed
+ORDER, FLIPS, STEP = 1, 2, 3  # the first word of a seed: separates random streams by purpose
 
 
 class Faces:
     """The training set of one stage.
 
-    `teacher` limits it to that teacher's identities: one group, or one quarter of each group in the baseline setting.
-    `inputs` adds the column `embedding` from these teachers, `target` the column of that name from `cfg.source`.
-    With `cfg.flip_targets` these columns hold both views of every image. `flip` shows every image flipped with
-    probability one half. `pairs` are the verification sets that choose the best epoch (see utils.data.pairs): they
-    are sources of the run. `store` spares reading the index again.
+    `teacher` restricts it to the identities of that teacher: one group, or one quarter of each group for the baseline.
+    `inputs` adds the column `embedding` from these teachers, and `target` adds the column `target` from `cfg.source`.
+    With `cfg.flip_targets`, both columns hold both views of every image. `flip` flips each image with probability 1/2.
+    `pairs` are the verification sets that choose the best epoch (see utils.data.pairs); their digests become sources
+    of the run. Pass `store` to reuse an image store that is already open.
 
-    Labels count the identities of the set in order of group and name. Raises InputError for whatever is not there or
-    does not belong to this data folder, before an image is decoded where that can be known.
+    Labels count the identities of the set from 0, in order of group and name. Raises InputError if a file is missing
+    or was made from another data folder; where possible, before any image is decoded.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Faces:
         if target:
             self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
         if cfg.leave_out and store is None:
-            left_out(cfg, find_images(cfg))  # a wrong list is refused before the images are decoded
-        self.store = store or ImageStore(cfg, checked=not inputs)  # who reads embeddings reads no image
+            left_out(cfg, find_images(cfg))  # refuses a wrong list before the images are decoded
+        self.store = store or ImageStore(cfg, checked=not inputs)  # adaptors read embeddings and no images
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
         self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~left_out(cfg, index))
@@ -71,7 +71,7 @@ class Faces:
         if teacher and cfg.is_teacher_baseline and (group := cfg.group_of(teacher)):
             self.sources["group that decides the best epoch"] = group
         self.sources |= {f"pairs {name}": one.digest for name, one in (pairs or {}).items()}
-        self.origins: dict[Path, dict] = {}  # what made each array of embeddings
+        self.origins: dict[Path, dict] = {}  # made_from of each array of embeddings
         if inputs:
             self._add_inputs(inputs)
         if target:
@@ -79,6 +79,7 @@ class Faces:
 
     @property
     def num_classes(self) -> int:
+        """Number of identities in the set."""
         return len(self.identities)
 
     def __len__(self) -> int:
@@ -86,33 +87,35 @@ class Faces:
 
     @property
     def _source_script(self) -> str:
-        """The script that writes the targets."""
+        """Name of the script that writes the targets."""
         return script_that_trains(self.cfg.source) if self.cfg.ada_source == "adaptor" else EXTRACT
 
     def _require(self, paths: list[Path], script: str) -> None:
+        """Raises InputError that names the missing files and the script that writes them."""
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
             raise InputError(f"Missing: {', '.join(missing)}. Run first: {command(self.cfg, script)}")
 
     def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
-        """Embeddings of all images, or all flipped ones, by the weights of a run folder."""
+        """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
         array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
         check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
+        """Adds the column `embedding` (N, T * D) from the teachers, in order."""
         arrays = {False: [], True: []}
         for name in teachers:
             for flipped in self.cfg.target_views:
                 path = self.cfg.teacher_embeddings(name, flipped)
                 arrays[flipped].append(self._read(path, flipped, self.cfg.teacher_dir(name), EXTRACT))
-            # The adaptor is trained on the images as they are: the flipped view is no source of it.
+            # Only the unflipped view is a source: adaptors are not trained on the flipped one.
             self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
         self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
 
     def _add_target(self) -> None:
-        """The targets by an adaptor or by one teacher."""
+        """Adds the column `target` (N, D) from an adaptor or one teacher."""
         views = []
         for flipped in self.cfg.target_views:
             path = self.cfg.source_embeddings(flipped)
@@ -123,7 +126,7 @@ class Faces:
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
 
     def _check_teachers_of(self, path: Path) -> None:
-        """The teachers must still be those that the adaptor was trained on."""
+        """Raises InputError unless the teachers are those that the adaptor was trained on."""
         inputs = self.origins[path].get("inputs", {})
         if tuple(inputs) != self.cfg.teachers:
             raise InputError(
@@ -134,10 +137,10 @@ class Faces:
             check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The batches of one epoch from step `first`: all rows in a random order, without the incomplete last batch.
+        """Yields this rank's part of each batch of an epoch, from step `first` on.
 
-        Order and flips depend on (seed, epoch, step) only, so that a run can go on in the middle of an epoch. Where
-        there are several processes, each gets its part of every batch.
+        All rows are visited in random order; the incomplete last batch is dropped. Order and flips depend on (seed,
+        epoch, step) only, so a run can be resumed within an epoch.
         """
         seed, size = self.cfg.seed, total_batch(self.cfg)
         order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
@@ -150,7 +153,10 @@ class Faces:
 
 
 def left_out(cfg: Config, index: Index) -> np.ndarray:
-    """(N,) bool: images that `cfg.leave_out` names, by themselves or by their identity."""
+    """Returns a mask (N,) bool of the images that `cfg.leave_out` lists, individually or by identity.
+
+    Raises InputError if the list cannot be read or names an image or identity that the index does not hold.
+    """
     out = np.zeros(len(index.paths), bool)
     if not cfg.leave_out:
         return out
@@ -160,7 +166,7 @@ def left_out(cfg: Config, index: Index) -> np.ndarray:
         raise InputError(f"{cfg.leave_out} cannot be read ({error.strerror}): set leave_out to a list.") from error
     known, named = {*index.identities, *index.paths}, set()
     for line in text.removeprefix("\ufeff").split("\n"):
-        named.add(line if line in known else line.strip())  # a name may begin or end in blanks
+        named.add(line if line in known else line.strip())  # a name may begin or end with blanks
     named.discard("")
     if unknown := sorted(named - known):
         raise InputError(
@@ -172,7 +178,7 @@ def left_out(cfg: Config, index: Index) -> np.ndarray:
 
 
 def _of_teacher(cfg: Config, teacher: str, index: Index) -> np.ndarray:
-    """(I,) bool: the identities that a teacher is trained on."""
+    """Returns a mask (I,) bool of the identities that a teacher is trained on."""
     if cfg.setting == "standalone":
         return np.ones(len(index.identities), bool)
     chosen = set(read_quarter(cfg, teacher, index) if cfg.is_teacher_baseline else index.identities_of(teacher))

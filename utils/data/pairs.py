@@ -27,30 +27,30 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class Pairs:
-    """A verification set of P pairs: pair k is images 2k and 2k + 1. An image of several pairs is held once."""
+    """A verification set of P pairs: pair k is images 2k and 2k + 1. An image in several pairs is stored once."""
 
-    distinct: np.ndarray  # (U, 112, 112, 3) uint8, RGB; mapped where they were decoded into a cache
-    rows: np.ndarray  # (2P,) int64, which of `distinct` each image is; they are numbered as they first occur
-    same: np.ndarray  # (P,) bool
-    digest: str  # SHA-256 of the file that they come from
+    distinct: np.ndarray  # (U, 112, 112, 3) uint8, RGB, in order of first occurrence; memory-mapped if cached
+    rows: np.ndarray  # (2P,) int64, index into `distinct` of each image
+    same: np.ndarray  # (P,) bool, True if both images show the same identity
+    digest: str  # SHA-256 of the .bin file
 
     @property
     def images(self) -> np.ndarray:
-        """The images of all pairs (2P, 112, 112, 3) uint8, RGB, copied from `distinct` at each access."""
+        """All images of the pairs, (2P, 112, 112, 3) uint8, RGB; copied from `distinct` at each access."""
         return np.asarray(self.distinct)[self.rows]
 
 
 def load_bin(path: Path, cache: Path | None = None) -> Pairs:
-    """Reads a verification set in the format of RFW and insightface: a pickle of (encoded images, same or not).
+    """Reads a verification set in the .bin format of RFW and insightface: a pickle of (encoded images, same or not).
 
-    Images whose encoded bytes are equal are decoded once. With a folder `cache` they are decoded into it once and
-    mapped; without one, or where it cannot be written, they are held in memory: 38 kB for each distinct image. Raises
-    InputError for whatever else the file may be. Nothing in the file is executed.
+    Images with equal encoded bytes are decoded once. With a folder `cache`, the decoded images are written to it and
+    memory-mapped. Without one, or if it cannot be written, they are held in memory: 38 kB per distinct image. Raises
+    InputError if the file is anything else. No code in the file is executed.
     """
     path = Path(path)
     encoded, same, digest = read_bin(path)
-    number: dict[bytes, int] = {}
-    rows = np.array([number.setdefault(item, len(number)) for item in encoded])
+    index_of: dict[bytes, int] = {}
+    rows = np.array([index_of.setdefault(item, len(index_of)) for item in encoded])
     first = np.unique(rows, return_index=True)[1]
     shape, images = (len(first), SIZE, SIZE, 3), None
 
@@ -58,13 +58,14 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
         return decode_image(path, encoded, first[row])
 
     if cache is not None:
-        place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
-        # Earlier versions cached all images of the pairs: for a set without repetitions that is the same array.
+        path_digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        # Earlier versions cached all 2P images. Without repeated images that is the same array, so the cache is reused.
         made_from = {"pairs": digest} | ({"distinct images": len(first)} if len(first) < len(encoded) else {})
-        form = (cache / f"{path.stem}-{place}.npy", shape, np.uint8, made_from)
+        array_spec = (cache / f"{path.stem}-{path_digest}.npy", shape, np.uint8, made_from)
         try:
             images = provide(
-                *form, lambda: _decode_pairs(Filling(*form, BLOCK, {"opencv": cv2.__version__}), decode_item)
+                *array_spec,
+                lambda: _decode_pairs(Filling(*array_spec, BLOCK, {"opencv": cv2.__version__}), decode_item),
             )
         except NotWritten as error:
             print(f"{error} The images of {path} are decoded into memory instead, each time.")
@@ -77,22 +78,20 @@ def load_bin(path: Path, cache: Path | None = None) -> Pairs:
 
 
 def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
-    """The 2P encoded images of a verification set, whether each pair is the same (P,) bool, and the file's SHA-256.
+    """Reads a .bin file; returns (2P encoded images, same (P,) bool, SHA-256 of the file).
 
-    Raises InputError for whatever else the file may be, but does not look into the images. Nothing in the file is
-    executed.
+    Does not decode the images. Raises InputError if the file is anything else. No code in the file is executed.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
     try:
         raw = path.read_bytes()
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
-    except Exception as error:
-        # A damaged pickle can raise nearly anything.
+    except Exception as error:  # a corrupted pickle can raise nearly anything
         raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
     if not (isinstance(content, (tuple, list)) and len(content) == 2):
         raise InputError(f"{path} is no set of pairs: expected (images, same or not).")
-    encoded, same = map(_plain, content)
+    encoded, same = map(_to_numpy, content)
     if not all(
         isinstance(part, (list, tuple)) or (isinstance(part, np.ndarray) and part.ndim) for part in (encoded, same)
     ):
@@ -101,7 +100,7 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
         raise InputError(f"{path} holds {len(encoded)} images for {len(same)} pairs: expected two for each.")
     if not all(isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1) for value in same):
         raise InputError(f"{path}: whether a pair is the same must be True or False.")
-    images = [item.tobytes() if isinstance(item, np.ndarray) else item for item in map(_plain, encoded)]
+    images = [item.tobytes() if isinstance(item, np.ndarray) else item for item in map(_to_numpy, encoded)]
     for k, item in enumerate(images):
         if not isinstance(item, bytes):
             raise InputError(f"{path}: image {k} is no bytes, but {type(item).__name__}.")
@@ -109,19 +108,20 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
 
 
 def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
-    """Image k (112, 112, 3) uint8, RGB, of those that `read_bin` gives; raises InputError where it cannot be used."""
+    """Decodes image k of `read_bin` to RGB (112, 112, 3) uint8. Raises InputError, which names `path`, if it fails."""
     try:
         return decode(encoded[k])
     except ValueError as error:
         raise InputError(f"{path}: image {k} {error}.") from error
 
 
-def _plain(part: object) -> object:
+def _to_numpy(part: object) -> object:
+    """Converts an array read by `_Unpickler` to NumPy; returns other objects unchanged."""
     return part.value if isinstance(part, _Array) else part
 
 
 def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) -> None:
-    """Decodes the images of all blocks that are missing."""
+    """Decodes the images of all missing blocks; deletes the partial file after an InputError."""
 
     def decode_block(block: int) -> str:
         return filling.write(block, np.stack([*map(decode_item, filling.rows(block))]))
@@ -131,24 +131,25 @@ def _decode_pairs(filling: Filling, decode_item: Callable[[int], np.ndarray]) ->
             blocks = tqdm(filling.missing, f"decode {filling.path.stem}", unit=" blocks", leave=False, disable=None)
             for block, digest in zip(blocks, map_ahead(pool, decode_block, filling.missing, BLOCK), strict=True):
                 filling.finish(block, digest)
-    except InputError:  # a bad image, or a full disk
+    except InputError:  # an image cannot be decoded, or the disk is full
         filling.discard()
         raise
 
 
 class _Unpickler(pickle._Unpickler):
-    """Lists, tuples, numbers, bytes and NumPy arrays; every other name that a pickle may ask for is refused.
+    """Unpickles lists, tuples, numbers, bytes and NumPy arrays only; a pickle that refers to any other name is refused.
 
-    It is Python's own in Python: that in C takes gigabytes for ten bytes that name a large place in its memo. The one
-    in Python does for a bytearray that is said to be large, hence `load_bytearray8`.
+    It extends Python's unpickler in Python. The one in C can be made to allocate gigabytes by ten bytes that name a
+    large memo index. The one in Python can by a bytearray with a false size, so `load_bytearray8` is overridden.
 
-    Arrays are rebuilt by the classes below: NumPy's own functions, called with what a file chooses, can reach beyond
-    an array's memory.
+    Arrays are rebuilt by the classes below: NumPy's own functions can access memory beyond an array if the file chooses
+    their arguments.
     """
 
     dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch}
 
     def load_bytearray8(self) -> None:
+        """Reads a bytearray without allocating its declared size first."""
         (size,) = struct.unpack("<Q", self.read(8))
         content = self.read(size)
         if len(content) < size:
@@ -158,16 +159,17 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def find_class(self, module: str, name: str):
-        # Made afresh at each call: a pickle can set attributes of what it is given.
+        """Returns the replacement of an allowed name; raises UnpicklingError for any other."""
+        # New objects at each call: a pickle can set attributes on whatever this returns.
         known = {
-            "_codecs.encode": lambda text, encoding: _latin1(text, encoding),  # bytes in old protocols of Python 3
+            "_codecs.encode": lambda text, encoding: _latin1(text, encoding),  # bytes, in old protocols of Python 3
             "numpy.ndarray": None,
             "numpy.dtype": lambda *code: _DType(*code),
             "numpy.multiarray._reconstruct": lambda *_: _Array(),
             "numpy.multiarray.scalar": lambda dtype, data: dtype.array(data, (1,))[0],
             "numpy.numeric._frombuffer": lambda data, dtype, shape, order: _Array(dtype.array(data, shape, order)),
         }
-        # Protocol 5 and the major versions of NumPy differ in the modules that they name.
+        # The module names depend on the pickle protocol and on NumPy's major version.
         full = f"{module}.{name}".replace("numpy._core.", "numpy.").replace("numpy.core.", "numpy.")
         if full in known:
             return known[full]
@@ -175,7 +177,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _DType:
-    """A plain type of bytes, booleans or integers, from the code that NumPy writes."""
+    """Replaces numpy.dtype for booleans and integers; built from NumPy's code, such as "u1"."""
 
     def __init__(self, code: str | bytes, *_):
         self.code = code.decode() if isinstance(code, bytes) else code
@@ -192,7 +194,7 @@ class _DType:
 
 
 class _Array:
-    """An array that is being read; its value comes with the state that the pickle gives it."""
+    """Replaces numpy.ndarray during unpickling; `__setstate__` sets `value`."""
 
     def __init__(self, value: np.ndarray | None = None):
         self.value = value
@@ -203,18 +205,22 @@ class _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
+    """Encodes text as Latin-1, the only encoding that a pickle of bytes needs."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, which is not read")
     return text.encode("latin1")
 
 
 def fold_of(pairs: int, folds: int = FOLDS) -> np.ndarray:
-    """(P,) the fold of each pair: consecutive, the first ones longer where it does not divide, as scikit-learn's."""
+    """Returns the fold (P,) int64 of each of P pairs: consecutive, the first folds longer, as scikit-learn's KFold."""
     return np.repeat(np.arange(folds), [len(part) for part in np.array_split(np.arange(pairs), folds)])
 
 
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
-    """The verification sets of all groups, or those that `pairs_sets` names; raises InputError for what is missing."""
+    """Reads the verification sets of all groups, or those that `pairs_sets` names.
+
+    Raises InputError if a file is missing or holds fewer pairs than folds.
+    """
     paths = cfg.pairs_files
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:

@@ -1,4 +1,4 @@
-"""The baseline's split: each group's identities dealt at random to as many quarters as there are teachers."""
+"""The split of the baseline: each group's identities are divided at random into one quarter per teacher."""
 
 import numpy as np
 
@@ -10,22 +10,22 @@ from utils.storage.files import read_json, write_json
 
 
 def deal(identities: list[str], parts: int, random: np.random.Generator) -> list[list[str]]:
-    """Shuffles and cuts into `parts` lists of equal size, the first ones longer by one where it does not divide."""
+    """Shuffles identities and splits them into `parts` sorted lists whose sizes differ by at most one."""
     shuffled = random.permutation(sorted(identities)).tolist()
     return [sorted(part.tolist()) for part in np.array_split(np.array(shuffled, dtype=object), parts)]
 
 
 def split_of(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str, list[str]]:
-    """The identities of one group ("<group>/<identity>") by quarter, as the seed deals them."""
-    # The group's name is part of the seed: all groups are dealt alike whether together or one at a time.
+    """Divides one group's identities ("<group>/<identity>") into {quarter: identities}; deterministic in `cfg.seed`."""
+    # The group's name is part of the seed, so the split does not depend on the groups that are split with it.
     random = np.random.default_rng((cfg.seed, *ethnicity.encode()))
     return dict(zip(cfg.quarters, deal(identities, len(cfg.quarters), random), strict=True))
 
 
 def write_split(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str, list[str]]:
-    """Deals one group's identities ("<group>/<identity>") and writes the lists to `cfg.split_dir`.
+    """Writes the split of one group's identities ("<group>/<identity>") to `cfg.split_dir` and returns it.
 
-    Raises InputError where another split is there already: teachers may have been trained on it.
+    Raises InputError if a different split exists already: teachers may have been trained on it.
     """
     path = cfg.split_dir / f"{ethnicity}.json"
     split = split_of(cfg, ethnicity, identities)
@@ -36,7 +36,7 @@ def write_split(cfg: Config, ethnicity: str, identities: list[str]) -> dict[str,
 
 
 def require_split(cfg: Config) -> None:
-    """Raises InputError that names the groups that have not been split."""
+    """Raises InputError that names the groups without a split, if there are any."""
     missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
     if missing:
         first = command(cfg, "baseline_data_split.py")
@@ -44,9 +44,10 @@ def require_split(cfg: Config) -> None:
 
 
 def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:
-    """The identities ("<group>/<identity>") of one quarter, from all groups.
+    """Reads the identities ("<group>/<identity>") of one quarter, over all groups.
 
-    Raises InputError where a group has not been split, or was split when the data folder held other identities.
+    Raises InputError if a group has no split, or if its split was made from other identities or for another number of
+    quarters.
     """
     require_split(cfg)
     chosen = []

@@ -1,4 +1,4 @@
-"""The headers, which turn embeddings and labels into the loss that is trained: by name or by class."""
+"""Headers turn embeddings and labels into the training loss; they are built by name or by class."""
 
 from utils.losses.adadistill import AdaDistill, ArcDistill, CosDistill
 from utils.losses.margin import ArcFace, CosFace, CurricularFace, ElasticArcFace, ElasticCosFace, build_header

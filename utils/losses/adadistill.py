@@ -1,4 +1,4 @@
-"""The headers of AdaDistill, whose class centres follow the teacher's embeddings, or stay."""
+"""Headers of AdaDistill: the class centres follow the teacher's embeddings, or are the teacher's own and frozen."""
 
 import math
 
@@ -13,11 +13,13 @@ class AdaDistill(Header):
     """A margin softmax whose class centres follow the teacher's embeddings (Boutros et al., ECCV 2024, Eq. 6-8).
 
     Before the logits are computed, every sample of the batch moves the centre of its class: w = alpha * w +
-    (1 - alpha) * f_t, where alpha is the cosine of student and teacher, `weighted` by that of centre and teacher
-    (Eq. 8; without it Eq. 7), clipped to [0, 1]. Samples of one class move it one after another, in their order.
+    (1 - alpha) * f_t. Here alpha is the cosine of student and teacher clipped to [0, 1] (Eq. 7); with `weighted` it is
+    first multiplied by the cosine of centre and teacher (Eq. 8). Samples of one class move the centre one after
+    another, in batch order.
 
-    `kernel` (D, C) holds the centres, a column per class, of any length. It is a buffer: no gradient reaches it, and in
-    eval mode it stays as it is. `alpha` is the mean over the last batch. Raises InputError for another `margin`.
+    `kernel` (D, C) holds the centres, one column per class, not normalised. It is a buffer: it gets no gradient, and in
+    eval mode it does not change. `alpha` is the mean over the last batch. Raises InputError if `margin` is not arc or
+    cos.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class AdaDistill(Header):
     def forward(
         self, student_embeddings: torch.Tensor, teacher_embeddings: torch.Tensor, label: torch.Tensor
     ) -> torch.Tensor:
-        """Both embeddings (B, D), labels (B,) int64 -> logits (B, C) of the student; all are normalised here."""
+        """Maps both embeddings (B, D) and labels (B,) int64 to the student's logits (B, C); normalises them."""
         student, column = F.normalize(student_embeddings), label.unsqueeze(1)
         if self.training:
             self.update(*map(self.of_all, (student.detach(), F.normalize(teacher_embeddings), label)))
@@ -47,41 +49,42 @@ class AdaDistill(Header):
         return logits
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
-        """The target's cosine (B, 1) with the margin in it: ArcFace's or CosFace's."""
+        """Applies the margin of ArcFace or CosFace to the target cosines (B, 1)."""
         return cos_of_sum(target, self.m) if self.margin == "arc" else target - self.m
 
     @torch.no_grad()
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
-        """Moves the centres by unit-length embeddings (B, D) of all processes, in their order."""
-        agreement = (student * teacher).sum(1)
-        turn = (label.unsqueeze(1) == label).tril(-1).sum(1)  # how many samples of its class come before
-        alpha = torch.zeros_like(agreement)
-        for k in range(int(turn.max()) + 1):  # mostly once or twice
+        """Moves the centres by unit-length embeddings (B, D) of the global batch, in order; labels (B,) int64."""
+        cosine = (student * teacher).sum(1)
+        position = (label.unsqueeze(1) == label).tril(-1).sum(1)  # number of earlier samples of the same class
+        alpha = torch.zeros_like(cosine)
+        for k in range(int(position.max()) + 1):  # rarely more than two iterations
             centre = self.kernel[:, label].T
-            weight = agreement * F.cosine_similarity(centre, teacher) if self.weighted else agreement
-            alpha = torch.where(turn == k, weight.clamp(0, 1), alpha)
-            # All others add nothing, exactly: no entry is written by two, so that CUDA too gives the same each time.
-            step = torch.where(turn == k, 1 - alpha, 0).unsqueeze(1) * (teacher - centre)
+            weight = cosine * F.cosine_similarity(centre, teacher) if self.weighted else cosine
+            alpha = torch.where(position == k, weight.clamp(0, 1), alpha)
+            # In each call only one sample per class adds a non-zero step, so index_add_ is deterministic on CUDA too.
+            step = torch.where(position == k, 1 - alpha, 0).unsqueeze(1) * (teacher - centre)
             self.kernel.index_add_(1, label, step.T)
         self.alpha = alpha.mean()
 
 
 class FrozenDistill(AdaDistill):
-    """The same against class centres that the teacher has learned, and that stay (Eq. 4): alpha is 1."""
+    """A margin softmax against the teacher's own class centres, which are frozen (Eq. 4): alpha is 1."""
 
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
+        """Leaves the centres unchanged and sets `alpha` to 1."""
         self.alpha = torch.ones((), device=label.device)
 
 
 class ArcDistill(FrozenDistill):
-    """With ArcFace's margin."""
+    """Frozen class centres with the margin of ArcFace."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.45):
         super().__init__(in_features, out_features, s, m, "arc")
 
 
 class CosDistill(FrozenDistill):
-    """With CosFace's margin."""
+    """Frozen class centres with the margin of CosFace."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.35):
         super().__init__(in_features, out_features, s, m, "cos")

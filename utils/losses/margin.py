@@ -1,8 +1,8 @@
-"""Margin headers: classifiers that see angles, and make the target class harder to reach while training.
+"""Margin headers: cosine classifiers that make the target class harder to reach during training.
 
-All headers hold `kernel` of shape (D, C), a column per class, and turn embeddings (B, D) and labels (B,) into scaled
-logits (B, C) for the cross-entropy. It is a parameter; those of AdaDistill hold a buffer that follows the teacher's
-embeddings, which they take too. Nothing needs to be normalised: embeddings and centres are, here.
+Every header holds `kernel` (D, C), one column per class, and maps embeddings (B, D) and labels (B,) to scaled logits
+(B, C) for the cross-entropy. `kernel` is a parameter; in the headers of AdaDistill it is a buffer that follows the
+teacher's embeddings, which are a further input. Headers normalise the embeddings and the class centres themselves.
 """
 
 import math
@@ -17,24 +17,24 @@ from utils.losses.sharded import spread
 
 
 class Header(nn.Module):
-    """What is common to all: of several processes each has b samples of a batch, B in all, and the whole `kernel`."""
+    """Base class of all headers. Each rank holds b of the B samples of a global batch, and the whole `kernel`."""
 
     def of_all(self, values: torch.Tensor) -> torch.Tensor:
-        """Those of this process's samples (b, ...) -> those of all (B, ...), for what depends on all."""
+        """All-gathers values along the batch dimension: (b, ...) -> (B, ...)."""
         return collectives.gathered(values)
 
     def own(self, values: torch.Tensor) -> torch.Tensor:
-        """This process's (b, ...) of all (B, ...)."""
+        """Selects this rank's samples of the global batch: (B, ...) -> (b, ...)."""
         return collectives.own(values)
 
     def set_centres(self, kernel: torch.Tensor) -> None:
-        """Takes the class centres (D, C)."""
+        """Copies the class centres (D, C) into `kernel`."""
         with torch.no_grad():
             self.kernel.copy_(kernel)
 
 
 class MarginHeader(Header):
-    """Scaled cosines of embeddings and class centres; subclasses say what becomes of the target's cosine."""
+    """Base class of the trained headers: scaled cosines, with the margin that a subclass applies to the target."""
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0):
         super().__init__()
@@ -42,31 +42,34 @@ class MarginHeader(Header):
         self.kernel = nn.Parameter(torch.empty(in_features, out_features).normal_(0, 0.01))
 
     def forward(self, embeddings: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, D), labels (B,) int64 -> logits (B, C), s * cosine but for the target entry."""
+        """Maps embeddings (B, D) and labels (B,) int64 to logits (B, C): s * cosine, except for the target entry."""
         column = label.unsqueeze(1)
         logits, target = MarginLogits.apply(F.normalize(embeddings), self.kernel, column, self.s, self.target_logit)
         return self.adjusted(logits, column, target)
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
-        """The target's cosine (B, 1) with the margin in it; each entry depends on its own cosine only."""
+        """Applies the margin to the target cosines (B, 1). No gradient may flow from one sample to another."""
         raise NotImplementedError
 
     def adjusted(self, logits: torch.Tensor, column: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The logits (B, C) as they are returned, unchanged by most losses; `target` (B, 1) is the target's cosine."""
+        """Adjusts the logits (B, C) of the other classes; returns them unchanged unless overridden.
+
+        `column` (B, 1) holds the labels, `target` (B, 1) the target cosines without the margin.
+        """
         return logits
 
 
 class MarginLogits(torch.autograd.Function):
-    """Logits with the margin in the target entries, and the target's cosines, without a normalised copy of the kernel.
+    """Computes the logits (B, C) with the margin at the target, and the target cosines (B, 1), in little memory.
 
-    The lengths of the class centres are divided out of the product, where there are B * C numbers and not D * C, and
-    everything is done in place: the one tensor of that size that lives until the backward pass is the result.
+    It never makes a normalised copy of the kernel: the (B, C) product is divided by the norms of the centres, in place.
+    The result is the only (B, C) tensor that is kept for the backward pass.
     """
 
     @staticmethod
     def forward(ctx, embeddings, kernel, column, s, target_logit):
-        """`embeddings` (B, D) are of unit length, `column` (B, 1) holds the labels."""
-        # On a CPU half the time of torch.linalg.vector_norm, along this dimension. The floor is that of F.normalize.
+        """Takes unit-length embeddings (B, D), kernel (D, C) and labels `column` (B, 1)."""
+        # Twice as fast as torch.linalg.vector_norm along this dimension on a CPU. The minimum is that of F.normalize.
         scale = s / kernel.square().sum(0).sqrt_().clamp_min_(1e-12)
         logits = (embeddings @ kernel).mul_(scale)
         target = (logits.gather(1, column) / s).clamp_(-1, 1)
@@ -88,8 +91,8 @@ class MarginLogits(torch.autograd.Function):
         grad.scatter_(1, column, grad.gather(1, column) * slope)
         if not ctx.needs_input_grad[1]:
             return grad @ kernel.T, None, None, None, None
-        # A centre's gradient is orthogonal to it: what lies along it, sum over B of grad * logit, is taken away. The
-        # target's logit before the margin stands in for the one after it.
+        # The gradient of a centre is orthogonal to the centre, so its component along the centre is subtracted: the sum
+        # over B of grad * logit, with the target's logit before the margin.
         along = (grad * logits).scatter_(1, column, grad.gather(1, column) * target * ctx.s).sum(0)
         kernel_grad = (kernel * (along * scale / -(ctx.s**2))).addmm_(embeddings.T, grad)
         return grad @ kernel.T, kernel_grad, None, None, None
@@ -118,9 +121,9 @@ class CosFace(MarginHeader):
 
 
 class ElasticHeader(MarginHeader):
-    """A margin drawn afresh from N(m, std^2) for every sample and step, not clamped (Boutros et al., CVPRW 2022).
+    """Draws a new margin from N(m, std^2) for every sample and step, not clamped (Boutros et al., CVPRW 2022).
 
-    With `plus` the drawn margins are dealt by difficulty: the sample with the lowest target cosine gets the largest.
+    With `plus`, the drawn margins are sorted: the sample with the lowest target cosine gets the largest margin.
     """
 
     def __init__(self, in_features: int, out_features: int, s: float, m: float, std: float, plus: bool):
@@ -128,10 +131,10 @@ class ElasticHeader(MarginHeader):
         self.m, self.std, self.plus = m, std, plus
 
     def margins(self, target: torch.Tensor) -> torch.Tensor:
-        """One margin per target cosine, both (B, 1); they are drawn, and dealt, for the samples of all processes."""
+        """Draws one margin per target cosine, both (b, 1); draws and sorts them over the global batch."""
         target = self.of_all(target.detach())
         drawn = torch.normal(self.m, self.std, target.shape, device=target.device, dtype=target.dtype)
-        drawn = collectives.from_first(drawn)  # the others' generators may have made more of dropout
+        drawn = collectives.from_first(drawn)  # generators of the other ranks may differ: dropout draws from them too
         if self.plus:
             easiest_first = target.argsort(0, descending=True)
             drawn = torch.empty_like(drawn).scatter_(0, easiest_first, drawn.sort(0).values)
@@ -139,7 +142,7 @@ class ElasticHeader(MarginHeader):
 
 
 class ElasticArcFace(ElasticHeader):
-    """Target logit s * cos(theta + m_i); published spreads: std 0.05, with `plus` 0.0175."""
+    """Target logit s * cos(theta + m_i). The published std is 0.05, with `plus` 0.0175."""
 
     def __init__(self, in_features: int, out_features: int, s=64.0, m=0.50, std=0.05, plus=False):
         super().__init__(in_features, out_features, s, m, std, plus)
@@ -149,7 +152,7 @@ class ElasticArcFace(ElasticHeader):
 
 
 class ElasticCosFace(ElasticHeader):
-    """Target logit s * (cos(theta) - m_i); published spreads: std 0.05, with `plus` 0.02."""
+    """Target logit s * (cos(theta) - m_i). The published std is 0.05, with `plus` 0.02."""
 
     def __init__(self, in_features: int, out_features: int, s=64.0, m=0.35, std=0.05, plus=False):
         super().__init__(in_features, out_features, s, m, std, plus)
@@ -159,10 +162,10 @@ class ElasticCosFace(ElasticHeader):
 
 
 class CurricularFace(MarginHeader):
-    """ArcFace that weighs hard negatives more as training goes on (Huang et al., CVPR 2020, Eq. 4-10).
+    """ArcFace with a weight on hard negatives that grows during training (Huang et al., CVPR 2020, Eq. 4-10).
 
-    A negative is hard where its cosine exceeds the target's cos(theta + m); its logit becomes s * cos * (t + cos), with
-    t the running mean (momentum 0.99) of the target cosines. Beyond theta = pi - m the target keeps falling linearly.
+    A negative is hard if its cosine exceeds the target's cos(theta + m). Its logit becomes s * cos * (t + cos), where t
+    is the running mean (momentum 0.99) of the target cosines. Beyond theta = pi - m the target logit falls linearly.
     """
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.50):
@@ -171,10 +174,12 @@ class CurricularFace(MarginHeader):
         self.register_buffer("t", torch.zeros(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
-        beyond = target - math.sin(math.pi - self.m) * self.m
-        return torch.where(target > math.cos(math.pi - self.m), cos_of_sum(target, self.m), beyond)
+        """Applies the margin of ArcFace; beyond theta = pi - m the result is linear in the cosine."""
+        linear = target - math.sin(math.pi - self.m) * self.m
+        return torch.where(target > math.cos(math.pi - self.m), cos_of_sum(target, self.m), linear)
 
     def adjusted(self, logits: torch.Tensor, column: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Weights the hard negatives among the logits (B, C); updates `t` in training mode."""
         with torch.no_grad():
             hard = (logits > self.s * cos_of_sum(target, self.m)).scatter_(1, column, False)
             if self.training:
@@ -183,8 +188,8 @@ class CurricularFace(MarginHeader):
 
 
 def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
-    """cos(theta + m) from cos(theta), without arccos: its slope is infinite at +-1, here it is zero there."""
-    # In fp32 the smallest (1 - c)(1 + c) above zero is 1e-7: the floor is only reached where the sine is exactly zero.
+    """Returns cos(theta + m) for cos(theta), without arccos: its slope is infinite at +-1, here it is zero there."""
+    # In fp32 the smallest (1 - c)(1 + c) above zero is 1e-7: the floor only applies where the sine is exactly zero.
     sine = ((1 - cosine) * (1 + cosine)).clamp_min(1e-14).sqrt()
     cos_m, sin_m = (m.cos(), m.sin()) if isinstance(m, torch.Tensor) else (math.cos(m), math.sin(m))
     return cosine * cos_m - sine * sin_m
@@ -193,9 +198,9 @@ def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
 def build_header(
     name: str, in_features: int, out_features: int, s: float, m: float, std: float, sharding: bool = False
 ) -> MarginHeader:
-    """The header that the setting `loss` names; a '+' after an elastic one deals margins by difficulty.
+    """Builds the header that the setting `loss` names; a '+' after an elastic one sets `plus`.
 
-    With `sharding` its classes are spread over the processes, if there are several.
+    With `sharding` and several ranks, each rank holds a shard of the classes. Raises InputError for an unknown name.
     """
     known = (ElasticArcFace, ElasticCosFace, ArcFace, CosFace, CurricularFace)
     header = {kind.__name__: kind for kind in known}.get(name.removesuffix("+"))

@@ -1,15 +1,16 @@
-"""Margin headers whose classes are spread over processes: none of them holds more than its columns of `kernel`.
+"""Margin headers that are sharded over the classes: each rank holds only its own columns of `kernel`.
 
-Rank r of N holds the classes from r * ceil(C / N) on, as many at most; the last ranks may hold fewer, or none. What a
-rank computes is a header of utils.losses over its own classes and one more, the last column, elsewhere: there every
-sample of the global batch whose class another rank holds has its target. That column is zero, hence the cosines in it
-are, and the sum over the ranks of the targets' cosines is those of their owners. It stays zero: no gradient reaches it.
+Rank r of N holds up to ceil(C / N) classes, from r * ceil(C / N) on; the last ranks may hold fewer, or none. Each rank
+computes a header of utils.losses over its W classes and one extra column, the last. That column is the target of every
+sample of the global batch whose class another rank holds. It is zero and gets no gradient, so it stays zero. Its
+cosines are therefore zero too, and an all_reduce (sum) of the target cosines gives every rank the true ones.
 
-Shapes: b samples of a rank, the same number on each; B = N * b of all, rank 0's first; C classes, W + 1 columns here.
+Shapes: b samples per rank, the same number on each; B = N * b samples in the global batch, those of rank 0 first; C
+classes in all; W + 1 columns on this rank.
 
-Gradients are meant for DistributedDataParallel, which averages those of the backbone over the ranks: a rank's
-embeddings get N times the gradient of the loss, as they do from the mean over its own b samples with a dense header.
-`kernel` gets the gradient of the loss itself, and is no business of DistributedDataParallel's: it differs by rank.
+Gradients are scaled for DistributedDataParallel, which averages the backbone's gradients over the ranks: a rank's
+embeddings get N times the gradient of the loss, as with a dense header and the mean over the rank's own b samples.
+`kernel` gets the gradient of the loss itself. It differs between ranks, so DistributedDataParallel must not wrap it.
 """
 
 import functools
@@ -25,19 +26,26 @@ from utils.distributed.world import is_first, rank, world_size
 
 
 def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy of what a header, dense or sharded, is given: embeddings (b, D) and labels (b,) last."""
+    """Returns the mean cross-entropy of a dense or sharded header.
+
+    `given` are the header's inputs: embeddings (b, D), one or two, then labels (b,) int64. A dense header averages over
+    the b samples of this rank, a sharded one over the global batch.
+    """
     return header(*given) if isinstance(header, ShardedHeader) else F.cross_entropy(header(*given), given[-1])
 
 
 def spread(kind: type[nn.Module], sharding: bool) -> type[nn.Module]:
-    """The header class `kind`, with `sharding` spread over the processes, if there are several."""
+    """Returns the sharded version of the header class `kind` if `sharding` is set and there are several ranks.
+
+    Otherwise returns `kind` itself.
+    """
     return sharded(kind) if sharding and world_size() > 1 else kind
 
 
 def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
-    """What a file holds of a header, dense or sharded, or of none: that of the dense one. All ranks call it.
+    """Returns the state dict of a dense or sharded header in its dense form; {} without a header.
 
-    On other ranks than 0 it may be empty.
+    All ranks must call it. With a sharded header, ranks other than 0 get {}.
     """
     if isinstance(header, ShardedHeader):
         return header.dense_state_dict() or {}
@@ -46,29 +54,34 @@ def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def sharded(kind: type[nn.Module]) -> type["ShardedHeader"]:
-    """The header class `kind` of utils.losses, sharded over the default process group; built with the same settings."""
+    """Returns a subclass of the header class `kind` that is sharded over the default process group.
+
+    Its constructor takes the arguments of `kind`.
+    """
     return type(f"Sharded{kind.__name__}", (ShardedHeader, kind), {"dense": kind})
 
 
 class ShardedHeader(nn.Module):
-    """What comes before a header's class in those that `sharded` makes: each of its methods sees all ranks.
+    """Mixin that shards a header: `sharded` puts it before the dense class in the method resolution order.
 
-    Of what is computed here, all samples are those of all ranks already.
+    `forward` all-gathers the batch, so the dense class's methods see all B samples. `of_all` and `own` are therefore
+    the identity here.
     """
 
     dense: type[nn.Module]
 
     def __init__(self, in_features: int, out_features: int, *settings, **named):
-        """The kernel, and the state of the CPU's generator, are those after building the dense header."""
+        """Draws the same kernel as the dense header and leaves the CPU's generator in the same state."""
         columns = columns_of(rank(), out_features)
-        here = slice(columns.start, columns.stop)
+        shard = slice(columns.start, columns.stop)
         with torch.random.fork_rng(devices=[]):
             super().__init__(in_features, len(columns) + 1, *settings, **named)
         self.classes, self.columns = out_features, columns
         with torch.no_grad():
             self.kernel[:, -1] = 0
-            for rows in self.kernel[:, :-1].split(16):  # PyTorch draws in sixteens: in parts it is the same as at once
-                rows.copy_(self.dense(len(rows), out_features, *settings, **named).kernel[:, here])
+            # PyTorch draws normals in groups of 16, so 16 rows at a time give the same numbers as a single draw.
+            for rows in self.kernel[:, :-1].split(16):
+                rows.copy_(self.dense(len(rows), out_features, *settings, **named).kernel[:, shard])
 
     def of_all(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -77,9 +90,9 @@ class ShardedHeader(nn.Module):
         return values
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
-        """Embeddings (b, D), AdaDistill's teacher's too, and labels (b,) int64 -> mean loss of all B, on every rank.
+        """Maps embeddings (b, D) and labels (b,) int64 to the mean loss over all B samples, the same on every rank.
 
-        It is infinite where a label is not in range(C).
+        AdaDistill takes the student's and the teacher's embeddings. The loss is infinite if a label is not in range(C).
         """
         *embeddings, label = given
         label = gathered(label) - self.columns.start
@@ -88,31 +101,37 @@ class ShardedHeader(nn.Module):
         return _CrossEntropy.apply(logits, label.unsqueeze(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
-        """The cosines (B, 1) of the targets here -> what the header makes of all; the slope is that of those here."""
+        """Applies the margin to all target cosines (B, 1), given this rank's (0 for classes of other ranks).
+
+        The gradient flows to the cosines of this rank only.
+        """
         return super().target_logit(target + (reduced(target.detach()) - target.detach()))
 
     def adjusted(self, logits: torch.Tensor, column: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Of the logits (B, W + 1) here, with all targets' cosines; no gradient of a negative reaches a target."""
+        """Adjusts this rank's logits (B, W + 1), given all target cosines; no gradient flows to the targets."""
         return super().adjusted(logits, column, reduced(target))
 
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
-        """Moves the centres here by the samples (B, D) of their classes, rank 0's first; `alpha` is the mean of all."""
-        mine = label < len(self.columns)
+        """Moves this rank's centres by the samples (B, D) of their classes, in order; `alpha` is the mean over B."""
+        held = label < len(self.columns)
         total = student.new_zeros(())
-        if mine.any():
-            super().update(student[mine], teacher[mine], label[mine])
-            total = self.alpha * mine.sum()
+        if held.any():
+            super().update(student[held], teacher[held], label[held])
+            total = self.alpha * held.sum()
         self.alpha = reduced(total) / len(label)
 
     @torch.no_grad()
     def set_centres(self, kernel: torch.Tensor) -> None:
-        """Takes those of the classes here."""
+        """Copies this rank's columns of the class centres (D, C) into `kernel`."""
         self.kernel[:, :-1] = kernel[:, self.columns.start : self.columns.stop]
 
     # Files --------------------------------------------------------------------------------------------------------
 
     def dense_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """On rank 0 the state dict of the dense header, `kernel` (D, C) on the CPU; None on the others. All call it."""
+        """Returns the state dict of the dense header, `kernel` (D, C) on the CPU, on rank 0; None on the others.
+
+        All ranks must call it.
+        """
         kernel = self.gather(self.kernel)
         if kernel is None:
             return None
@@ -121,44 +140,47 @@ class ShardedHeader(nn.Module):
         return state
 
     def load_dense_state_dict(self, state: Mapping[str, torch.Tensor] | None) -> None:
-        """Takes on rank 0 what `dense_state_dict` gives there, for any number of ranks; all call it.
+        """Loads the state dict of a dense header, given on rank 0 and None elsewhere. All ranks must call it.
 
-        Raises RuntimeError on rank 0 if it is of another header.
+        The number of ranks may differ from when it was saved. Raises RuntimeError on rank 0 if it does not fit.
         """
-        mine = self.state_dict()
+        local_state = self.state_dict()
         if state is not None:
             self.require_fit(state)
-        self.scatter(state and state["kernel"], mine.pop("kernel"))
-        for name, value in mine.items():
+        self.scatter(state and state["kernel"], local_state.pop("kernel"))
+        for name, value in local_state.items():
             if state is not None:
                 value.copy_(state[name])
             dist.broadcast(value, 0)
 
     def require_fit(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises RuntimeError where the state dict is not that of the dense header."""
+        """Raises RuntimeError if names or shapes of a state dict differ from those of the dense header."""
         shapes = {name: value.shape for name, value in self.state_dict().items()}
         shapes["kernel"] = torch.Size((len(self.kernel), self.classes))
         if {name: value.shape for name, value in state.items()} != shapes:
-            raise RuntimeError(f"a header's state dict that is not {shapes}")
+            raise RuntimeError(f"the header's state dict does not have the shapes {shapes}")
 
     @torch.no_grad()
     def gather(self, columns: torch.Tensor) -> torch.Tensor | None:
-        """The kernel, its gradient or its momentum (D, W + 1) of all ranks: (D, C) on the CPU of rank 0, else None."""
+        """Gathers the shards (D, W + 1) of the kernel, its gradient or its momentum to rank 0.
+
+        Returns (D, C) on the CPU of rank 0, None on the other ranks.
+        """
         if not is_first():
             if self.columns:
                 dist.send(columns[:, :-1].contiguous(), 0)
             return None
         whole = torch.empty(len(columns), self.classes, dtype=columns.dtype)
         whole[:, : len(self.columns)] = columns[:, :-1]
-        for other, theirs in self._others():
-            part = columns.new_empty(len(columns), len(theirs))
+        for other, shard in self._other_shards():
+            part = columns.new_empty(len(columns), len(shard))
             dist.recv(part, other)
-            whole[:, theirs.start : theirs.stop] = part
+            whole[:, shard.start : shard.stop] = part
         return whole
 
     @torch.no_grad()
     def scatter(self, whole: torch.Tensor | None, columns: torch.Tensor) -> None:
-        """The opposite: fills `columns` (D, W + 1) of each rank from rank 0's `whole` (D, C)."""
+        """Scatters `whole` (D, C) of rank 0 to `columns` (D, W + 1) of each rank, in place: the inverse of `gather`."""
         columns[:, -1] = 0
         if not is_first():
             if self.columns:
@@ -167,47 +189,54 @@ class ShardedHeader(nn.Module):
                 columns[:, :-1] = part
             return
         columns[:, :-1] = whole[:, : len(self.columns)]
-        for other, theirs in self._others():
-            dist.send(whole[:, theirs.start : theirs.stop].to(columns).contiguous(), other)
+        for other, shard in self._other_shards():
+            dist.send(whole[:, shard.start : shard.stop].to(columns).contiguous(), other)
 
-    def _others(self) -> list[tuple[int, range]]:
-        """The ranks but 0 that hold classes, and which."""
+    def _other_shards(self) -> list[tuple[int, range]]:
+        """Returns (rank, classes) of every rank other than 0 that holds classes."""
         parts = [(other, columns_of(other, self.classes)) for other in range(1, world_size())]
         return [(other, columns) for other, columns in parts if columns]
 
 
 def columns_of(holder: int, classes: int) -> range:
-    """The classes that a rank holds."""
+    """Returns the range of classes that rank `holder` holds, of `classes` in all."""
     most = -(-classes // world_size())
     return range(min(holder * most, classes), min((holder + 1) * most, classes))
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy over the classes of all ranks; nothing of the size of the logits is kept but themselves."""
+    """Mean cross-entropy over the classes of all ranks; saves one (B, W + 1) tensor for backward, the logits."""
 
     @staticmethod
     def forward(ctx, logits, column):
-        """Logits (B, W + 1), whose last column counts for nothing; `column` (B, 1) is a sample's class here, or it."""
-        here = column < logits.shape[1] - 1
-        summed = logits[:, :-1].logsumexp(1, keepdim=True)  # -inf on a rank without classes
-        target = logits.gather(1, column).masked_fill_(~here, -torch.inf)
-        highest, target = reduced(torch.stack((summed, target)), dist.ReduceOp.MAX)
-        summed = reduced((summed - highest).exp_()).log_().add_(highest)
-        ctx.save_for_backward(logits, column, here, summed)
-        return (summed - target).mean()
+        """Takes this rank's logits (B, W + 1) and targets `column` (B, 1), W if another rank holds the class.
+
+        The logits of column W are ignored.
+        """
+        held = column < logits.shape[1] - 1
+        log_sum = logits[:, :-1].logsumexp(1, keepdim=True)  # -inf on a rank without classes
+        target = logits.gather(1, column).masked_fill_(~held, -torch.inf)
+        highest, target = reduced(torch.stack((log_sum, target)), dist.ReduceOp.MAX)
+        log_sum = reduced((log_sum - highest).exp_()).log_().add_(highest)
+        ctx.save_for_backward(logits, column, held, log_sum)
+        return (log_sum - target).mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        logits, column, here, summed = ctx.saved_tensors
-        share = (logits - summed).exp_()
-        share[:, -1] = 0
-        share.scatter_add_(1, column, -here.to(share.dtype))
-        return share.mul_(grad / len(logits)), None
+        logits, column, held, log_sum = ctx.saved_tensors
+        grad_logits = (logits - log_sum).exp_()
+        grad_logits[:, -1] = 0
+        grad_logits.scatter_add_(1, column, -held.to(grad_logits.dtype))
+        return grad_logits.mul_(grad / len(logits)), None
 
 
 class Gathered(torch.autograd.Function):
-    """Rows (b, ...) of every rank -> (B, ...); backwards, the gradient of the sum of all ranks' losses."""
+    """All-gathers along the batch dimension: (b, ...) -> (B, ...).
+
+    The backward pass returns this rank's part of the gradient that is summed over the ranks, times the number of ranks
+    (see the module's docstring).
+    """
 
     @staticmethod
     def forward(ctx, rows):

@@ -1,1 +1,1 @@
-"""Files that survive a crash: atomic writes, locks, checksums, arrays that are filled block by block."""
+"""Files that survive a crash: atomic writes, locks, checksums, and arrays that are filled block by block."""

@@ -1,8 +1,8 @@
-"""Arrays (N, ...) on disk that are filled block by block, go on where they were interrupted, and are checked when read.
+"""Arrays (N, ...) on disk that are filled block by block, resumed after an interruption, and verified when read.
 
-Beside `<name>.npy` lies `<name>.json`: what the array was made from, and the SHA-256 of every block of rows. While it
-is filled the two are called `<name>.npy.partial` and `<name>.json.partial`. Blocks that were finished before a kill are
-kept where their SHA-256 still holds, so that it does not matter what of them had reached the disk.
+The sidecar `<name>.json` beside `<name>.npy` holds the array's provenance (`made_from`) and the SHA-256 of every block
+of rows. While the array is being filled, the two files are called `<name>.npy.partial` and `<name>.json.partial`. After
+a kill, only blocks whose SHA-256 still matches are kept, so it does not matter which pages had reached the disk.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from utils.storage.locks import locked
 from utils.storage.seals import read_sealed_json, write_sealed_json
 from utils.threads import map_ahead
 
-NOTED_EVERY = 5.0  # seconds: a kill loses the blocks of no more than this
+NOTED_EVERY = 5.0  # seconds between writes of the sidecar: a kill loses the blocks of at most this time
 
 
 class Filling:
-    """Context in which an array is filled; it takes its place when the context ends without an exception.
+    """Context manager that fills an array and renames it to `path` if the context ends without an exception.
 
-    Blocks of `block_rows` rows (the last one shorter) are written to `array` and then reported by `finish`; `missing`
-    are those that an earlier attempt with the same `made_from` has not finished. An array that has been damaged is
-    filled again where it is damaged. `conditions` are what decides the last bits beside `made_from`: if they have
-    changed since the earlier attempt, that is said and both are kept in the sidecar.
+    The caller writes each block of `block_rows` rows (the last block may be shorter) and then calls `finish`. `missing`
+    lists the blocks to fill: an earlier attempt with the same `made_from` is resumed, and corrupted blocks are filled
+    again. `conditions` (versions, device) can change the last bits of the values. If they differ from the earlier
+    attempt's, a line is printed and the sidecar keeps both.
 
-    Only one process may fill an array at a time: see `utils.storage.locks.locked`. Raises InputError where there is
-    no room.
+    Only one process may fill an array at a time: hold `utils.storage.locks.locked`. Raises InputError if the disk is
+    full.
     """
 
-    array: np.ndarray  # (N, ...), mapped
-    missing: list[int]  # numbers of blocks
+    array: np.ndarray  # (N, ...), memory-mapped
+    missing: list[int]  # indices of the blocks to fill
 
     def __init__(
         self,
@@ -59,36 +59,38 @@ class Filling:
     def __enter__(self) -> "Filling":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            earlier = self._earlier()
+            earlier = self._earlier_notes()
             if earlier and not self._partial.exists() and self.path.exists():
-                os.replace(self.path, self._partial)  # it was damaged, or a kill came before its sidecar
+                os.replace(self.path, self._partial)  # corrupted, or killed before the sidecar was renamed
             try:
-                self.array = _mapped(self._partial, "r+", self._shape, self._dtype)
+                self.array = _memory_map(self._partial, "r+", self._shape, self._dtype)
                 _take_room(self._partial)
             except Damaged:
-                earlier, self.array = {}, self._new()
+                earlier, self.array = {}, self._new_array()
         except OSError as error:
             raise not_written(self.path, error) from error
         notes = {block: note for block, note in enumerate(earlier.get("blocks", [])) if note}
-        good = _check(self.path, self.array, self._about["block rows"], notes)
-        self._blocks = {block: note for block, note in notes.items() if block in good}
-        self.missing = [block for block in range(self.count) if block not in good]
-        before = earlier["conditions"] if good else []
-        if before and before[-1] != self._conditions:
-            print(f"{self.path} goes on under {self._conditions}, before {before[-1]}: last bits may differ.")
-        self._all_conditions = [*(one for one in before if one != self._conditions), self._conditions]
+        valid = _valid_blocks(self.path, self.array, self._about["block rows"], notes)
+        self._blocks = {block: note for block, note in notes.items() if block in valid}
+        self.missing = [block for block in range(self.count) if block not in valid]
+        earlier_conditions = earlier["conditions"] if valid else []
+        if earlier_conditions and earlier_conditions[-1] != self._conditions:
+            before = earlier_conditions[-1]
+            print(f"{self.path} is resumed under {self._conditions}, before {before}: last bits may differ.")
+        self._all_conditions = [*(one for one in earlier_conditions if one != self._conditions), self._conditions]
         self._noted_at = time.monotonic()
         return self
 
     def rows(self, block: int) -> range:
+        """Returns the range of rows of a block."""
         return _rows(block, self._about["block rows"], self._shape[0])
 
     def write(self, block: int, values: np.ndarray) -> str:
-        """Writes the rows of a block, of the array's type; gives their SHA-256. May be called in any thread.
+        """Writes the rows of a block, in the array's dtype, and returns their SHA-256. Thread-safe for distinct blocks.
 
-        Raises NotWritten, on a system that finds out late that there is no room.
-        Through the file where that can be: fetching the pages of a map one by one can take as long as decoding images.
+        Raises NotWritten if the disk is full, on systems where the space could not be reserved beforehand.
         """
+        # pwrite where it exists: faulting in the pages of a memory map one by one can take as long as decoding images.
         rows = self.rows(block)
         if hasattr(os, "pwrite"):
             left, at = memoryview(np.ascontiguousarray(values)).cast("B"), self.array.offset
@@ -105,38 +107,38 @@ class Filling:
         return _digest(self.array, rows, values)
 
     def digest(self, block: int) -> str:
-        """The SHA-256 of a block as it has been written; may be called in any thread."""
+        """Returns the SHA-256 of a block of `array` as it is now. Thread-safe."""
         return _digest(self.array, self.rows(block))
 
     def finish(self, block: int, digest: str, **more) -> None:
-        """Keeps a block that has been written, with its digest and whatever else is to be remembered of it."""
+        """Records a written block as finished: its SHA-256, and any further values to keep in the sidecar."""
         self._blocks[block] = {"sha256": digest, **more}
         if time.monotonic() - self._noted_at > NOTED_EVERY:
-            self._note(self._notes)
+            self._write_notes(self._notes)
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None:
-            with contextlib.suppress(InputError):  # what ended the block is what the user must hear of
-                self._note(self._notes)
+            with contextlib.suppress(InputError):  # the exception that ended the context matters more
+                self._write_notes(self._notes)
             return
-        self._note(self._notes)
+        self._write_notes(self._notes)
         try:
             self.array.flush()
             with open(self._partial, "rb+") as file:
                 os.fsync(file.fileno())
-            sidecar(self.path).unlink(missing_ok=True)  # it is not that of the array that comes now
+            sidecar(self.path).unlink(missing_ok=True)  # it describes the old array
             os.replace(self._partial, self.path)
-            os.replace(self._notes, sidecar(self.path))  # a kill before this leaves both for `__enter__` to go on from
+            os.replace(self._notes, sidecar(self.path))  # after a kill before this line, `__enter__` resumes
         except OSError as error:
             raise not_written(self.path, error) from error
 
     def discard(self) -> None:
-        """Deletes what has been filled so far, after the context has ended by an exception."""
+        """Deletes the partial files, after the context has ended with an exception."""
         self._partial.unlink(missing_ok=True)
         self._notes.unlink(missing_ok=True)
 
-    def _earlier(self) -> dict:
-        """The notes of an earlier attempt at this array, or its sidecar; empty where there are none."""
+    def _earlier_notes(self) -> dict:
+        """Returns the sidecar of an earlier attempt, partial or finished, if it describes this same array; else {}."""
         for path in (self._notes, sidecar(self.path)):
             with contextlib.suppress(InputError):
                 found = read_sealed_json(path)
@@ -144,8 +146,8 @@ class Filling:
                     return found
         return {}
 
-    def _new(self) -> np.ndarray:
-        self._partial.unlink(missing_ok=True)  # another process may have it mapped
+    def _new_array(self) -> np.ndarray:
+        self._partial.unlink(missing_ok=True)  # a new inode: another process may have the old file mapped
         try:
             array = np.lib.format.open_memmap(self._partial, "w+", self._dtype, self._shape)
             _take_room(self._partial)
@@ -154,14 +156,14 @@ class Filling:
             raise
         return array
 
-    def _note(self, path: Path) -> None:
+    def _write_notes(self, path: Path) -> None:
         blocks = [self._blocks.get(block) for block in range(self.count)]
         write_sealed_json(path, {**self._about, "conditions": self._all_conditions, "blocks": blocks})
         self._noted_at = time.monotonic()
 
 
 def write(path: Path, values: np.ndarray, made_from: dict, block_rows: int = 1 << 20) -> None:
-    """Writes an array that is there already; waits for another process that writes it."""
+    """Writes an array (N, ...) from memory. Waits if another process is writing it."""
     with locked(path, wait=True), Filling(path, values.shape, values.dtype, made_from, block_rows) as filling:
         filling.array[:] = values
         for block in range(filling.count):
@@ -169,31 +171,32 @@ def write(path: Path, values: np.ndarray, made_from: dict, block_rows: int = 1 <
 
 
 def about(path: Path) -> dict | None:
-    """The sidecar of an array: "made from", and what was kept with each of its "blocks". Reads no row.
+    """Returns the sidecar of an array without reading any row: "made from", "shape", "blocks" and more.
 
-    None where the array or its sidecar is not there. Raises Damaged where the sidecar is.
+    Returns None if the array or its sidecar does not exist. Raises Damaged if the sidecar is corrupted.
     """
     return read_sealed_json(sidecar(path)) if path.exists() and sidecar(path).exists() else None
 
 
 def read(path: Path, shape: tuple[int, ...], dtype: type, checked: bool = True) -> np.ndarray:
-    """The mapped array, read-only.
+    """Memory-maps an array read-only.
 
-    Raises Damaged where it is not of this shape and type or, if it is to be `checked`, not what was written.
+    Raises InputError if there is no sidecar. Raises Damaged if there is no array, its shape or dtype differs or, with
+    `checked`, the SHA-256 of a block does not match.
     """
     notes = read_sealed_json(sidecar(path))
-    array = _mapped(path, "r", shape, np.dtype(dtype))
+    array = _memory_map(path, "r", shape, np.dtype(dtype))
     if checked:
         size, blocks = notes["block rows"], dict(enumerate(notes["blocks"]))
-        if bad := sorted(blocks.keys() - _check(path, array, size, blocks)):
-            raise Damaged(f"{path} is damaged (from row {bad[0] * size} on its SHA-256 is another)")
+        if corrupted := sorted(blocks.keys() - _valid_blocks(path, array, size, blocks)):
+            raise Damaged(f"{path} is damaged (its SHA-256 does not match from row {corrupted[0] * size} on)")
     return array
 
 
 def outdated(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, checked: bool = True) -> str | None:
-    """Why an array has to be made: a sentence, or an empty one where it simply is not there.
+    """Returns the reason why an array must be made: a sentence, or an empty string if there is no array yet.
 
-    None where it is there, made from exactly this, and whole as `read` sees it.
+    Returns None if the array exists with the same `made_from` and passes `read`.
     """
     try:
         found = about(path)
@@ -210,7 +213,7 @@ def outdated(path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, c
 def provide(
     path: Path, shape: tuple[int, ...], dtype: type, made_from: dict, fill: Callable[[], None], checked: bool = True
 ) -> np.ndarray:
-    """The mapped array, after `fill` has made it where it is `outdated`; one process fills, others wait for it."""
+    """Memory-maps an array read-only; calls `fill` first if it is `outdated`. One process fills, the others wait."""
     if outdated(path, shape, dtype, made_from, checked) is not None:
         with locked(path, wait=True):
             reason = outdated(path, shape, dtype, made_from, checked)
@@ -222,6 +225,7 @@ def provide(
 
 
 def sidecar(path: Path) -> Path:
+    """Returns the path of the JSON file beside an array."""
     return path.with_suffix(".json")
 
 
@@ -233,8 +237,8 @@ def _rows(block: int, block_rows: int, count: int) -> range:
     return range(block * block_rows, min((block + 1) * block_rows, count))
 
 
-def _mapped(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Raises Damaged where the file is not there or does not hold exactly such an array."""
+def _memory_map(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory-maps an array. Raises Damaged if there is no file or it holds no array of this shape and dtype."""
     try:
         if path.stat().st_size <= math.prod(shape) * dtype.itemsize:
             raise Damaged(f"{path} is damaged (it ends too early)")
@@ -243,40 +247,40 @@ def _mapped(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> n
         raise Damaged(f"There is no file {path}") from error
     except (Damaged, OSError, MemoryError):
         raise
-    except Exception as error:  # NumPy parses the header as Python: a damaged one can raise nearly anything
-        raise Damaged(f"{path} is damaged (its header is none of an array)") from error
+    except Exception as error:  # NumPy evaluates the header as Python: a corrupted one can raise nearly anything
+        raise Damaged(f"{path} is damaged (it has no valid .npy header)") from error
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise Damaged(f"{path} is damaged (it holds {array.dtype} of {array.shape}, expected {dtype} of {shape})")
     return array
 
 
 def _take_room(path: Path) -> None:
-    """Takes a file's place on the disk at once: writing into a map that finds no place is fatal."""
+    """Reserves a file's space on the disk: on a full disk, writing to a memory map would kill the process."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _check(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict]) -> set[int]:
-    """The noted blocks whose SHA-256 holds."""
+def _valid_blocks(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict]) -> set[int]:
+    """Returns the indices of the recorded blocks whose SHA-256 matches."""
 
-    def holds(block: int) -> bool:
+    def matches(block: int) -> bool:
         return _digest(array, _rows(block, block_rows, len(array))) == notes[block]["sha256"]
 
-    good = set()
+    valid = set()
     bar = tqdm(desc=f"check {path}", total=len(notes), unit=" blocks", leave=False, disable=None, delay=1)
     with bar, ThreadPoolExecutor() as pool:
-        for block, held in zip(notes, map_ahead(pool, holds, notes, 64), strict=True):
-            if held:
-                good.add(block)
+        for block, matched in zip(notes, map_ahead(pool, matches, notes, 64), strict=True):
+            if matched:
+                valid.add(block)
             bar.update()
-    return good
+    return valid
 
 
 def _digest(array: np.ndarray, rows: range, values: np.ndarray | None = None) -> str:
-    """Of rows of an array, whose `values` need not be read where they are at hand."""
+    """Returns the SHA-256 of rows of an array; hashes `values`, if given, instead of reading the rows again."""
     digest = hashlib.sha256()
-    if rows.start == 0:  # the first block answers for the header too
+    if rows.start == 0:  # the first block covers the .npy header too
         with open(array.filename, "rb") as file:
             digest.update(file.read(array.offset))
     digest.update(array[rows.start : rows.stop] if values is None else np.ascontiguousarray(values))

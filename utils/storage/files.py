@@ -1,7 +1,4 @@
-"""Files that are either whole or not there.
-
-A file is written beside its target, flushed to disk, then renamed.
-"""
+"""Atomic writes: a file is written beside its target, flushed to disk with fsync, then renamed."""
 
 import contextlib
 import errno
@@ -21,15 +18,15 @@ except ImportError:  # Windows
     fcntl = None
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""How file systems say that they cannot lock a file or flush a folder."""
+"""Error numbers of file systems that do not support flock, or fsync of a folder."""
 
 
 @contextlib.contextmanager
 def replaced(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yields the path of a partial file, which takes the place of `path` when the block ends without an exception.
+    """Context manager for an atomic write: yields the path of a partial file and renames it to `path` at the end.
 
-    The file that it replaces is kept as `previous`, if that is given. Raises InputError where it cannot be written: a
-    full disk, a folder that may not be written to.
+    If the block raises, the partial file is deleted and `path` stays as it was. The replaced file is kept as
+    `previous`, if given. Raises NotWritten, an InputError, if the disk is full or the folder is read-only.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -50,24 +47,25 @@ def replaced(path: Path, previous: Path | None = None) -> Iterator[Path]:
 
 
 def not_written(path: Path, error: OSError) -> NotWritten:
+    """Converts an OSError into the NotWritten that names the file."""
     return NotWritten(f"{path} could not be written ({error.strerror or error}).")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Deletes partial files of `path` whose process was killed."""
-    if fcntl is None:  # on Windows asking after a process can end it
+    """Deletes the partial files of `path` that killed processes left behind."""
+    if fcntl is None:  # os.kill(pid, 0) would kill the process on Windows
         return
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
         try:
             os.kill(int(leftover.name.split(".")[-2]), 0)
         except (ProcessLookupError, ValueError):
             leftover.unlink(missing_ok=True)
-        except PermissionError:  # it runs, under another user
+        except PermissionError:  # the process is alive, under another user
             continue
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename last through a power loss, where the system lets a folder be opened."""
+    """Flushes a folder, so that a rename in it survives a power loss, on systems that can open a folder."""
     with contextlib.suppress(PermissionError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -80,38 +78,40 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _keep_as(path: Path, kept: Path) -> None:
-    """Gives a file a second name, under which its content stays when the first comes to name another."""
+    """Hard-links `path` as `kept`, so that its content survives the replacement of `path`."""
     link = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
     remove_leftovers(kept)
     try:
         os.link(path, link)
         os.replace(link, kept)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         os.replace(path, kept)
     finally:
-        link.unlink(missing_ok=True)  # renaming one name of a file to another name of it does nothing
+        link.unlink(missing_ok=True)  # os.replace does nothing if both names are hard links to one file
 
 
 # Text and JSON --------------------------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically, with Unix line endings."""
     with replaced(path) as partial:
-        # Names of files need not be text.
+        # The text may contain file names, which need not be valid UTF-8.
         partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def printable(name: object) -> str:
-    """A name of a file, which need not be text, with its odd bytes replaced."""
+    """Returns a file name as printable text: bytes that are not valid UTF-8 are replaced."""
     return os.fsencode(str(name)).decode(errors="replace")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """Raises InputError where the file holds no JSON object."""
+    """Reads a JSON object. Raises InputError if the file cannot be read or holds no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -122,11 +122,12 @@ def read_json(path: Path) -> dict:
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as a hex string."""
     with open(path, "rb") as file:
         return sha256_of(file)
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Of an open file, from its beginning."""
+    """Returns the SHA-256 of a whole open file as a hex string; moves its position to the end."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()

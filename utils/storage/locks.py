@@ -1,4 +1,4 @@
-"""Locks on the files and folders that a process is writing."""
+"""Locks (flock) on the files and folders that a process writes."""
 
 import contextlib
 import os
@@ -15,41 +15,42 @@ NO_LOCKS = "{} cannot be locked on this system: start no second process on it."
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Holds a file or folder for this process while the block runs. A lock dies with its process.
+    """Context manager that locks a file or folder for this process. The system releases the lock if the process dies.
 
-    Another process waits for it, or without `wait` is refused: an InputError names the process that holds it.
+    If another process holds the lock, waits for it with `wait`; otherwise raises InputError that names the process.
+    Where the system has no locks, a line is printed and the block runs unlocked.
     """
     if fcntl is None:
         print(NO_LOCKS.format(path))
         yield
         return
-    lock = _lock_of(path)
+    lock = _lock_path(path)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = _held(lock, path, wait)
+        lock_file = _acquire(lock, path, wait)
     except OSError as error:
         raise not_written(path, error) from error
-    with held:
+    with lock_file:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # whoever waits for it sees that it is gone and makes another
+            lock.unlink(missing_ok=True)  # a waiting process notices and creates a new lock file
 
 
 def refuse_if_locked(path: Path) -> None:
-    """Raises InputError where another process holds the file or folder."""
-    if _lock_of(path).exists():
+    """Raises InputError if another process has locked the file or folder."""
+    if _lock_path(path).exists():
         with locked(path):
             pass
 
 
-def _lock_of(path: Path) -> Path:
-    path = path.resolve()  # a folder that is reached by two ways has one lock
+def _lock_path(path: Path) -> Path:
+    path = path.resolve()  # one lock for a folder, even if it is reached through symbolic links
     return path.with_name(f"{path.name}.lock")
 
 
-def _held(lock: Path, path: Path, wait: bool) -> IO:
-    """The open lock file, which this process holds until it is closed."""
+def _acquire(lock: Path, path: Path, wait: bool) -> IO:
+    """Locks the lock file and returns it open; closing it releases the lock."""
     while True:
         file = open(lock, "a+")  # noqa: SIM115
         try:
@@ -73,4 +74,4 @@ def _held(lock: Path, path: Path, wait: bool) -> IO:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
                 return file
-        file.close()  # the one that held it has removed it
+        file.close()  # the previous holder has deleted this lock file: try the new one

@@ -1,7 +1,7 @@
 """Tensors and plain values in .pth files.
 
-Those of the names that we write (`OURS`) are plain PyTorch files whose zip comment is a SHA-256, checked whenever they
-are read.
+Files that this project writes (names in `OURS`) are ordinary PyTorch files with a SHA-256 as the zip comment. It is
+verified on every read.
 """
 
 import errno
@@ -17,17 +17,17 @@ from utils.storage.files import replaced, sha256_of
 from utils.storage.seals import check_seal, seal
 
 OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth")
-"""The names of files that we write, and seal; files of other names come from elsewhere."""
+"""Names of the files that this project writes and seals; files with other names come from elsewhere."""
 
 
 def save(path: Path, value: Any, previous: Path | None = None) -> str:
-    """Writes and seals a file, and gives its SHA-256; the one that it replaces is kept as `previous`, if given."""
+    """Writes and seals a file atomically and returns its SHA-256; keeps the replaced file as `previous`, if given."""
     with replaced(path, previous) as partial:
         try:
-            # Given a path, PyTorch would not say why it cannot write, and would put the path into the file.
+            # Given a path, torch.save hides why a write failed and stores the path in the file.
             with open(partial, "wb") as file:
                 torch.save(value, file)
-        except RuntimeError as error:  # PyTorch closes its archive after a write has failed, which fails in turn
+        except RuntimeError as error:  # after a failed write, closing the archive fails too and hides the OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -35,16 +35,18 @@ def save(path: Path, value: Any, previous: Path | None = None) -> str:
 
 
 def load(path: Path) -> Any:
-    """Reads tensors and plain values to the CPU; refuses whatever else a file holds, so that none can run code.
+    """Loads a file of tensors and plain values to the CPU; anything else is refused, so no file can execute code.
 
-    Raises InputError where the file is not there or holds anything else, Damaged where it is one of ours and not as it
-    was written.
+    Raises InputError if the file does not exist or holds anything else, Damaged if a sealed file is corrupted.
     """
     return load_with_digest(path)[0]
 
 
 def load_with_digest(path: Path) -> tuple[Any, str]:
-    """Like `load`; also the SHA-256 of the file that was read, even if another takes its place in the meantime."""
+    """Loads a file as `load` does and returns (value, SHA-256 of the bytes that were read).
+
+    The SHA-256 is right even if the file is replaced in the meantime.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError as error:
@@ -62,11 +64,11 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
         except MemoryError:
             raise
         except Exception as error:
-            # EINVAL is no failed read: in a short archive PyTorch looks for the end before the file begins.
+            # EINVAL is not a read error: in a truncated archive, PyTorch seeks to a negative position.
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
-            # torch.load has no exception of its own: what it raises depends on what is wrong where. Its own words on
-            # what is not allowed advise to allow it.
+            # torch.load raises many kinds of exceptions for a corrupted file. Its message on a refused name is replaced
+            # because it advises the user to allow that name.
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
             refused = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
             reason = refused if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]

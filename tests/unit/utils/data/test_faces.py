@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
     assert cache(columns, rows, torch.device("cpu"), None) == columns  # on a CPU
     assert capsys.readouterr().out == ""
     kept = cache(columns, rows, torch.device("cpu"), 1e9)
-    assert "device_cache_gb = 1e+09 is more than there is:" in capsys.readouterr().out
+    assert "device_cache_gb = 1e+09 is more than is free:" in capsys.readouterr().out
     assert all(isinstance(column, Cached) for column in kept.values())
 
 

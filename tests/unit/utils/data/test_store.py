@@ -349,7 +349,7 @@ def test_a_damaged_index_is_made_anew(cfg, monkeypatch, capsys):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
     assert find_images(cfg).paths == first.paths
-    assert "index.npz is damaged (its SHA-256 is another)" in capsys.readouterr().out
+    assert "index.npz is damaged (its SHA-256 does not match)" in capsys.readouterr().out
     assert find_images(cfg).paths == first.paths
     assert capsys.readouterr().out == ""
 

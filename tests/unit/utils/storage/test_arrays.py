@@ -206,7 +206,7 @@ def test_other_conditions_are_said_and_kept(path, capsys):
     with pytest.raises(KeyboardInterrupt):
         attempt("one", 3)
     attempt("other")
-    assert "goes on under {'device': 'other'}, before {'device': 'one'}" in capsys.readouterr().out
+    assert "is resumed under {'device': 'other'}, before {'device': 'one'}" in capsys.readouterr().out
     assert about(path)["conditions"] == [{"device": "one"}, {"device": "other"}]
 
 
