@@ -1,6 +1,7 @@
 """Trained weights: where they lie in a run folder, and loading them, verified by their SHA-256."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,10 +48,7 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
     Raises InputError where there is no such header.
     """
     path = weights.with_name(weights.name.replace("backbone", "header"))
-    try:
-        state, digest = load_with_digest(path)
-    except Damaged as error:
-        raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
+    state, digest = _load_verified(path)
     kernel = state.get("kernel") if isinstance(state, dict) else None
     is_dense = isinstance(kernel, torch.Tensor) and kernel.layout == torch.strided and kernel.is_floating_point()
     if not is_dense or kernel.ndim != 2:
@@ -71,12 +69,17 @@ def load_weights(module: nn.Module, path: Path) -> str:
 
     Raises InputError also where the file is one of ours and not as it was written.
     """
-    try:
-        state, digest = load_with_digest(Path(path))
-    except Damaged as error:
-        raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
+    state, digest = _load_verified(Path(path))
     fit_state_dict(module, state, path)
     return digest
+
+
+def _load_verified(path: Path) -> tuple[Any, str]:
+    """Returns the content and the SHA-256 of a file of weights; InputError for a damaged one says how to restore it."""
+    try:
+        return load_with_digest(path)
+    except Damaged as error:
+        raise InputError(f"{error}: start its training again, which writes it anew if it can.") from error
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
