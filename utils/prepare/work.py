@@ -26,7 +26,8 @@ from utils.errors import InputError
 from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 TOGETHER = 64  # items sent to a process at once
 
 
@@ -91,7 +92,7 @@ def in_processes(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc=title, total=total, unit=" images", disable=None))
         if processes <= 1:
-            results = map(function, items)
+            results: Iterator[Result] = map(function, items)
         else:
             # Spawned, since forking a process that has threads can deadlock.
             context = multiprocessing.get_context("spawn")
