@@ -342,7 +342,7 @@ class Config:
     def in_use(self, kind: str) -> dict[str, Any]:
         """The epochs, milestones and margins that training `kind` uses, by the setting that gives them or is None."""
         schedule, (m, std) = self.schedule(kind), self.margin(kind)
-        values = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
+        values: dict[str, Any] = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
         return {name: value for name, value in values.items() if reads(script_that_trains(kind), name)}
