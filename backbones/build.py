@@ -1,5 +1,7 @@
 """Builds networks and adaptors by name."""
 
+from typing import Any
+
 from torch import nn
 
 from backbones.adaptors import DualLayerAdaptor, SingleLayerAdaptor
@@ -8,7 +10,7 @@ from backbones.mobilefacenet import MobileFaceNet
 from config.config import Config
 from config.errors import InputError
 
-IRESNETS = {
+IRESNETS: dict[str, dict[str, Any]] = {
     "iresnet18": {"blocks": (2, 2, 2, 2)},
     "iresnet34": {"blocks": (3, 4, 6, 3)},
     "iresnet50": {"blocks": (3, 4, 14, 3), "dropout": 0.4},
