@@ -19,6 +19,8 @@ from utils.losses.sharded import spread
 class Header(nn.Module):
     """Base class of all headers. Each rank holds b of the B samples of a global batch, and the whole `kernel`."""
 
+    kernel: torch.Tensor
+
     def of_all(self, values: torch.Tensor) -> torch.Tensor:
         """All-gathers values along the batch dimension: (b, ...) -> (B, ...)."""
         return collectives.gathered(values)
@@ -168,6 +170,8 @@ class CurricularFace(MarginHeader):
     is the running mean (momentum 0.99) of the target cosines. Beyond theta = pi - m the target logit falls linearly.
     """
 
+    t: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.50):
         super().__init__(in_features, out_features, s)
         self.m = m
@@ -208,5 +212,5 @@ def build_header(
     if header is None or (plus and not issubclass(header, ElasticHeader)):
         names = ", ".join(kind.__name__ for kind in known)
         raise InputError(f"loss = {name!r} must be one of {names}, or an elastic one followed by '+'.")
-    settings = {"std": std, "plus": plus} if issubclass(header, ElasticHeader) else {}
-    return spread(header, sharding)(in_features, out_features, s=s, m=m, **settings)
+    settings = {"s": s, "m": m} | ({"std": std, "plus": plus} if issubclass(header, ElasticHeader) else {})
+    return spread(header, sharding)(in_features, out_features, **settings)

@@ -15,6 +15,7 @@ embeddings get N times the gradient of the loss, as with a dense header and the 
 
 import functools
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from torch import nn
 
 from utils.distributed.collectives import gathered, own, reduced
 from utils.distributed.world import is_first, rank, world_size
+
+Dense = TypeVar("Dense", bound=nn.Module)
 
 
 def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,7 @@ def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:
     return header(*given) if isinstance(header, ShardedHeader) else F.cross_entropy(header(*given), given[-1])
 
 
-def spread(kind: type[nn.Module], sharding: bool) -> type[nn.Module]:
+def spread(kind: type[Dense], sharding: bool) -> type[Dense]:
     """Returns the sharded version of the header class `kind` if `sharding` is set and there are several ranks.
 
     Otherwise returns `kind` itself.
