@@ -110,7 +110,7 @@ def own(rows: torch.Tensor) -> torch.Tensor:
     return rows.chunk(world_size())[rank()]
 
 
-def reduced(tensor: torch.Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+def reduced(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """The sum over the ranks, or what `operation` says; the same bits on each."""
     if world_size() == 1:
         return tensor
@@ -166,4 +166,8 @@ class _Together(nn.Module):
         self.used, self.losses = nn.ModuleList(modules), losses
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.losses(**batch) if batch else {"nothing": sum(0 * one.sum() for one in self.parameters())}
+        return (
+            self.losses(**batch)
+            if batch
+            else {"nothing": sum((0 * one.sum() for one in self.parameters()), torch.zeros(()))}
+        )

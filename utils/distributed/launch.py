@@ -227,11 +227,11 @@ def join(cfg: "Config", device: torch.device, on_loss: Callable[[Exception], Non
     if not dist.is_initialized():
         _meeting.complete()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        place = {"store": _meeting.store, "rank": _meeting.rank, "world_size": _meeting.world_size}
+        place: dict[str, Any] = {"store": _meeting.store, "rank": _meeting.rank, "world_size": _meeting.world_size}
         with limited(on_loss):
             dist.init_process_group(backend, timeout=PATIENCE, **place)
-            use_control(dist.new_group(backend="gloo", timeout=LONG))
-            _lookout = Lookout(dist.new_group(backend="gloo", timeout=ALL_ALONG), on_loss)
+            use_control(dist.new_group(backend="gloo", timeout=LONG))  # type: ignore[arg-type]
+            _lookout = Lookout(dist.new_group(backend="gloo", timeout=ALL_ALONG), on_loss)  # type: ignore[arg-type]
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
 
