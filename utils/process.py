@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -42,7 +43,7 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
 
     Of several processes the first that ends so says why, and all end; work that is to be `alone` is refused there.
     """
-    with contextlib.suppress(AttributeError):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
