@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 soak: .venv/installed
 	$(BIN)/python -m tests.soak

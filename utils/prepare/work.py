@@ -98,6 +98,8 @@ def in_processes(
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
             stack.callback(pool.shutdown, cancel_futures=True)
+            with _interrupts_blocked():  # new processes inherit it: Ctrl-C must not end one while it imports
+                pool.submit(os.getpid)  # starts all of them
             lists = map_ahead(pool, _Each(function), _batches(items), 4 * processes)
             results = chain.from_iterable(lists)
         try:
@@ -108,6 +110,19 @@ def in_processes(
             raise InputError(
                 "A process was killed, perhaps for want of memory: give the same command again, with fewer --processes."
             ) from error
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Delays SIGINT until the end of the context, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(items: Iterable) -> Iterator[tuple]:
