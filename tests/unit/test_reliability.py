@@ -34,11 +34,11 @@ def test_killed_preparation_extraction_and_evaluation_go_on(faces, tmp_path):
 
 
 def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(cfg):
-    assert held(trials.stops(cfg, steps=30), 30)
+    assert held(trials.stops(cfg, steps=10), 10)
 
 
 def test_writes_that_fail_leave_the_old_checkpoint(cfg):
-    assert held(trials.failing_writes(cfg, sizes=20), 20)
+    assert held(trials.failing_writes(cfg, sizes=8), 8)
 
 
 def test_damaged_files_are_refused(cfg):
