@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import build_adaptor, build_backbone
 from benchmarks.timing import EPOCHS, Timed, adaptor_losses, graphs, rates
-from config.config import NETWORKS, Config
+from config.config import Config
+from config.registry import NETWORKS
 from utils.data.columns import Column
 from utils.environment import device_of, versions
 from utils.losses import ElasticArcFace
@@ -208,7 +209,7 @@ def _write(path: Path, kept: dict) -> None:
 
 def report(kept: dict) -> str:
     """Formats the measurements as a Markdown page."""
-    steps = sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))
+    steps = sorted(kept["steps"], key=lambda one: ([*NETWORKS].index(one["network"]), one["batch"]))
     peaks = ", ".join(f"{name} {peak / 1e12:,.1f} TFLOP/s" for name, peak in kept["peaks"].items())
     lines = [
         "# Training steps of the networks",

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config.config import Config
 from utils.distributed.collectives import gathered
 from utils.environment import versions
-from utils.losses import ArcFace, margin_loss
+from utils.losses import ArcFace
 from utils.losses.margin import cos_of_sum
 from utils.losses.sharded import Gathered, columns_of, sharded
 from utils.memory import free_memory
@@ -95,7 +95,7 @@ def built(way: str, classes: int) -> tuple[nn.Parameter, Callable]:
         return header.kernel, header
     header = (sharded(ArcFace) if way == "sharded" else ArcFace)(WIDTH, classes)
     if way == "sharded" or dist.get_world_size() == 1:
-        return header.kernel, lambda *given: margin_loss(header, *given)
+        return header.kernel, header.loss
     wrapped = DistributedDataParallel(header, gradient_as_bucket_view=True)
     return header.kernel, lambda embeddings, label: F.cross_entropy(wrapped(embeddings, label), label)
 

@@ -12,6 +12,7 @@ import sys
 import types
 import typing
 
+from config import registry
 from config.errors import InputError
 from config.readers import READ_BY, SCRIPTS, called, listed, reads, unread
 
@@ -77,15 +78,22 @@ def table(cls: type) -> str:
 
 
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
-    """Per field the title of the section that it opens, if it opens one, and its comment: the text of `--help`."""
+    """Per field the title of the section that it opens, if it opens one, and the text of `--help`.
+
+    The text is the field's comment, in which the name of a table of config/registry.py stands for the names in it.
+    """
     section, found = "", {}
     for line in inspect.getsource(cls).splitlines():
         if title := re.fullmatch(r"    # ([\w ]+)", line):
             section = title[1]
         elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            found[field[1]] = (section, field[2])
+            found[field[1]] = (section, re.sub(r"NETWORKS|(ADA_)?LOSSES", _listed, field[2]))
             section = ""
     return found
+
+
+def _listed(table: re.Match) -> str:
+    return ", ".join(getattr(registry, table[0]))
 
 
 def _reader(field: dataclasses.Field):

@@ -12,8 +12,9 @@ from typing import Any
 
 from config import arguments
 from config.errors import InputError
-from config.published import ADA_MARGINS, MARGINS, MILESTONES, STD_FC, Schedule, scaled_milestones
-from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
+from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
+from config.readers import ADA, CHANGES_NO_NUMBER, reads, script_that_trains
+from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Config:
     has_dropout: bool = False  # the dual-layer adaptor has dropout before its activation (DLDPO)
 
     # Networks
-    network: str = "iresnet34"  # of teachers: iresnet18|34|50|100, mobilefacenet, iresnet_tiny
-    student_network: str = "iresnet34"  # of students: the same choice, independent of the teachers
+    network: str = "iresnet34"  # of teachers: one of NETWORKS (config/registry.py)
+    student_network: str = "iresnet34"  # of students: one of NETWORKS, independent of the teachers
     embedding_size: int = 512  # dimensions of every embedding
     middle_layer_size: int = 512  # dimensions between the two layers of the dual-layer adaptor
 
     # Losses
-    loss: str = "ElasticArcFace"  # of teachers; or ElasticCosFace (both also with +), ArcFace, CosFace, CurricularFace
+    loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
     m: float | None = None  # margin of teachers, adaptors and EAF-KD; None: as published, Arc 0.5, Cos 0.35
     std: float | None = None  # spread of an elastic margin; None: 0.05, ElasticArcFace+ 0.0175, ElasticCosFace+ 0.02
@@ -51,8 +52,8 @@ class Config:
 
     # AdaDistill
     ada_source: str = "adaptor"  # students learn from the adaptor; or from one teacher, the one that `ethnicity` names
-    ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: as student_network
-    ada_loss: str = "AdaArcDistill"  # or AdaCosDistill; ArcDistill, CosDistill: the centres of the source's header stay
+    ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: one of NETWORKS
+    ada_loss: str = "AdaArcDistill"  # one of ADA_LOSSES; ArcDistill, CosDistill: the source's centres, frozen
     ada_weighted: bool = True  # alpha is weighted by how close the centre is to the teacher (Eq. 8; False: Eq. 7)
     ada_m: float | None = None  # margin of AdaDistill; None: as published, 0.45, or 0.35 for the losses with Cos
 
@@ -230,7 +231,7 @@ class Config:
 
     @property
     def ada_method(self) -> str:
-        """The one of ADA_METHODS that `ada_loss` and `ada_weighted` name."""
+        """The one of METHODS that `ada_loss` and `ada_weighted` name."""
         return self.ada_loss if self.ada_weighted or not self.ada_loss.startswith("Ada") else f"{self.ada_loss}-alpha"
 
     @property
@@ -286,8 +287,9 @@ class Config:
         return path(self.source, flipped)
 
     def student_dir(self, method: str) -> Path:
-        """`method` is one of METHODS."""
-        network = self.ada_student_network if method in ADA_METHODS else self.student_network
+        """The run folder of the student that `method` trains, one of METHODS; raises InputError for another."""
+        script = named("method", METHODS, method)
+        network = self.ada_student_network if script == ADA else self.student_network
         return self.network_dir / "students" / network / f"{self.source}-{method}"
 
     @property
@@ -330,13 +332,13 @@ class Config:
 
     def margin(self, kind: str) -> tuple[float, float]:
         """Mean and standard deviation of the header's margin in training `kind`: set, or published for its loss."""
-        if kind in ADA_METHODS:
-            return ADA_MARGINS[self.ada_loss] if self.ada_m is None else self.ada_m, 0.0
-        m, std = MARGINS[self.loss if kind == "teacher" else "ElasticArcFace"]
-        m = m if self.m is None else self.m
-        if std == 0:
+        if script_that_trains(kind) == ADA:
+            return ADA_LOSSES[self.ada_loss].m if self.ada_m is None else self.ada_m, 0.0
+        loss = LOSSES[self.loss if kind == "teacher" else "ElasticArcFace"]
+        m = loss.m if self.m is None else self.m
+        if loss.std == 0:
             return m, 0.0  # the margin of this loss does not vary, whatever `std` is for others
-        std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (std, self.std)
+        std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (loss.std, self.std)
         return m, std if given_std is None else given_std
 
     def in_use(self, kind: str) -> dict[str, Any]:
@@ -349,7 +351,7 @@ class Config:
 
     def described(self, kind: str) -> str:
         """One line with the values that training `kind` uses, those marked that are published since None was set."""
-        parts, has_std = [], kind != "teacher" or MARGINS[self.loss][1] > 0
+        parts, has_std = [], kind != "teacher" or LOSSES[self.loss].std > 0
         for name, value in self.in_use(kind).items():
             if name == "std" and not has_std:
                 parts += [] if self.std is None else [f"std {self.std} is not used, since {self.loss} has none"]
@@ -379,24 +381,8 @@ class Config:
         return found
 
 
-NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet", "iresnet_tiny")
 SETTINGS = ("specialized", "baseline", "standalone", "")  # that of a checkpoint that is named is not known
-ADAPTORS = ("SL", "DuL", "DLDPO")
-ADA_LOSSES = tuple(ADA_MARGINS)
-ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
-METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
-CHOICES = {
-    "network": NETWORKS,
-    "student_network": NETWORKS,
-    "ada_source": ("adaptor", "teacher"),
-    "ada_student_network": NETWORKS,
-    "ada_loss": ADA_LOSSES,
-    "loss": tuple(MARGINS),
-    "device": ("cpu", "cuda"),
-    "precision": ("fp32", "tf32", "bf16"),
-    "weights": ("best", "last"),
-}
 # Order in which an adaptor reads its teachers (paper 4.3), and in which the groups have the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
 ASSIGNED_ORDER = ("African", "Asian", "Caucasian", "Indian")

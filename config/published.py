@@ -1,23 +1,9 @@
-"""What None stands for in a setting: schedules and margins as published."""
+"""What None stands for in a setting: schedules as published. Margins are in config/registry.py."""
 
 from dataclasses import dataclass
 
 MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25), 60: (40, 48, 52)}
 """By number of epochs: MST-KD's teachers (paper 4.6), its students and adaptors, AdaDistill on CASIA-WebFace."""
-
-MARGINS = {
-    "ElasticArcFace": (0.50, 0.05),
-    "ElasticArcFace+": (0.50, 0.0175),
-    "ElasticCosFace": (0.35, 0.05),
-    "ElasticCosFace+": (0.35, 0.02),
-    "ArcFace": (0.50, 0.0),
-    "CosFace": (0.35, 0.0),
-    "CurricularFace": (0.50, 0.0),
-}
-"""By loss, mean and standard deviation of its margin, from MST-KD (paper 4.2) and ElasticFace's configuration."""
-
-ADA_MARGINS = {"AdaArcDistill": 0.45, "AdaCosDistill": 0.35, "ArcDistill": 0.45, "CosDistill": 0.35}
-"""Margins of AdaDistill's losses, from its ablation; those of the two with frozen centres are not stated."""
 
 STD_FC = 0.0125
 """Standard deviation of the margin in the adaptors' header: the released code's default; the paper names 0.05 only."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from config.published import ADA_MARGINS
+from config.registry import ADAPTORS, METHODS
 
 SPLIT, TRAIN, EXTRACT = "baseline_data_split.py", "train.py", "extract_all.py"
 SL, DUAL = "fc_EArc.py", "dual_layer_EAF-Fusion.py"
@@ -58,12 +58,10 @@ CHANGES_NO_NUMBER = {
 }
 """Settings that a run may change when it is resumed. Every other one that its script reads takes part in the check."""
 
-_TRAINED_BY = {"teacher": TRAIN, "SL": SL, "DuL": DUAL, "DLDPO": DUAL, "a-KD": A_KD, "EAF-KD": EAF_KD}
-
 
 def script_that_trains(kind: str) -> str:
     """The script that trains a teacher, an adaptor or a student by this method; "" for a kind that is none of ours."""
-    return ADA if kind.removesuffix("-alpha") in ADA_MARGINS else _TRAINED_BY.get(kind, "")
+    return ({"teacher": TRAIN} | ADAPTORS | METHODS).get(kind, "")
 
 
 def reads(script: str, setting: str) -> bool:

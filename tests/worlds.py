@@ -21,7 +21,7 @@ from utils.data.faces import Faces
 from utils.distributed import collectives, launch
 from utils.distributed.world import rank, world_size
 from utils.errors import InputError
-from utils.losses import AdaDistill, ArcDistill, build_header, margin_loss, spread
+from utils.losses import AdaDistill, build_header
 from utils.process import Interrupted, guarded, setup
 from utils.training.engine import fit, infer
 from utils.training.extract import Output, embed_all
@@ -149,14 +149,15 @@ def train(
     """
     setup(cfg)
     faces, network = Faces(cfg, flip=True), network()
-    shape, calls = (16, faces.num_classes), []
+    calls: list[torch.Tensor] = []
+    given = replace(cfg, header_sharding=sharding, s=8.0)
     if kind == "AdaDistill":
-        header = spread(AdaDistill, sharding)(*shape, s=8.0)
+        header = build_header("AdaArcDistill", faces.num_classes, given, "AdaArcDistill")
     elif kind == "ArcDistill":
-        header = spread(ArcDistill, sharding)(*shape, s=8.0)
-        header.set_centres(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        header = build_header("ArcDistill", faces.num_classes, given, "ArcDistill")
+        header.set_centres(torch.randn(16, faces.num_classes, generator=torch.Generator().manual_seed(1)))
     else:
-        header = build_header(kind, *shape, 8.0, 0.2, 0.05, sharding)
+        header = build_header(kind, faces.num_classes, replace(given, loss=kind, m=0.2, std=0.05), "teacher")
 
     def losses(image, label):
         calls.append(label)
@@ -165,7 +166,7 @@ def train(
         embedding = F.normalize(network(image))
         teacher = F.normalize(image.flatten(1)[:, :16])
         teachers = [teacher] if isinstance(header, AdaDistill) else []
-        margin = spoil(len(calls)) * margin_loss(header, embedding, *teachers, label)
+        margin = spoil(len(calls)) * header.loss(embedding, *teachers, label)
         loss = {"margin": margin, "kd": F.mse_loss(embedding, teacher)}
         return loss | ({"alpha": header.alpha} if kind == "AdaDistill" else {})
 

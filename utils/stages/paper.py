@@ -4,8 +4,9 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config.config import ADAPTORS, Config
+from config.config import Config
 from config.readers import reads, script_that_trains
+from config.registry import ADAPTORS
 
 FIXED = (
     "ethnicity",

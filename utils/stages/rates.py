@@ -19,7 +19,7 @@ from config.config import Config
 from utils.data.columns import Batch, Column
 from utils.data.faces import Faces
 from utils.environment import device_of
-from utils.losses import ElasticArcFace, margin_loss
+from utils.losses import ElasticArcFace
 from utils.process import setup
 from utils.training.engine import fit, infer
 
@@ -130,7 +130,7 @@ def _training(network: str, cfg: Config, classes: int) -> float:
     backbone, header = build_backbone(network, cfg.embedding_size), ElasticArcFace(cfg.embedding_size, classes)
 
     def losses(image, label):
-        return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
+        return {"margin": header.loss(F.normalize(backbone(image)), label)}
 
     return _rate_of_fit(losses, "teacher", {"image": images}, cfg, classes, backbone, header)
 
@@ -141,7 +141,7 @@ def _adaptor(cfg: Config, classes: int) -> float:
     rows = np.random.default_rng(0).normal(size=(cfg.batch_size, width)).astype(np.float32)
 
     def losses(embedding, label):
-        return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
+        return {"eaf": header.loss(F.normalize(adaptor(embedding)), label)}
 
     return _rate_of_fit(losses, "SL", {"embedding": rows}, cfg, classes, adaptor, header)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config.config import Config
+from config.registry import LOSSES
 from tests.make_golden import LABEL, MARGINS, S, inputs
 from utils import losses
 from utils.errors import InputError
@@ -177,10 +179,18 @@ def test_curricular_target_falls_linearly_beyond_pi_minus_m():
 
 
 def test_headers_are_built_by_the_name_of_the_setting():
-    header = build_header("ElasticCosFace+", 8, 3, s=30.0, m=0.2, std=0.02)
+    cfg = Config(loss="ElasticCosFace+", embedding_size=8, s=30.0, m=0.2)
+    header = build_header(cfg.loss, 3, cfg, "teacher")
     assert isinstance(header, losses.ElasticCosFace)
     assert (header.s, header.m, header.std, header.plus) == (30.0, 0.2, 0.02, True)
-    assert isinstance(build_header("CurricularFace", 8, 3, 30.0, 0.2, 0.0), losses.CurricularFace)
-    for name in ("ArcFace+", "SphereFace"):
-        with pytest.raises(InputError, match=r"loss = .* must be one of"):
-            build_header(name, 8, 3, 30.0, 0.2, 0.0)
+    assert header.kernel.shape == (8, 3)
+    with pytest.raises(InputError, match=r"no loss 'ArcFace\+': choose ElasticArcFace, .*config/registry.py"):
+        build_header("ArcFace+", 3, cfg, "teacher")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_in_the_registry_trains_with_its_own_margin(name):
+    header = build_header(name, 3, Config(loss=name, embedding_size=8), "teacher")
+    assert header.m == LOSSES[name].m and getattr(header, "std", 0.0) == LOSSES[name].std
+    header.loss(torch.eye(8)[:3], torch.arange(3)).backward()
+    assert header.kernel.grad.abs().sum() > 0

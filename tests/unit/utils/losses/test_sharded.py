@@ -28,7 +28,6 @@ from utils.losses import (
     CurricularFace,
     ElasticArcFace,
     ElasticCosFace,
-    margin_loss,
 )
 from utils.losses.sharded import ShardedHeader, columns_of, sharded
 
@@ -94,7 +93,7 @@ class Training:
         student, *others = (one.chunk(ranks)[rank] for one in batch)
         student = student.clone().requires_grad_()
         torch.manual_seed(seed)
-        loss = margin_loss(self.header, student, *others)
+        loss = self.header.loss(student, *others)
         loss.backward()
         found = {"loss": loss.detach(), "gradient": student.grad / ranks}
         if self.optimizer:
@@ -173,7 +172,7 @@ def gradient_of_backbone(wrap: Callable, header: nn.Module) -> torch.Tensor:
     layer = nn.Linear(WIDTH, WIDTH).double()
     backbone = wrap(layer)
     embedding = F.normalize(backbone(image))
-    (margin_loss(header, embedding, label) + F.mse_loss(embedding, target)).backward()
+    (header.loss(embedding, label) + F.mse_loss(embedding, target)).backward()
     return layer.weight.grad
 
 
@@ -208,14 +207,14 @@ def widest() -> tuple[int, torch.Size]:
     rank, ranks = place(header)
     embeddings, label = (one.chunk(ranks)[rank] for one in next(batches("", 100, torch.float32)))
     with Widths() as widths:
-        margin_loss(header, embeddings.requires_grad_(), label).backward()
+        header.loss(embeddings.requires_grad_(), label).backward()
     return max(widths.seen), header.kernel.shape
 
 
 def unknown() -> torch.Tensor:
     """The loss with a label that there is no class for."""
     header = build("ArcFace", CLASSES, torch.float32, sharded)
-    return margin_loss(header, torch.ones(2, WIDTH), torch.tensor([0, CLASSES])).detach()
+    return header.loss(torch.ones(2, WIDTH), torch.tensor([0, CLASSES])).detach()
 
 
 def refused() -> str:
@@ -321,4 +320,4 @@ def test_classes_are_dealt_without_gap(monkeypatch):
 def test_a_dense_header_gets_the_mean_cross_entropy():
     header, label = CosFace(WIDTH, CLASSES), torch.tensor([3, 1])
     embeddings = torch.randn(2, WIDTH)
-    assert torch.equal(margin_loss(header, embeddings, label), F.cross_entropy(header(embeddings, label), label))
+    assert torch.equal(header.loss(embeddings, label), F.cross_entropy(header(embeddings, label), label))
