@@ -13,7 +13,7 @@ from typing import Any
 from config import arguments
 from config.errors import InputError
 from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
-from config.readers import ADA, CHANGES_NO_NUMBER, reads, script_that_trains
+from config.readers import ADA, CHANGES_NO_NUMBER, EAF_KD, SCRIPTS, reads, script_that_trains
 from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
 
 
@@ -347,7 +347,9 @@ class Config:
         values = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
-        return {name: value for name, value in values.items() if reads(script_that_trains(kind), name)}
+        script = script_that_trains(kind)
+        script = script if script in SCRIPTS else EAF_KD  # a method of one's own has the settings of a student
+        return {name: value for name, value in values.items() if reads(script, name)}
 
     def described(self, kind: str) -> str:
         """One line with the values that training `kind` uses, those marked that are published since None was set."""

@@ -67,7 +67,8 @@ def test_the_method_trains_a_student_that_the_evaluation_finds(tree, trained, tm
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
     given = [*given, "--output", str(output), "--num_epoch", "1"]
-    _run(tree, "KD_relations.py", given)
+    assert "In use for Relations: num_epoch 1, milestones none" in (said := _run(tree, "KD_relations.py", given))
+    assert "ada_m" not in said
     student = output / "specialized" / "iresnet_tiny" / "students" / "iresnet_tiny" / "SL-Relations"
     alone = tmp_path / "alone"
     shutil.copytree(student, alone / student.relative_to(output))
