@@ -94,16 +94,17 @@ CHOICES = {
 
 
 def named(kind: str, names: Mapping[str, Any], name: str) -> Any:
-    """The entry `name` of NETWORKS, LOSSES, ADAPTORS or METHODS; raises InputError that lists the names."""
+    """Returns the entry `name` of a table above. Raises InputError that lists the names if there is none."""
     if name not in names:
         raise InputError(f"There is no {kind} {name!r}: choose {', '.join(names)}, or add it to config/registry.py.")
     return names[name]
 
 
 def build(entry: Network | Loss, *inputs: Any, **options: Any) -> Any:
-    """An instance of the entry's class; `options` take precedence over the entry's."""
+    """Builds an instance of the entry's class. `options` take precedence over those of the entry."""
     return class_of(entry)(*inputs, **{**entry.options, **options})
 
 
 def class_of(entry: Network | Loss) -> type:
+    """Imports the class of an entry."""
     return resolve_name(entry.module)
