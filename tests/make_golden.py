@@ -93,7 +93,7 @@ STEP_LABELS = ([2, 0, 2, 5], [1, 1, 1, 1], [5, 2, 0, 3])
 
 
 def steps_inputs() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns three batches (4, 5) each of student and teacher embeddings; the cosine of their third samples is negative."""
+    """Returns three batches (4, 5) of student and of teacher embeddings; the third samples' cosine is negative."""
     student = [
         np.array([[math.sin(1.3 * i + 0.7 * j + 2 * k + 1) for j in range(DIMENSIONS)] for i in range(BATCH)])
         for k in range(3)
