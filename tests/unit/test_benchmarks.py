@@ -1,4 +1,4 @@
-"""The commands that measure, on networks and numbers that are small; what they measure is not asserted."""
+"""The benchmarks, on small networks and few images; the measured rates are not asserted."""
 
 import json
 from contextlib import nullcontext
@@ -25,15 +25,15 @@ def small(monkeypatch, tmp_path):
     networks._operations.cache_clear()
 
 
-def test_operations_are_those_of_the_products(small, monkeypatch):
-    """Two for each multiplication, three times: forwards, and backwards to the input and to the weights."""
+def test_operations_equal_the_formula_of_a_linear_layer(small, monkeypatch):
+    """Two operations for each multiplication, three times: forward, and backward to the input and to the weights."""
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 512))
     monkeypatch.setattr(networks, "build_backbone", {"plain": plain}.get)
     # The image needs no gradient.
     assert networks._operations("plain") == 2 * 2 * 3 * 112 * 112 * 512 + 3 * 2 * 512 * 20
 
 
-def test_hours_are_those_of_the_papers_epochs():
+def test_hours_count_the_papers_epochs():
     million = 1_248_932 / 3600
     assert networks.hours(1.0, 1e12, 1e12) == pytest.approx(208 * million)
     assert networks.hours(1e12, 1.0, 1e12) == pytest.approx(4 * million)
@@ -48,7 +48,7 @@ def test_networks_and_adaptor_are_measured(small):
     assert networks.measure_extraction("iresnet_tiny", 8) > 0
 
 
-def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
+def test_results_are_written_and_not_measured_again(small, monkeypatch, capsys):
     measured = []
 
     def measure(network, batch, precision, compiled, seen):
@@ -65,7 +65,9 @@ def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
     assert "was not compiled" in capsys.readouterr().out
     networks.measure_all(["iresnet34", "iresnet100"], results=small)
     tried = ("iresnet34", "mobilefacenet", "iresnet100")
-    assert measured == [(name, compiled) for name in tried for compiled in (False, True)]  # none of them twice
+    assert measured == [
+        (name, compiled) for name in tried for compiled in (False, True)
+    ]  # none of them is measured twice
     page = next(small.glob("*.md")).read_text()
     assert page.count("| iresnet34 | 8 | fp32 | no | 10,000.0 | 50.0% | 3.0 |") == 1
     assert page.count(f"| 8 | fp32 | yes | {networks.hours(10_000.0, 20_000.0, 1e6):.1f} |") == 1
@@ -77,7 +79,7 @@ def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
     assert "there is no network resnet34: name some of iresnet18," in capsys.readouterr().err
 
 
-def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
+def test_distillation_is_measured_with_stored_embeddings_and_with_a_teacher_on_every_batch(tmp_path):
     found = distillation.measure(8, 4, tmp_path, teacher="iresnet_tiny", classes=20)
     step, once = found["student's step, teacher read"], found["both views embedded once"]
     assert found["ours, 26 epochs"] == pytest.approx(26 / (26 / step + 1 / once))
@@ -88,7 +90,7 @@ def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
 
 
 def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
-    """What a rank gets from each way for the same kernel: the loss of the whole batch and its samples' gradient."""
+    """Saves, for each kind of header with the same kernel, the loss of the whole batch and the gradient of a rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     random, found = torch.Generator().manual_seed(0), {}
     whole, batch = (torch.randn(*shape, generator=random) for shape in ((sharding.WIDTH, 20), (6, sharding.WIDTH)))
@@ -97,7 +99,7 @@ def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
         kernel, loss = sharding.built(way, 20)
         own = slice(0, 20) if way == "dense" else slice(10 * rank, 10 * rank + 10)
         with torch.no_grad():
-            kernel[:, : own.stop - own.start] = whole[:, own]  # sharded has one more
+            kernel[:, : own.stop - own.start] = whole[:, own]  # the sharded kernel has one more column
         embeddings = batch.chunk(ranks)[rank].clone().requires_grad_()
         with loss_parallel() if way == "loss_parallel" else nullcontext():
             mean = loss(embeddings, label)
@@ -111,7 +113,7 @@ def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
+def test_the_compared_headers_give_equal_loss_and_gradients(tmp_path):
     mp.set_forkserver_preload([__name__])
     mp.start_processes(losses_of_ways, (2, tmp_path), 2, start_method="forkserver")
     for rank in range(2):
@@ -121,7 +123,7 @@ def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
             assert torch.allclose(found[way][1], found["dense"][1], atol=1e-6)
 
 
-def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
+def test_the_compared_headers_are_written_as_a_table(tmp_path, monkeypatch):
     seconds = {"sharded": 0.2, "dense": 0.3, "loss_parallel": None}
 
     def measure(way, *form):
@@ -137,7 +139,7 @@ def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "sharding_cpu.json").read_text())["rows"]) == 3
 
 
-def test_what_does_not_fit_is_computed():
+def test_the_memory_of_headers_that_do_not_fit_is_computed():
     kernel = 4 * 512 * 10**9
     for way, copies in (("sharded", 3), ("dense", 4)):
         row = sharding.measure(way, 2 * 10**9 if way == "sharded" else 10**9, 2, 1)
@@ -145,7 +147,7 @@ def test_what_does_not_fit_is_computed():
         assert copies * kernel < row["computed"] < 1.02 * copies * kernel
 
 
-def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
+def test_generated_records_equal_those_of_write_records(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "EACH", 2)
     for name in ("ours", "plain"):
         (tmp_path / name).mkdir()
@@ -160,7 +162,7 @@ def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
     assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
 
 
-def test_the_demo_over_seeds_has_means_spreads_and_claims():
+def test_the_demo_over_seeds_has_means_deviations_and_claims():
     groups = demo_seeds.GROUPS
     models = [("adaptor", "SL"), *((method, "SL iresnet_tiny") for method in ("a-KD", "EAF-KD", "AdaArcDistill"))]
     teachers = {("teacher", name): [90.0 if name == group else 50.0 for group in groups] for name in groups}

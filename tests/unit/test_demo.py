@@ -1,4 +1,4 @@
-"""The demo calls scripts and settings that exist, and the report over seeds computes what it says."""
+"""The stages and settings of the demo, and the numbers of the report over seeds."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from config.config import Config
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_stage_is_called_with_settings_that_exist():
+def test_every_stage_has_a_script_and_the_settings_of_the_demo():
     stages = demo.stages(Path("demo-7"), seed=7)
     scripts = [stage.script for stage in stages]
     assert scripts[:3] == ["baseline_data_split.py", "train.py", "extract_all.py"]
@@ -29,7 +29,7 @@ def test_every_stage_is_called_with_settings_that_exist():
     assert tuple(demo.GROUPS) == Config().ethnicities
 
 
-def test_the_report_over_seeds():
+def test_the_report_over_seeds_has_means_deviations_and_differences():
     def table(gain):
         teachers = {("teacher", group): [50.0] * 4 for group in GROUPS}
         for i, group in enumerate(GROUPS):

@@ -1,4 +1,4 @@
-"""The changes of docs/extending.md: they apply to this tree, and what they add trains and is evaluated."""
+"""The diffs of docs/extending.md: they apply to this tree, and their network, loss, method and data set work."""
 
 import csv
 import os
@@ -19,7 +19,7 @@ DIFFS = {title: re.search(rf"## Add a {title}\n.*?```diff\n(.*?)```", PAGE, re.D
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the code with all four changes."""
+    """Returns a copy of the code with all four diffs applied."""
     folder = tmp_path_factory.mktemp("extended") / "code"
     folder.mkdir()
     for name in ("config", "backbones", "utils", "eval"):
@@ -32,7 +32,7 @@ def tree(tmp_path_factory) -> Path:
 
 
 def _apply(folder: Path, diff: str, *options: str) -> None:
-    """`git apply`, in a folder that belongs to no repository."""
+    """Runs `git apply` in a folder outside any repository."""
     command = ["git", "apply", "--unidiff-zero", *options]
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, input=diff, text=True, capture_output=True)
