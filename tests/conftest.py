@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -33,6 +35,17 @@ def put(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+def full_disk(*_) -> None:
+    """Stands in for a function that writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_at(ending: str) -> Callable:
+    """Stands in for os.replace, for which the disk is full where the target ends so."""
+    plain = os.replace
+    return lambda source, target: (full_disk if str(target).endswith(ending) else plain)(source, target)
 
 
 def write_images(data: Path, counts: dict[str, dict[str, int]]) -> None:

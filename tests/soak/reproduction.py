@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import reproduce
-from config.config import ADAPTORS, Config
+from config.config import Config
+from config.registry import ADAPTORS
 from tests.soak.trials import ROOT, Result
 from utils.data.synthetic import generate
 from utils.process import guarded

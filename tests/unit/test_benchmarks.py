@@ -10,8 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import demo_seeds, distillation, networks, records, sharding
+from benchmarks import distillation, networks, records, sharding, steps
+from config.config import Config
 from utils.data.recordio import write_records
+from utils.stages import rates
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -40,18 +47,16 @@ def test_hours_count_the_papers_epochs():
     assert networks.hours(1e12, 1e12, 1.0) == pytest.approx(78 * million)
 
 
-def test_networks_and_adaptor_are_measured(small):
-    plain = networks.measure("iresnet_tiny", 4, "fp32", False, 16)
+def test_a_network_is_measured(small):
+    plain = networks.measure("iresnet_tiny", 4, "fp32", False)
     assert plain.rate > 0
     assert plain.operations == plain.rate * networks._operations("iresnet_tiny")
-    assert networks.measure_adaptor(4) > 0
-    assert networks.measure_extraction("iresnet_tiny", 8) > 0
 
 
 def test_results_are_written_and_not_measured_again(small, monkeypatch, capsys):
     measured = []
 
-    def measure(network, batch, precision, compiled, seen):
+    def measure(network, batch, precision, compiled):
         measured.append((network, compiled))
         if network == "mobilefacenet" and compiled:
             raise RuntimeError("mobilefacenet was not compiled.")
@@ -59,8 +64,7 @@ def test_results_are_written_and_not_measured_again(small, monkeypatch, capsys):
         return networks.Measured(network, batch, precision, compiled, 10_000.0 * fits, 5e11 * fits, 3.0 * fits)
 
     monkeypatch.setattr(networks, "measure", measure)
-    monkeypatch.setattr(networks, "measure_adaptor", lambda _: 1e6)
-    monkeypatch.setattr(networks, "measure_extraction", lambda *_: 20_000.0)
+    monkeypatch.setattr(networks, "measure_others", lambda: {"adaptor": 1e6, "extraction": 20_000.0})
     networks.measure_all(["iresnet34", "mobilefacenet"], results=small)
     assert "was not compiled" in capsys.readouterr().out
     networks.measure_all(["iresnet34", "iresnet100"], results=small)
@@ -87,6 +91,12 @@ def test_distillation_is_measured_with_stored_embeddings_and_with_a_teacher_on_e
     assert "Over 26 epochs ours is 3.0 times as fast; 75% of the student's step alone." in distillation.report(
         {"teacher on every batch": 2.0, "student's step, teacher read": 8.0, "ours, 26 epochs": 6.0}, ""
     )
+
+
+def test_a_step_is_measured_in_every_way(tmp_path):
+    step = steps.Step("EAF-KD", "iresnet_tiny", 2, has_target=True)
+    cfg = Config(device="cpu", output=str(tmp_path))
+    assert min(step.plain(), step.ours(cfg), step.bare()) > 0
 
 
 def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
@@ -160,15 +170,3 @@ def test_generated_records_equal_those_of_write_records(tmp_path, monkeypatch):
     row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
     page = records.report({"versions": {}, "images": 5, "steps": [row]})
     assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
-
-
-def test_the_demo_over_seeds_has_means_deviations_and_claims():
-    groups = demo_seeds.GROUPS
-    models = [("adaptor", "SL"), *((method, "SL iresnet_tiny") for method in ("a-KD", "EAF-KD", "AdaArcDistill"))]
-    teachers = {("teacher", name): [90.0 if name == group else 50.0 for group in groups] for name in groups}
-    tables = [teachers | {key: [70.0, 72.0, 74.0, 76.0 + shift] for key in models} for shift in (0.0, 3.0, 6.0)]
-    page = demo_seeds.report([tables[0]] * 3)
-    # STD has ddof 1: the sample variance is 20 / 3 here, and that of each teacher 400.
-    assert "| 73.00 ± 0.00 | 2.58 ± 0.00 | 1.25 ± 0.00 |" in page
-    assert "| 0 | +40.00 | +13.00 | +17.42 | +0.00 |" in page
-    assert "| 79.00 ± 3.00 | 73.75 ± 0.75 |" in demo_seeds.report(tables)

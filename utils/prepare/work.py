@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import math
 import multiprocessing
@@ -97,7 +98,7 @@ def in_processes(
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
             stack.callback(pool.shutdown, cancel_futures=True)
-            lists = map_ahead(pool, _Each(function), _batches(items), 4 * processes)
+            lists = map_ahead(pool, functools.partial(_map, function), _batches(items), 4 * processes)
             results = chain.from_iterable(lists)
         try:
             for result in results:
@@ -115,14 +116,8 @@ def _batches(items: Iterable) -> Iterator[tuple]:
         yield batch
 
 
-class _Each:
-    """Maps a function over a batch of items; a class, since a closure cannot be pickled."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, items: tuple) -> list:
-        return [self.function(item) for item in items]
+def _map(function: Callable[[Item], Result], items: tuple[Item, ...]) -> list[Result]:
+    return [function(item) for item in items]
 
 
 def _initialize() -> None:

@@ -1,7 +1,5 @@
 """Verification sets: all variants of .bin files, and the cache of their decoded images."""
 
-import errno
-import os
 import pickle
 import struct
 import tracemalloc
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import encode, noise, write_pairs
+from tests.conftest import encode, full_disk, noise, write_pairs
 from utils.data import store
 from utils.data.pairs import Pairs, _DType, _latin1, load_bin, load_pairs
 from utils.errors import InputError
@@ -188,10 +186,7 @@ def test_pairs_are_kept_in_memory_if_the_disk_is_full(tmp_path, monkeypatch, cap
     said = f"could not be written (File exists). The images of {path} are decoded into memory instead, each time."
     assert said in capsys.readouterr().out
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("utils.storage.arrays._take_room", full)
+    monkeypatch.setattr("utils.storage.arrays._take_room", full_disk)
     pairs = load_bin(path, tmp_path / "full")
     assert "(No space left on device). The images" in capsys.readouterr().out
     assert np.array_equal(pairs.images, load_bin(path).images)

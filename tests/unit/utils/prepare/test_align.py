@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import errno
 import io
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import encode, noise, put
+from tests.conftest import encode, full_disk_at, noise, put
 from utils.data import image_formats, images
 from utils.data.align import TEMPLATE, align
 from utils.errors import InputError, NotWritten
@@ -600,18 +599,12 @@ def test_bad_arguments_are_refused_before_work_starts(tmp_path):
 def test_a_full_disk_ends_the_command_and_keeps_finished_faces(tmp_path, monkeypatch, capsys):
     for k in range(3):
         put(tmp_path / "in" / f"{k}.jpg", encode(picture(k)))
-    marks, plain_replace = listed(tmp_path, "0.jpg", "1.jpg", "2.jpg"), os.replace
-
-    def full(source, target):
-        if str(target).endswith("1.jpg"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain_replace(source, target)
-
+    marks = listed(tmp_path, "0.jpg", "1.jpg", "2.jpg")
     with (
         monkeypatch.context() as patch,
         pytest.raises(NotWritten, match=r"1\.jpg could not be written \(No space left"),
     ):
-        patch.setattr(os, "replace", full)
+        patch.setattr(os, "replace", full_disk_at("1.jpg"))
         command(tmp_path, *marks)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "align.json"]
     assert command(tmp_path, *marks) == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -25,7 +26,7 @@ from utils.data.recordio import write_records
 from utils.data.synthetic import MARKER
 from utils.errors import InputError
 from utils.prepare import inspect, likeness, rec, report
-from utils.prepare.contents import Source, _Digester, _Looker, form_of
+from utils.prepare.contents import Source, _digest, _look, form_of
 from utils.prepare.likeness import fingerprint, near
 from utils.prepare.placement import place
 from utils.prepare.releases import RELEASES, compare, verdict
@@ -537,7 +538,7 @@ def test_empty_arrays_have_no_near_fingerprints():
 
 def test_arguments_of_processes_can_be_pickled(tree):
     source = Source(str(tree), False)
-    for function in (_Looker(source), _Digester(source)):
+    for function in (partial(_look, source), partial(_digest, source)):
         again = pickle.loads(pickle.dumps(function))
         assert again("African/m.1/0.jpg") == function("African/m.1/0.jpg")
 

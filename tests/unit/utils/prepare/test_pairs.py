@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import errno
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import encode, noise
+from tests.conftest import encode, full_disk, noise
 from tests.soak.trials import gadgets
 from tests.unit.utils.data.test_pairs import python2_pickle
 from utils.data.pairs import load_bin
@@ -551,10 +550,6 @@ def test_a_damaged_bin_is_refused(tmp_path):
 
 
 # Full disks and kills -------------------------------------------------------------------------------------------------
-
-
-def full_disk(*_) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_the_set_as_it_was(faces, monkeypatch):

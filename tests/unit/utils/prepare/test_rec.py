@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import errno
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from config.config import Config
-from tests.conftest import encode, noise, write_images
+from tests.conftest import encode, full_disk, full_disk_at, noise, write_images
 from utils.data.index import scan
 from utils.data.recordio import MAGIC_BYTES, image_of, read_index, write_records
 from utils.data.store import ImageStore
@@ -186,10 +185,7 @@ def test_bad_arguments_for_packing_are_refused(tree, packed, tmp_path):
 
 
 def test_a_full_disk_leaves_no_records(tree, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("utils.data.recordio._record", full)
+    monkeypatch.setattr("utils.data.recordio._record", full_disk)
     with pytest.raises(NotWritten, match=r"train.rec could not be written \(No space left"):
         run("--folder", tree, "--ethnicities", "African", "--output", tmp_path / "rec")
     assert [*contents(tmp_path / "rec")] == ["identities.txt"]
@@ -336,18 +332,11 @@ def test_a_folder_is_not_resumed_with_other_records(tree, packed, tmp_path, monk
 
 
 def test_a_full_disk_is_reported_with_the_file(packed, tmp_path, monkeypatch):
-    replaced = os.replace
-
-    def full(source, target):
-        if str(target).endswith("00000000/00000002.jpg"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replaced(source, target)
-
     with (
         monkeypatch.context() as patch,
         pytest.raises(NotWritten, match=r"2.jpg could not be written \(No space left"),
     ):
-        patch.setattr(rec.os, "replace", full)
+        patch.setattr(rec.os, "replace", full_disk_at("00000000/00000002.jpg"))
         run("--rec", packed, "--output", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     run("--rec", packed, "--output", tmp_path / "back")

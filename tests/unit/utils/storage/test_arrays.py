@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.conftest import full_disk
 from tests.runs import ROOT
 from utils.errors import Damaged, InputError, NotWritten
 from utils.storage.arrays import Filling, about, outdated, provide, read, sidecar, write
@@ -70,10 +71,7 @@ def test_a_block_can_be_written_in_one_call(path, tmp_path, pwrite, monkeypatch)
 
 
 def test_a_block_on_a_full_disk_is_reported(path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full, raising=False)
+    monkeypatch.setattr(os, "pwrite", full_disk, raising=False)
     with (
         pytest.raises(NotWritten, match=r"x\.npy could not be written \(No space left"),
         Filling(path, *FORM, ORIGIN, 4) as f,
@@ -227,10 +225,7 @@ def test_only_damaged_blocks_are_filled_again(path, offset):
 
 
 def test_a_full_disk_is_reported_and_leaves_no_file(path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
     with pytest.raises(InputError, match=r"x.npy could not be written \(No space left on device\)"):
         write(path, VALUES, ORIGIN)
     assert names(path) == []
