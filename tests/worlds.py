@@ -74,8 +74,8 @@ def run_with_kills(plan: str, *given: str) -> None:
     run_script("train.py", [*given])
 
 
-def run_while_one_waits(*given: str) -> None:
-    """Runs train.py. Rank 1 is killed before the third step; rank 0 handles no signal, as if it waited for a GPU."""
+def run_while_one_waits(seconds: str, *given: str) -> None:
+    """Runs train.py. Before step 3 rank 1 is killed, and rank 0 handles no signal, as if it waited for a GPU."""
     take, taken = Progress._take_step, []
 
     def take_wait_or_die(self, *values):
@@ -83,7 +83,7 @@ def run_while_one_waits(*given: str) -> None:
         if len(taken) == 3:
             if rank():
                 os.kill(os.getpid(), signal.SIGKILL)
-            until = time.monotonic() + 60
+            until = time.monotonic() + float(seconds)
             while time.monotonic() < until:
                 time.sleep(0.1)
         take(self, *values)
