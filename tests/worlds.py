@@ -18,7 +18,7 @@ from config.config import Config
 from tests.runs import FEATURES, run_script
 from utils.data.columns import Column
 from utils.data.faces import Faces
-from utils.distributed import collectives, launch
+from utils.distributed import collectives
 from utils.distributed.world import rank, world_size
 from utils.errors import InputError
 from utils.losses import AdaDistill, build_header
@@ -74,8 +74,8 @@ def run_with_kills(plan: str, *given: str) -> None:
     run_script("train.py", [*given])
 
 
-def run_while_one_waits(*given: str) -> None:
-    """Runs train.py; rank 1 is killed before the third step, while rank 0 sleeps and does not communicate."""
+def run_while_one_waits(seconds: str, *given: str) -> None:
+    """Runs train.py. Before step 3 rank 1 is killed, and rank 0 handles no signal, as if it waited for a GPU."""
     take, taken = Progress._take_step, []
 
     def take_wait_or_kill(self, *values):
@@ -83,12 +83,12 @@ def run_while_one_waits(*given: str) -> None:
         if len(taken) == 3:
             if rank():
                 os.kill(os.getpid(), signal.SIGKILL)
-            until = time.monotonic() + 60
+            until = time.monotonic() + float(seconds)
             while time.monotonic() < until:
                 time.sleep(0.1)
         take(self, *values)
 
-    launch.GRACE, Progress._take_step = 0.5, take_wait_or_kill
+    Progress._take_step = take_wait_or_kill
     run_script("train.py", [*given])
 
 

@@ -89,6 +89,11 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
             partial(trials.kills_of_processes, faces, runs=4, kills=6),
         ),
         (
+            "SIGKILL of one of two processes while the other waits as for a GPU, and handles no signal",
+            "torchrun ends it within a minute, and says who died; the checkpoint is whole",
+            partial(trials.kill_while_waiting, faces),
+        ),
+        (
             "SIGTERM, then SIGKILL, of `reproduce.py`: all 31 stages in two slots, 6,000 pairs a group",
             "it ends with a row for every model and all tables; started once more, it skips everything",
             partial(reproduction.kills, at={signal.SIGTERM: 6, signal.SIGKILL: 17}, pairs=6000),

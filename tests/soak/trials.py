@@ -200,6 +200,17 @@ def kills_of_processes(faces: Path, work: Path, runs: int, kills: int, seed: int
     return result
 
 
+def kill_while_waiting(faces: Path, work: Path) -> Result:
+    """train.py on two processes. One is killed while the other handles no signal, as if it waited for a GPU."""
+    result, own = Result(), ("--ethnicity", "Asian", "--checkpoint_minutes", "0", "--global_batch")
+    given = arguments(faces, work / "run", *own)
+    status, text = torchrun(2, "tests.worlds", "waits", "300", *given)
+    told = re.search(r"rank +: 1 .*\n +exitcode +: -9 ", text)
+    epoch = torch.load(Config.from_args(given).teacher_dir("Asian") / "checkpoint.pth", weights_only=True)["epoch"]
+    result.add("" if status == 1 and told and epoch == 0 else text[-500:], "", "")
+    return result
+
+
 def small_blocks() -> None:
     """Uses small blocks, records each one immediately, and saves the index even if the files are recent."""
     import utils.data.index
