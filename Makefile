@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/python demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 soak: .venv/installed
 	$(BIN)/python -m tests.soak
@@ -18,6 +18,7 @@ soak: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
@@ -31,6 +32,6 @@ docs: .venv-docs/installed
 .venv/installed: requirements.txt Makefile
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "pytest>=8" "ruff==0.17.5" \
-		onnx onnxruntime onnxscript safetensors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
+		"pytest>=8" pytest-xdist pytest-randomly "ruff==0.17.5" "mypy==2.4.1" onnx onnxruntime onnxscript safetensors
 	touch $@

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--network", required=True, metavar="NAME", help="architecture of CHECKPOINT, or of its teachers"
     )
-    size = {"type": int, "metavar": "N"}
+    size: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument(
         "--embedding_size", **size, default=Config.embedding_size, help="dimension of the embedding [%(default)s]"
     )

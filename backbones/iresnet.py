@@ -54,6 +54,11 @@ class IResNet(nn.Module):
     the flattened feature map before the last layer (0.4 in the published training of iresnet50, 0 otherwise).
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         blocks: tuple[int, int, int, int],

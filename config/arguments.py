@@ -24,13 +24,14 @@ def parse(cls: type, argv: list[str] | None):
     an impossible value.
     """
     parser, script = _Parser(allow_abbrev=False), called(sys.argv[0])
-    group, comments = parser, _comments(cls)
+    comments = _comments(cls)
+    group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for field in dataclasses.fields(cls):
         section, text = comments.get(field.name, ("", ""))
         if section:
             group = parser.add_argument_group(section)
         kind, _, _ = kind_of(field)
-        switch = {"nargs": "?", "const": True} if kind is bool else {}
+        switch: dict[str, typing.Any] = {"nargs": "?", "const": True} if kind is bool else {}
         is_read = reads(script, field.name)
         elsewhere = "" if is_read else f" (not read by {script}, but by {listed(READ_BY[field.name])})"
         group.add_argument(

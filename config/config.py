@@ -344,7 +344,7 @@ class Config:
     def in_use(self, kind: str) -> dict[str, Any]:
         """Epochs, milestones and margins in use in training `kind`, by setting, with None replaced by its value."""
         schedule, (m, std) = self.schedule(kind), self.margin(kind)
-        values = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
+        values: dict[str, Any] = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
         script = script_that_trains(kind)

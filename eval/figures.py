@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,8 +40,8 @@ def draw_accuracies(
     for i, name in enumerate(sets):
         colour = COLOURS[i % 8]
         axes.hlines(places + heights[i], *intervals[:, i].T, color=colour, linewidth=1.5, alpha=0.6, zorder=2)
-        style = {"color": colour, "marker": MARKERS[i % 8]}
-        axes.plot(values[:, i], places + heights[i], linestyle="none", markersize=6, label=name, zorder=3, **style)
+        place = places + heights[i]
+        axes.plot(values[:, i], place, MARKERS[i % 8], color=colour, markersize=6, label=name, zorder=3)
     axes.set_yticks(places, [model.title for model in models])
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
@@ -77,9 +78,9 @@ def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], 
 def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict[str, int]) -> None:
     places = np.linspace(-0.34, 0.34, 2 * len(pairs)) if len(pairs) > 1 else np.array([-0.1, 0.1])
     for i, (name, count) in enumerate(pairs.items()):
-        style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 6}
-        looks = (("printed", LINES[3], {"markerfacecolor": "white"}), ("here", LINES[0], {}))
-        for k, (which, line, look) in enumerate(looks):
+        style: dict[str, Any] = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 6}
+        looks = (("printed", LINES[3], "white"), ("here", LINES[0], style["color"]))
+        for k, (which, line, face) in enumerate(looks):
             found = [(y, row[k].accuracies[name]) for y, row in enumerate(rows) if name in row[k].accuracies]
             height, value = np.array(found).reshape(-1, 2).T  # a paper may print none of this set
             half = 1.96 * np.sqrt(value * (100 - value) / count)
@@ -87,7 +88,8 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
             axes.hlines(
                 height, value - half, value + half, color=style["color"], linestyle=line, linewidth=1.3, zorder=2
             )
-            axes.plot(value, height, linestyle="none", label=f"{name}, {which}", zorder=3, **style, **look)
+            style |= {"markerfacecolor": face, "label": f"{name}, {which}"}
+            axes.plot(value, height, linestyle="none", zorder=3, **style)
     axes.set_yticks(range(len(rows)), [printed.name for printed, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for boundary in range(1, len(rows)):
@@ -116,8 +118,8 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     for (setting, kind), k in looks.items():
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
         # The ninth look reuses the first colour, with another marker.
-        style = {"color": COLOURS[k % 8], "marker": MARKERS[(k + k // 8) % 8], "linestyle": "none", "markersize": 9}
-        axes.plot(averages[of_look], stds[of_look], label=f"{setting} {kind}".strip(), **style)
+        marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
+        axes.plot(averages[of_look], stds[of_look], marker, color=COLOURS[k % 8], markersize=9, label=label)
     for average, spread, model in zip(averages, stds, models, strict=True):
         name = model.name if len({one.network for one in models}) == 1 else f"{model.network} {model.name}"
         axes.annotate(name, (average, spread), (5, 5), textcoords="offset points", fontsize=8)
@@ -126,7 +128,7 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
     axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside center right", frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     _save(figure, axes, path, note)
 
 
@@ -146,7 +148,7 @@ def draw_curves(
         left.plot(fmr, 1 - fnmr, label=name, **style)
         middle.plot(fmr, fnmr, label=name, **style)
         for k, threshold in enumerate(shared.values()):
-            at = min(np.searchsorted(thresholds, threshold), len(thresholds) - 1)
+            at = min(int(np.searchsorted(thresholds, threshold)), len(thresholds) - 1)
             dot = {"color": COLOURS[i % 8], "marker": MARKERS[k % 8], "markersize": 7}
             left.plot(fmr[at], 1 - fnmr[at], **dot)
             middle.plot(fmr[at], fnmr[at], **dot)

@@ -130,8 +130,8 @@ class Results:
                 if self.of_groups:
                     cells += [Estimate(found.std, *found.std_interval), _excludes_zero(found.std_interval)]
                 rows.append((self.models[one].title, self.models[other].title, *cells))
-        header = ("Model", "minus", "Average", "Sure")
-        header += ("STD", "STD sure") if self.of_groups else ()
+        of_groups = ("STD", "STD sure") if self.of_groups else ()
+        header = ("Model", "minus", "Average", "Sure", *of_groups)
         note = (
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
@@ -142,13 +142,13 @@ class Results:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
         rows = []
         for one, shared in zip(self.models, self.shared, strict=True):
-            threshold = shared[name]
+            threshold, cells = shared[name], list[Cell]()
             if threshold is None:
-                cells = (None,) * (1 + 2 * len(self.same) + len(MEASURES))
+                cells = [None] * (1 + 2 * len(self.same) + len(MEASURES))
             else:
                 found = rates.error_rates(self._groups(one), threshold)
-                cells = (threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values()))
-                cells += tuple(measure(found) for measure in MEASURES.values())
+                cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
+                cells += [measure(found) for measure in MEASURES.values()]
             rows.append((*_names(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
@@ -160,7 +160,7 @@ class Results:
 
     def _impostors(self) -> Table:
         """Returns the FMR between images of every two groups, at the strictest threshold that the pairs resolve."""
-        rows = []
+        rows: list[tuple[Cell, ...]] = []
         for one, shared in zip(self.models, self.shared, strict=True):
             name = next(name for name in (*reversed(FMR), BEST) if shared[name] is not None)
             own = {group: one.distances[group][~labels] for group, labels in self.same.items()}

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,18 @@ from eval.published import mst_kd
 from tests.runs import GROUPS, arguments, run_script
 from utils.data.synthetic import generate
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
+# `nohup make test &` would pass on to all of them that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n` one worker runs all tests of a module, and one all that read the stages of `trained`."""
+    for item in items:
+        is_of_trained = "trained_and_reads" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("trained" if is_of_trained else item.path.stem))
 
 
 def encode(image: np.ndarray, extension: str = ".jpg") -> bytes:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -41,7 +42,7 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
 
     Under torchrun all ranks end, and the first one prints the sentence. With `alone`, torchrun itself is bad input.
     """
-    with contextlib.suppress(AttributeError):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid text
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 
@@ -63,7 +64,7 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
+    rows: Sequence[tuple[Cell, ...]]
     names: int
     notes: tuple[str, ...] = ()
     digits: int = 2  # decimals of a number in Markdown, LaTeX and HTML

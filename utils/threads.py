@@ -2,10 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 
-def map_ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """Yields function(item) for each item in order, computed in `pool` at most `ahead` items ahead of the consumer."""
     pending: deque = deque()
     for item in items:

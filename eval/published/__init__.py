@@ -105,7 +105,7 @@ def _mst_kd_row(cells: dict[str, str], paper: str) -> Row:
     of_model = model.replace("BT-", "quarter") if method == "teacher" else f"{model} {cells['student_network']}"
     key = (setting, network, method, of_model)
     table = f"Table {cells['table']}" if paper == "MST-KD" else cells["table"]
-    return Row(name, paper, table, accuracies, *figures.values(), key=key)
+    return Row(name, paper, table, accuracies, figures["average"], figures["STD"], figures["SER"], key=key)
 
 
 def _adadistill_row(cells: dict[str, str]) -> Row:

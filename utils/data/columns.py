@@ -8,7 +8,7 @@ The parameter names of a loss function are the columns that it reads:
     target     (B, D) float32, the unit-length embedding that a student learns, from an adaptor or one teacher
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -124,7 +124,7 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
     if budget > 0.9 * free:
         print(f"device_cache_gb = {gigabytes:g} is more than is free: {0.9 * free / 1e9:.1f} GB are used.")
         budget = 0.9 * free
-    result = dict(columns)
+    result: dict[str, Column | Cached] = dict(columns)
     for name, column in sorted(columns.items(), key=lambda item: item[1].row_bytes):
         size = column.row_bytes * len(rows)
         if size <= budget:
@@ -140,8 +140,8 @@ def _free_on_gpu(device: torch.device) -> int:
 
 
 def stream(
-    columns: dict[str, Column | Cached], batches: Iterable[Batch], device: torch.device, workers: int = 1
-) -> Iterator[dict[str, torch.Tensor]]:
+    columns: Mapping[str, Column | Cached], batches: Iterable[Batch], device: torch.device, workers: int = 1
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """Yields each batch as {column: tensor on the device}; `workers` threads gather ahead, 0 gathers in this thread.
 
     Images are converted by `to_network`.

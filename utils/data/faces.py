@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Faces:
         label[self.rows] = labels
         self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
         identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
-        self.sources = {"images": self.store.digest, "identities": identities}
+        self.sources: dict[str, Any] = {"images": self.store.digest, "identities": identities}
         if cfg.leave_out:
             self.sources["left out"] = sha256(Path(cfg.leave_out))
         if teacher and cfg.is_teacher_baseline and (group := cfg.group_of(teacher)):

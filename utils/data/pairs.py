@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -115,7 +115,7 @@ def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
         raise InputError(f"{path}: image {k} {error}.") from error
 
 
-def _to_numpy(part: object) -> object:
+def _to_numpy(part: Any) -> Any:
     """Converts an array read by `_Unpickler` to NumPy; returns other objects unchanged."""
     return part.value if isinstance(part, _Array) else part
 
@@ -147,6 +147,8 @@ class _Unpickler(pickle._Unpickler):
     """
 
     dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch}
+    read: Callable[[int], bytes]  # set by the base class, as is the next
+    append: Callable[[Any], None]
 
     def load_bytearray8(self) -> None:
         """Reads a bytearray without allocating its declared size first."""
@@ -189,8 +191,8 @@ class _DType:
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         self.order = order if order in ("<", ">") else "="
 
-    def array(self, data: bytes, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order)).reshape(shape, order=order)
+    def array(self, data: bytes, shape: tuple[int, ...], order: Literal["C", "F"] = "C") -> np.ndarray:
+        return np.frombuffer(data, np.dtype(self.order + self.code)).reshape(shape, order=order)
 
 
 class _Array:

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, TextIO, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ LONGEST = (1 << LENGTH_BITS) - 1  # bytes of a part; also the bit mask of its le
 HEAD = struct.Struct("<IfQQ")  # flag, label, id, id2
 HEAD_AND_LABELS = HEAD.size + 8  # bytes: the head and the first two labels of a vector
 
+Ends = TypeVar("Ends", int, np.ndarray)
 LABEL = np.float32  # the type of labels in a file
 EXACT = 1 << 24  # LABEL represents every integer below this
 DIGITS = 18  # any number of so many digits fits into int64
@@ -143,7 +144,7 @@ def _parts_at(path: Path, data: mmap.mmap, offset: int) -> list[slice]:
         raise _damaged(path, offset, str(error)) from error
 
 
-def _padded(end: int | np.ndarray) -> int | np.ndarray:
+def _padded(end: Ends) -> Ends:
     return end + -end % 4
 
 

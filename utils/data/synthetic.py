@@ -260,23 +260,23 @@ def _occlude(canvas: np.ndarray, random) -> None:
 def _photograph(canvas: np.ndarray, random) -> np.ndarray:
     """Applies pose (a small homography), scales to 112 x 112, then adds directional light, blur and sensor noise."""
     side = SIZE * SCALE
-    centre = np.float32([side / 2, side / 2])
+    centre = np.array([side / 2, side / 2], np.float32)
     angle, zoom = np.radians(random.normal(0, 2.5)), 1 + random.normal(0, 0.02)
-    rotation = zoom * np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    corners = np.float32([[0, 0], [side, 0], [side, side], [0, side]])
+    rotation = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], np.float32)
+    corners = np.array([[0, 0], [side, 0], [side, side], [0, side]], np.float32)
     moved = (corners - centre) @ rotation.T + centre + random.normal(0, SCALE, 2)
     yaw, pitch = random.normal(0, 0.025, 2)
     away = (corners - centre) / (side / 2)
     moved += away * (side / 2) * (yaw * away[:, :1] + pitch * away[:, 1:])
     homography = cv2.getPerspectiveTransform(corners, moved.astype(np.float32))
-    image = cv2.warpPerspective(canvas, homography, (side, side), borderMode=cv2.BORDER_REPLICATE)
-    image = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    large = cv2.warpPerspective(canvas, homography, (side, side), borderMode=cv2.BORDER_REPLICATE)
+    image = cv2.resize(large, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
 
     across, down = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))
     direction = random.normal(0, 0.13, 2)
     gain = random.normal(1.0, 0.12) + direction[0] * across + direction[1] * down
     image *= gain[..., None].astype(np.float32) * random.normal(1, 0.03, 3).astype(np.float32)
     if random.random() < 0.25:
-        image = cv2.GaussianBlur(image, (0, 0), random.uniform(0.5, 1.1))
+        cv2.GaussianBlur(image, (0, 0), random.uniform(0.5, 1.1), image)
     image += random.normal(0, random.uniform(1, 5), image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)

@@ -119,7 +119,7 @@ def own(rows: torch.Tensor) -> torch.Tensor:
     return rows.chunk(world_size())[rank()]
 
 
-def reduced(tensor: torch.Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+def reduced(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
     """Returns the all-reduced tensor, the sum by default. It has the same bits on each rank."""
     if world_size() == 1:
         return tensor
@@ -175,4 +175,6 @@ class _LossModule(nn.Module):
         self.used, self.losses = nn.ModuleList(modules), losses
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.losses(**batch) if batch else {"zero": sum(0 * value.sum() for value in self.parameters())}
+        if batch:
+            return self.losses(**batch)
+        return {"zero": torch.stack([0 * value.sum() for value in self.parameters()]).sum()}

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ def connect() -> None:
     _store = dist.PrefixStore(f"{attempt} {next(_connections)}", store)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        sys.stderr.isatty = lambda: False  # tqdm shows a bar only on a terminal
+        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]  # tqdm shows a bar only on a terminal
 
 
 def _attempt() -> str:
@@ -87,10 +88,14 @@ def join(cfg: Config, device: torch.device) -> None:
     if device.type == "cuda":
         _set_gpu(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        place = {"store": _store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        place: dict[str, Any] = {
+            "store": _store,
+            "rank": int(os.environ["RANK"]),
+            "world_size": int(os.environ["WORLD_SIZE"]),
+        }
         _wait_for_start(**place)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **place)
-        set_cpu_group(dist.new_group(backend="gloo", timeout=CPU_TIMEOUT))
+        set_cpu_group(dist.new_group(backend="gloo", timeout=CPU_TIMEOUT))  # type: ignore[arg-type]
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
 

@@ -24,6 +24,8 @@ class Header(nn.Module):
         """
         return F.cross_entropy(self(*inputs), inputs[-1])
 
+    kernel: torch.Tensor
+
     def of_all(self, values: torch.Tensor) -> torch.Tensor:
         """All-gathers values along the batch dimension: (b, ...) -> (B, ...)."""
         return collectives.gathered(values)
@@ -172,6 +174,8 @@ class CurricularFace(MarginHeader):
     A negative is hard if its cosine exceeds the target's cos(theta + m). Its logit becomes s * cos * (t + cos), where t
     is the running mean (momentum 0.99) of the target cosines. Beyond theta = pi - m the target logit falls linearly.
     """
+
+    t: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, s: float = 64.0, m: float = 0.50):
         super().__init__(in_features, out_features, s)

@@ -222,12 +222,14 @@ class Aligner:
         """Returns the encoded face. Raises ValueError for implausible landmarks, and if no face is detected."""
         image, note = images.read(source, upright=points is None), ""
         if points is None:
-            points, note = detect(image, load_detector(self.detector))
+            landmarks, note = detect(image, load_detector(self.detector))
+        else:
+            landmarks = np.array(points)
         height, width, _ = image.shape
-        if any(abs(x - width / 2) > width or abs(y - height / 2) > height for x, y in points):
+        if any(abs(x - width / 2) > width or abs(y - height / 2) > height for x, y in landmarks):
             raise ValueError(f"has landmarks that lie far outside its {width} x {height} pixels")
-        face = align(image, points)
-        if self.detector is None and unlikeness(np.array(points)) > OF_NO_FACE:
+        face = align(image, landmarks)
+        if self.detector is None and unlikeness(landmarks) > OF_NO_FACE:
             raise ValueError("has landmarks that do not lie as those of a face do")
         content = cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
         return _with_note(content, note) if note else content

@@ -61,8 +61,8 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
     asked_for = groups or ()
     records = recordio.read_index(folder) if (folder / recordio.RECORDS).is_file() else None
     groups = tuple(sorted(_find_groups(folder, records) if groups is None else groups))
-    apart = [(group,) for group in groups] or [groups]
-    indexes = [scan(folder, some, records) for some in apart]
+    apart = [scan(folder, (group,), records) for group in groups]
+    indexes = apart or [scan(folder, groups, records)]
     identities = sum((index.identities for index in indexes), ())
     begins = np.cumsum([0, *(len(index.identities) for index in indexes)])
     identity = np.concatenate([index.identity + begin for index, begin in zip(indexes, begins, strict=False)])
@@ -106,7 +106,8 @@ def _holds_image(path: Path) -> bool:
         return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
 
 
-class Stray(NamedTuple):
+@dataclass(frozen=True)
+class Stray:
     """Counts the files of one kind that the stages ignore."""
 
     kind: str  # the ending, or "<ending> elsewhere"
@@ -206,7 +207,7 @@ def decoded(contents: Contents, row: int) -> np.ndarray:
 
 def digest_of(image: np.ndarray) -> bytes:
     """Returns the SHA-256 of size and pixels of an image (H, W, 3)."""
-    return hashlib.sha256(np.int64(image.shape).tobytes() + image.tobytes()).digest()
+    return hashlib.sha256(np.array(image.shape, np.int64).tobytes() + image.tobytes()).digest()
 
 
 @dataclass(frozen=True)

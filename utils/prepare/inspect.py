@@ -112,7 +112,7 @@ def run(given: argparse.Namespace) -> None:
         "data": printable(given.data),
         "groups": held,
         "unreadable": len(seen.reasons),
-        "passed over": [stray._asdict() for stray in strays(contents)],
+        "passed over": [vars(stray) for stray in strays(contents)],
         "identities in several groups": shared_names(contents),
         "labels": _labels(contents) if contents.in_records else None,
         "counts": _counts(held),

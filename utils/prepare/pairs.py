@@ -104,11 +104,11 @@ def read_list(path: Path) -> list[Pair]:
     pairs = read_pairs(path, chain([] if head else first, lines), _numbered_or_paths, FORM)
     match [int(number) for number in head]:
         case [folds, per_fold]:
-            announced = (2 * folds * per_fold,)
+            announced = {2 * folds * per_fold}
         case [count]:  # all pairs, or the genuine ones with as many impostor pairs
-            announced = (count, 2 * count)
+            announced = {count, 2 * count}
         case _:
-            announced = (len(pairs),)
+            announced = {len(pairs)}
     if len(pairs) not in announced:
         said = " or ".join(f"{number:,}" for number in announced)
         print(f"{path}: its first line announces {said} pairs, but {len(pairs):,} follow.", file=sys.stderr)

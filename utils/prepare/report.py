@@ -152,10 +152,10 @@ def _names(facts: dict) -> Table | None:
     rows = [("identities of the same name", _number(len(identities))), ("their images", _number(found["images"]))]
     shown = [f"{printable(name)} ({', '.join(map(printable, groups))})" for name, groups in identities.items()]
     more = ", ..." * (len(shown) > NAMED)
-    notes = (f"And where the release names them: {', '.join(shown[:NAMED])}{more}.",) if shown else ()
+    notes = [f"And where the release names them: {', '.join(shown[:NAMED])}{more}."] if shown else []
     if facts["counts"]["rows"]:
-        notes += (KNOWN_OVERLAP,)
-    return Table("Also in the release", ("", "count"), rows, 1, notes)
+        notes.append(KNOWN_OVERLAP)
+    return Table("Also in the release", ("", "count"), rows, 1, tuple(notes))
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from utils.errors import InputError
 from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 TOGETHER = 64  # items sent to a process at once
 
 
@@ -92,12 +93,14 @@ def in_processes(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc=title, total=total, unit=" images", disable=None))
         if processes <= 1:
-            results = map(function, items)
+            results: Iterator[Result] = map(function, items)
         else:
             # Spawned, since forking a process that has threads can deadlock.
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
             stack.callback(pool.shutdown, cancel_futures=True)
+            with _interrupts_blocked():  # new processes inherit it: Ctrl-C must not end one while it imports
+                pool.submit(os.getpid)  # starts all of them
             lists = map_ahead(pool, functools.partial(_map, function), _batches(items), 4 * processes)
             results = chain.from_iterable(lists)
         try:
@@ -108,6 +111,19 @@ def in_processes(
             raise InputError(
                 "A process was killed, perhaps for want of memory: give the same command again, with fewer --processes."
             ) from error
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Delays SIGINT until the end of the context, where the system can."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(items: Iterable) -> Iterator[tuple]:

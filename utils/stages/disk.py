@@ -1,7 +1,7 @@
 """Disk space that the stages need on each file system, and the check that it is free."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def items(stages: list[Stage], cfg: Config, counts: Counts, slots: int) -> list[
     ]
 
 
-def _item(what: str, setting: str, parts: list[tuple[int, Iterable[Path]]]) -> Item:
+def _item(what: str, setting: str, parts: Sequence[tuple[int, Iterable[Path]]]) -> Item:
     there = sum(min(size, sum(path.stat().st_size for path in paths if path.is_file())) for size, paths in parts)
     return Item(what, setting, sum(size for size, _ in parts), there)
 

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from config.config import Config
 from config.readers import reads, script_that_trains
@@ -24,7 +25,7 @@ FIXED = (
 """Settings that reproduce.py sets itself, or that name one file to evaluate."""
 
 STUDENTS = ("a-KD", "EAF-KD")
-SETTINGS_OF = {
+SETTINGS_OF: dict[str, dict[str, Any]] = {
     "SL": {},
     "DuL": {"is_dual_layer": True},
     "DLDPO": {"is_dual_layer": True, "has_dropout": True},

@@ -150,7 +150,7 @@ def teacher_rate(network: str, cfg: Config, classes: int) -> float:
     """Measures the images per second of training a teacher."""
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (cfg.batch_size, 112, 112, 3), np.uint8)
-    columns = {"image": images, "label": random.integers(0, classes, cfg.batch_size)}
+    columns: dict[str, np.ndarray] = {"image": images, "label": random.integers(0, classes, cfg.batch_size)}
     backbone, header = build_backbone(network, cfg.embedding_size), ElasticArcFace(cfg.embedding_size, classes)
 
     def losses(image, label):
@@ -163,7 +163,7 @@ def adaptor_rate(cfg: Config, classes: int) -> float:
     """Measures the rows per second of training the SL adaptor."""
     random = np.random.default_rng(0)
     rows = random.normal(size=(cfg.batch_size, len(cfg.teachers) * cfg.embedding_size)).astype(np.float32)
-    columns = {"embedding": rows, "label": random.integers(0, classes, cfg.batch_size)}
+    columns: dict[str, np.ndarray] = {"embedding": rows, "label": random.integers(0, classes, cfg.batch_size)}
     adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(cfg.embedding_size, classes)
 
     def losses(embedding, label):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import InputError
 from utils.process import StopSignals
@@ -169,16 +170,17 @@ class Runner:
         where = f"  ({running.device and f'device {running.device}, '}{running.log})" if running.log else ""
         print(f"\n$ {stage.command}{where}", flush=True)
         with contextlib.ExitStack() as files:
-            output = {}
+            options: dict[str, Any] = {}
             if running.log:
                 running.log.parent.mkdir(parents=True, exist_ok=True)
                 file = files.enter_context(open(running.log, "a", encoding="utf-8"))
                 print(f"$ {stage.command}", file=file, flush=True)
-                output = {"stdout": file, "stderr": subprocess.STDOUT}
+                options = {"stdout": file, "stderr": subprocess.STDOUT}
             command = [sys.executable, *stage.arguments]
             # In a process group of its own a stage gets Ctrl-C once, from `_stop_all`, and not from the terminal too.
-            own = {"process_group": 0, "preexec_fn": _terminate_with_parent()} if os.name == "posix" else {}
-            running.process = subprocess.Popen(command, env=environment, **output, **own)
+            if os.name == "posix":
+                options |= {"process_group": 0, "preexec_fn": _terminate_with_parent()}
+            running.process = subprocess.Popen(command, env=environment, **options)
 
     def _check_on(self, running: _Running) -> None:
         if running.process is None:
@@ -233,8 +235,8 @@ class Runner:
         print()
         names_by_tail: dict[tuple[str, ...], list[str]] = {}  # one damaged image ends many stages in the same way
         for name in self.failed:
-            tail = _tail(self._logs / f"{name}.log") if self._logs else [name]
-            names_by_tail.setdefault(tuple(tail), []).append(name)
+            ending = _tail(self._logs / f"{name}.log") if self._logs else [name]
+            names_by_tail.setdefault(tuple(ending), []).append(name)
         for tail, names in names_by_tail.items():
             print(f"{', '.join(names)} failed: {self.failed[names[0]]}", *(tail if self._logs else ()), sep="\n    ")
         if self._waiting:

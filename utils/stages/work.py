@@ -169,7 +169,7 @@ def makespan(durations: dict[str, float], stages: list[Stage], slots: int) -> fl
             if len(ends) < slots and unfinished.isdisjoint(stage.needs):
                 ends[stage.name] = now + durations[stage.name]
                 waiting.remove(stage)
-        name = min(ends, key=ends.get)
+        name = min(ends, key=ends.__getitem__)
         now = ends.pop(name)
         unfinished.discard(name)
     return now

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -38,7 +39,7 @@ class Filling:
     full.
     """
 
-    array: np.ndarray  # (N, ...), memory-mapped
+    array: np.memmap  # (N, ...)
     missing: list[int]  # indices of the blocks to fill
 
     def __init__(
@@ -52,7 +53,8 @@ class Filling:
     ):
         self.path, self._partial, self._notes = path, _partial(path), _partial(sidecar(path))
         self._shape, self._dtype = shape, np.dtype(dtype)
-        self._about = {"made from": made_from, "shape": [*shape], "dtype": self._dtype.name, "block rows": block_rows}
+        self._about: dict[str, Any] = {"made from": made_from, "shape": [*shape]}
+        self._about |= {"dtype": self._dtype.name, "block rows": block_rows}
         self._conditions = conditions or {}
         self.count = -(-shape[0] // block_rows)
 
@@ -93,7 +95,7 @@ class Filling:
         # pwrite where it exists: faulting in the pages of a memory map one by one can take as long as decoding images.
         rows = self.rows(block)
         if hasattr(os, "pwrite"):
-            left, at = memoryview(np.ascontiguousarray(values)).cast("B"), self.array.offset
+            left, at = np.ascontiguousarray(values).data.cast("B"), self.array.offset
             at += rows.start * (left.nbytes // len(rows))
             try:
                 with open(self._partial, "rb+", buffering=0) as file:
@@ -146,7 +148,7 @@ class Filling:
                     return found
         return {}
 
-    def _new_array(self) -> np.ndarray:
+    def _new_array(self) -> np.memmap:
         self._partial.unlink(missing_ok=True)  # a new inode: another process may have the old file mapped
         try:
             array = np.lib.format.open_memmap(self._partial, "w+", self._dtype, self._shape)
@@ -237,7 +239,7 @@ def _rows(block: int, block_rows: int, count: int) -> range:
     return range(block * block_rows, min((block + 1) * block_rows, count))
 
 
-def _memory_map(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _memory_map(path: Path, mode: str, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """Memory-maps an array. Raises Damaged if there is no file or it holds no array of this shape and dtype."""
     try:
         if path.stat().st_size <= math.prod(shape) * dtype.itemsize:
@@ -261,7 +263,7 @@ def _take_room(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _valid_blocks(path: Path, array: np.ndarray, block_rows: int, notes: dict[int, dict]) -> set[int]:
+def _valid_blocks(path: Path, array: np.memmap, block_rows: int, notes: dict[int, dict]) -> set[int]:
     """Returns the indices of the recorded blocks whose SHA-256 matches."""
 
     def matches(block: int) -> bool:
@@ -277,11 +279,11 @@ def _valid_blocks(path: Path, array: np.ndarray, block_rows: int, notes: dict[in
     return valid
 
 
-def _digest(array: np.ndarray, rows: range, values: np.ndarray | None = None) -> str:
+def _digest(array: np.memmap, rows: range, values: np.ndarray | None = None) -> str:
     """Returns the SHA-256 of rows of an array; hashes `values`, if given, instead of reading the rows again."""
     digest = hashlib.sha256()
     if rows.start == 0:  # the first block covers the .npy header too
         with open(array.filename, "rb") as file:
             digest.update(file.read(array.offset))
-    digest.update(array[rows.start : rows.stop] if values is None else np.ascontiguousarray(values))
+    digest.update(np.ascontiguousarray(array[rows.start : rows.stop] if values is None else values).data)
     return digest.hexdigest()

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from utils.errors import InputError, NotWritten
 
@@ -127,7 +128,7 @@ def sha256(path: Path) -> str:
         return sha256_of(file)
 
 
-def sha256_of(file: BinaryIO) -> str:
+def sha256_of(file: io.BufferedReader) -> str:
     """Returns the SHA-256 of a whole open file as a hex string; moves its position to the end."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()

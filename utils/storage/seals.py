@@ -5,11 +5,11 @@ it as the entry "sha256".
 """
 
 import hashlib
+import io
 import json
 import os
 import struct
 from pathlib import Path
-from typing import BinaryIO
 
 from utils.errors import Damaged, InputError
 from utils.storage.files import sha256_of, write_text
@@ -32,7 +32,7 @@ def seal(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_seal(file: BinaryIO) -> tuple[str, str]:
+def check_seal(file: io.BufferedReader) -> tuple[str, str]:
     """Verifies a sealed archive; returns (error message, empty if it is intact; SHA-256 of the whole file)."""
     digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - SEAL
     if left < 0:

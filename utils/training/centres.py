@@ -8,14 +8,15 @@ from config.config import Config
 from config.registry import ADA_LOSSES, class_of
 from utils.data.faces import Faces
 from utils.errors import InputError
-from utils.losses import AdaDistill, build_header
+from utils.losses import build_header
 from utils.losses.adadistill import FrozenDistill
+from utils.losses.margin import Header
 from utils.weights import load_centres, need_weights
 
 LOOKED_AT = 1000  # identities whose targets are compared with their centres
 
 
-def build_distiller(cfg: Config, faces: Faces) -> tuple[AdaDistill, dict[str, str]]:
+def build_distiller(cfg: Config, faces: Faces) -> tuple[Header, dict[str, str]]:
     """The header that `ada_loss` names for the classes of `faces`, and what it adds to the sources of the run.
 
     That is the SHA-256 of the header whose centres it has, if they are to stay. Raises InputError where the centres of

@@ -56,7 +56,8 @@ class Run:
         self.decided_by = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
         self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
         self._is_described = False
-        self._state, self._damage = None, ""
+        self._state: dict | None = None
+        self._damage = ""
         self.has_checkpoint = on_first(self._read)
 
     def _read(self) -> bool:
@@ -130,7 +131,7 @@ def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
     """A header's state dict that says which identity each class is."""
     state, about = OrderedDict(header), OrderedDict(getattr(header, "_metadata", {}))
     about[""] = {**about.get("", {}), IDENTITIES: [*identities]}
-    state._metadata = about
+    state._metadata = about  # type: ignore[attr-defined]  # where PyTorch keeps the versions of modules
     return state
 
 

@@ -62,13 +62,13 @@ def fit(
         if not run.has_checkpoint and is_given(folder):
             return
         device = device_of(cfg)
-        backbone.to(device, memory_format=torch.channels_last)
+        backbone.to(device).to(memory_format=torch.channels_last)
         if cfg.sync_bn and world_size() > 1:
             share_statistics(backbone)
         modules = [backbone] if header is None else [backbone, header.to(device)]
         parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-        sgd = {"momentum": cfg.momentum, "weight_decay": cfg.weight_decay, "fused": True}
-        optimizer = torch.optim.SGD(parameters, schedule.lr(0, total_batch(cfg)), **sgd)
+        lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
+        optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
         progress = Progress(run, backbone, header, optimizer, schedule)
         if run.has_checkpoint:
             progress.restore(run.load())
@@ -108,8 +108,7 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
                     take_step(batch, _seed(STEP, cfg.seed, epoch, progress.step, *place))  # margins and dropout
                     progress.step += 1
                     bar.update(batch_size)
-                    due = progress.due(cfg.checkpoint_minutes)
-                    signal, due = agreement.after_step(stop.received, due)
+                    signal, due = agreement.after_step(stop.received, progress.due(cfg.checkpoint_minutes))
                     if device.type == "cpu" or bar.due():  # reading a loss makes a GPU wait
                         bar.set_postfix_str(listed(progress.means()), refresh=False)
                     if signal or due:
@@ -120,8 +119,8 @@ def _train(losses: Losses, faces: Faces, cfg: Config, progress: Progress, valida
             trained = time.monotonic()
             try:
                 if several:
-                    for value in progress.backbone.buffers():  # rank 0's are those that are saved, and verified
-                        collectives.from_first(value)
+                    for buffer in progress.backbone.buffers():  # rank 0's are those that are saved, and verified
+                        collectives.from_first(buffer)
                 with _leaving_together(stop, agreement) if several else stop.at_once():
                     scores, value = validate() if validate else ({}, -progress.loss(means))
             except Interrupted:
@@ -219,7 +218,7 @@ def infer(
     if len(mine) * ranks < len(batches):
         mine.append(batches[-1])  # others have one more, and wait for what this process says of it
     was_training = network.training
-    network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device).to(memory_format=torch.channels_last).eval()
     try:
         # Always in fp32: embeddings and scores do not depend on how the network was trained.
         ahead = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)

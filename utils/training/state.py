@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,8 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
     ):
-        self.run, self.backbone, self.header, self.optimizer, self.schedule = run, backbone, header, optimizer, schedule
+        self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
+        self.header: Any = header
         self.epoch = self.step = 0
         self.best = -math.inf
         self.names: list[str] = []
@@ -52,7 +54,7 @@ class Progress:
         self.note: Callable[[dict], None] | None = None  # is told the entry of every epoch
         self._watch = Watch(next(backbone.parameters()).device)
         self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
-        optimizer.found_inf = self._watch.bad  # fused SGD leaves everything as it is where this is 1
+        optimizer.found_inf = self._watch.bad  # type: ignore[attr-defined]  # fused SGD leaves everything as it is where this is 1
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -178,7 +180,8 @@ class Progress:
         Whatever it changes is among `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
-        sum(value for value in named.values() if value.requires_grad).backward()  # and gradients are averaged
+        total: Any = sum(value for value in named.values() if value.requires_grad)
+        total.backward()  # and gradients are averaged
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
         of_header = [] if self.header is None else [one.grad for one in self.header.parameters()]
         if of_header := [grad for grad in of_header if grad is not None]:
@@ -249,7 +252,7 @@ class Progress:
         if not self.run.has_checkpoint:
             self.save()  # weights without a checkpoint are a finished model that was put there
         is_best = value > self.best
-        entry = {"epoch": self.epoch + 1, "lr": self.lr}
+        entry: dict[str, Any] = {"epoch": self.epoch + 1, "lr": self.lr}
         entry["loss"] = {name: value for name, value in means.items() if name not in self.measures}
         entry["measures"] = {name: means[name] for name in self.measures}
         self.log.append({**entry, "scores": scores, "best": is_best})

@@ -692,7 +692,7 @@ def test_ctrl_c_and_resume(tmp_path):
     given = ["--images", f"{tmp_path}/in", "--output", f"{tmp_path}/out", *marks, "--processes", "2"]
     start = [sys.executable, "-m", "utils.prepare", "align", *given]
     process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and len(tree(tmp_path / "out")) < TOGETHER + 8:  # both are at work
+    while process.poll() is None and len(tree(tmp_path / "out")) < TOGETHER + 8:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
