@@ -22,7 +22,7 @@ from utils.training.engine import check_run, fit
 def main(cfg: Config) -> None:
     setup(cfg)
     pairs, store, faces = load_pairs(cfg), None, {}
-    for teacher in cfg.selected_teachers:  # what is wrong with the last one is said before the first is trained
+    for teacher in cfg.selected_teachers:  # check all teachers before the first one is trained
         faces[teacher] = Faces(cfg, teacher=teacher, flip=True, pairs=pairs, store=store)
         store = faces[teacher].store
         check_run(faces[teacher], cfg.teacher_dir(teacher), cfg, "teacher")
