@@ -14,7 +14,6 @@ from config.config import Config
 from eval.verification import validator
 from utils.data.faces import Faces
 from utils.data.pairs import load_pairs
-from utils.losses import margin_loss
 from utils.process import announce, run, setup
 from utils.training.centres import build_distiller
 from utils.training.engine import fit, is_given
@@ -33,7 +32,7 @@ def main(cfg: Config) -> None:
     faces.sources |= centres
 
     def losses(image, label, target):
-        loss = margin_loss(header, F.normalize(student(image)), target, label)
+        loss = header.loss(F.normalize(student(image)), target, label)
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")

@@ -14,7 +14,7 @@ from config.config import Config
 from eval.verification import validator
 from utils.data.faces import Faces
 from utils.data.pairs import load_pairs
-from utils.losses import ElasticArcFace, margin_loss, spread
+from utils.losses import build_header
 from utils.process import announce, run, setup
 from utils.training.engine import fit, is_given
 
@@ -27,13 +27,12 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
-    classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin("EAF-KD"))
+    header = build_header("ElasticArcFace", faces.num_classes, cfg, "EAF-KD")
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))
         return {
-            "eaf": margin_loss(header, embedding, label),
+            "eaf": header.loss(embedding, label),
             "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
         }
 

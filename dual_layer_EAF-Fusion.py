@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from backbones import build_adaptor
 from config.config import Config
 from utils.data.faces import Faces
-from utils.losses import ElasticArcFace, margin_loss, spread
+from utils.losses import build_header
 from utils.process import announce, run, setup
 from utils.training.engine import fit
 from utils.training.extract import embed_targets
@@ -26,11 +26,10 @@ def main(cfg: Config) -> None:
     name = "DLDPO" if cfg.has_dropout else "DuL"
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor(name, cfg)
-    classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin(name))
+    header = build_header("ElasticArcFace", faces.num_classes, cfg, name)
 
     def losses(embedding, label):
-        return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
+        return {"eaf": header.loss(F.normalize(adaptor(embedding)), label)}
 
     fit(losses, faces, cfg.adaptor_dir(name), cfg, adaptor, header, kind=name)
     embed_targets(name, adaptor, faces, cfg)

@@ -151,7 +151,7 @@ def _origin(path: Path, digest: str) -> dict[str, Any]:
     """Returns folder and name of a file of weights, its SHA-256, and its training settings if it was trained here."""
     origin = {"file": "/".join(path.absolute().parts[-2:]), "sha256": digest}
     about = path.with_name("config.json")
-    if OURS.fullmatch(path.name) and about.is_file():  # beside a released file it is not ours
+    if OURS.fullmatch(path.name) and about.is_file():  # beside a released file, config.json belongs to another run
         origin["settings"] = read_json(about).get("settings", {})
     return origin
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from backbones import build_adaptor
 from config.config import Config
 from utils.data.faces import Faces
-from utils.losses import ElasticArcFace, margin_loss, spread
+from utils.losses import build_header
 from utils.process import announce, run, setup
 from utils.training.engine import fit
 from utils.training.extract import embed_targets
@@ -22,11 +22,10 @@ def main(cfg: Config) -> None:
     setup(cfg)
     faces = Faces(cfg, inputs=cfg.teachers)
     adaptor = build_adaptor("SL", cfg)
-    classifier = spread(ElasticArcFace, cfg.header_sharding)
-    header = classifier(cfg.embedding_size, faces.num_classes, cfg.s, *cfg.margin("SL"))
+    header = build_header("ElasticArcFace", faces.num_classes, cfg, "SL")
 
     def losses(embedding, label):
-        return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
+        return {"eaf": header.loss(F.normalize(adaptor(embedding)), label)}
 
     fit(losses, faces, cfg.adaptor_dir("SL"), cfg, adaptor, header, kind="SL")
     embed_targets("SL", adaptor, faces, cfg)

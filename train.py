@@ -14,7 +14,7 @@ from config.config import Config
 from eval.verification import validator
 from utils.data.faces import Faces
 from utils.data.pairs import Pairs, load_pairs
-from utils.losses import build_header, margin_loss
+from utils.losses import build_header
 from utils.process import announce, run, setup
 from utils.training.engine import check_run, fit
 
@@ -22,7 +22,7 @@ from utils.training.engine import check_run, fit
 def main(cfg: Config) -> None:
     setup(cfg)
     pairs, store, faces = load_pairs(cfg), None, {}
-    for teacher in cfg.selected_teachers:  # what is wrong with the last one is said before the first is trained
+    for teacher in cfg.selected_teachers:  # check all teachers before the first one is trained
         faces[teacher] = Faces(cfg, teacher=teacher, flip=True, pairs=pairs, store=store)
         store = faces[teacher].store
         check_run(faces[teacher], cfg.teacher_dir(teacher), cfg, "teacher")
@@ -34,12 +34,11 @@ def main(cfg: Config) -> None:
 def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pairs]) -> None:
     setup(cfg)
     backbone = build_backbone(cfg.network, cfg.embedding_size)
-    shape, sharding = (cfg.embedding_size, faces.num_classes), cfg.header_sharding
-    header = build_header(cfg.loss, *shape, cfg.s, *cfg.margin("teacher"), sharding)
+    header = build_header(cfg.loss, faces.num_classes, cfg, "teacher")
     validate = validator(backbone, pairs, cfg, best_on=cfg.group_of(teacher))
 
     def losses(image, label):
-        return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
+        return {"margin": header.loss(F.normalize(backbone(image)), label)}
 
     print(f"Teacher {teacher}: {len(faces):,} images of {faces.num_classes:,} identities.")
     fit(losses, faces, cfg.teacher_dir(teacher), cfg, backbone, header, kind="teacher", validate=validate)

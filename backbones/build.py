@@ -1,23 +1,11 @@
 """Builds networks and adaptors by name."""
 
-from typing import Any
-
 from torch import nn
 
 from backbones.adaptors import DualLayerAdaptor, SingleLayerAdaptor
-from backbones.iresnet import IResNet
-from backbones.mobilefacenet import MobileFaceNet
 from config.config import Config
 from config.errors import InputError
-
-IRESNETS: dict[str, dict[str, Any]] = {
-    "iresnet18": {"blocks": (2, 2, 2, 2)},
-    "iresnet34": {"blocks": (3, 4, 6, 3)},
-    "iresnet50": {"blocks": (3, 4, 14, 3), "dropout": 0.4},
-    "iresnet100": {"blocks": (3, 13, 30, 3)},
-    # For generated faces on a CPU. At least 16 channels: see tests/unit/backbones/test_backbones.py.
-    "iresnet_tiny": {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2},
-}
+from config.registry import NETWORKS, build, named
 
 
 def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module:
@@ -26,11 +14,7 @@ def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module
     Options of the iresnets are `dropout` (default: that of the published training, 0.4 for iresnet50, else 0) and
     `use_se` (squeeze-and-excitation). Raises InputError for an unknown name.
     """
-    if name in IRESNETS:
-        return IResNet(embedding_size=embedding_size, **{**IRESNETS[name], **options})
-    if name == "mobilefacenet":
-        return MobileFaceNet(embedding_size, **options)
-    raise InputError(f"There is no network {name!r}: choose {', '.join((*IRESNETS, 'mobilefacenet'))}.")
+    return build(named("network", NETWORKS, name), embedding_size=embedding_size, **options)
 
 
 def build_adaptor(name: str, cfg: Config) -> nn.Module:

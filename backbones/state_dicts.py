@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from backbones.adaptors import DualLayerAdaptor, SingleLayerAdaptor
-from backbones.build import IRESNETS, build_backbone
+from backbones.build import build_backbone
+from backbones.iresnet import IResNet
 from config.errors import InputError
+from config.registry import NETWORKS, class_of
 
 
 class UnexpectedAdaptor(InputError):
@@ -59,7 +61,8 @@ def _guess_network(state: dict[str, torch.Tensor]) -> str:
     size = next(
         (shape[0] for shape in reversed(shapes.values()) if shape), 0
     )  # the last parameter of every network has embedding_size rows
-    known = [(name, {}) for name in (*IRESNETS, "mobilefacenet")] + [(name, {"use_se": True}) for name in IRESNETS]
+    with_se = [name for name, network in NETWORKS.items() if class_of(network) is IResNet]
+    known = [(name, {}) for name in NETWORKS] + [(name, {"use_se": True}) for name in with_se]
     for name, options in known:
         with torch.device("meta"):
             expected = build_backbone(name, size, **options).state_dict()

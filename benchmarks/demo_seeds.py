@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measuring import RESULTS, made_by
 from config.config import Config
 from eval.fairness import std, summary
 from utils.environment import versions
@@ -29,7 +30,7 @@ def main() -> None:
         rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
         tables.append({(row["Kind"], row["Model"]): [float(row[group]) for group in GROUPS] for row in rows})
     text = report(tables)
-    write_text(Path("benchmarks/results/demo_seeds.md"), text)
+    write_text(RESULTS / "demo_seeds.md", text)
     print(text)
 
 
@@ -44,7 +45,7 @@ def report(tables: list[dict[tuple[str, str], list[float]]]) -> str:
         "Generated faces, not photographs: the group names mean nothing. Accuracies in percent on 300 pairs a group,",
         f"mean ± standard deviation (ddof 1) over seeds {', '.join(map(str, SEEDS))}; each seed draws its own faces.",
         "STD, over the groups, has ddof 1 too.",
-        f"Made by `python -m benchmarks.demo_seeds` ({', '.join(f'{k} {v}' for k, v in versions(Config()).items())}).",
+        made_by("benchmarks.demo_seeds", versions(Config())),
         "",
         "| kind | model | " + " | ".join(GROUPS) + " | Average | STD | SER |",
         "|---|---|" + "--:|" * (len(GROUPS) + 3),

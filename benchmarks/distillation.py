@@ -1,8 +1,8 @@
 """Measures what AdaDistill saves by precomputing the teacher's embeddings instead of running the teacher on each batch.
 
 Both ways train mobilefacenet with AdaDistill from an iresnet50 by the same training loop, one after the other in one
-process; only the source of the teacher's embedding differs. Rates are medians of five epochs after warm-up, projected
-to a run of 26 epochs; ours includes the one pass that embeds both views (plain and flipped) of every image.
+process; only the source of the teacher's embedding differs. Rates are medians of five after warm-up, projected to a run
+of 26 epochs; ours includes the one pass that embeds both views (plain and flipped) of every image.
 
 Reads   nothing; images are noise
 Writes  benchmarks/results/distillation_<device>.json and .md
@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from backbones import build_backbone
-from benchmarks.timing import EPOCHS, Timed, rates
+from benchmarks.measuring import RESULTS, made_by, rates, write
 from config.config import Config
 from utils.data.columns import Column
 from utils.environment import device_of, versions
 from utils.losses import AdaDistill
 from utils.process import setup
-from utils.storage.files import write_json, write_text
-from utils.training.engine import fit
+from utils.stages.rates import training_rate
 from utils.training.extract import Output, embed_all
 
 DEVICE = device_of(Config())
@@ -35,25 +34,25 @@ PUBLISHED_EPOCHS = 26
 
 def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes: int = CLASSES) -> dict[str, float]:
     """Returns images per second of both ways, of the embedding pass, and of the student's step alone."""
-    cfg = Config(student_network=STUDENT, batch_size=batch, num_epoch=EPOCHS, infer_batch_size=batch)
+    cfg = Config(student_network=STUDENT, batch_size=batch, infer_batch_size=batch)
     setup(cfg)
     random = np.random.default_rng(0)
     network = build_backbone(teacher).eval()
     seen = random.integers(0, 256, (images, 112, 112, 3), np.uint8)
-    target = random.normal(size=(images, 512)).astype(np.float32)
-    columns = {"image": seen, "label": random.integers(0, classes, images), "target": target}
+    columns = {
+        "image": seen[:batch],
+        "label": random.integers(0, classes, batch),
+        "target": random.normal(size=(batch, 512)).astype(np.float32),
+    }
 
-    def trained(name: str, embedding) -> float:
+    def trained(embedding) -> float:
         student, header = build_backbone(STUDENT), AdaDistill(512, classes)
-        faces = Timed(cfg, columns, flip=True)
 
         def losses(image, label, target):
             logits = header(F.normalize(student(image)), embedding(image, target), label)
             return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
-        folder = work / "students" / f"{name}-AdaArcDistill"
-        fit(losses, faces, folder, cfg, student, header, kind="AdaArcDistill", validate=faces.validate)
-        return faces.rate()
+        return training_rate(losses, "AdaArcDistill", columns, cfg, student, header)
 
     @torch.no_grad()
     def online(image, target):
@@ -67,8 +66,8 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
         embed_all(outputs, network, {"image": Column((seen,))}, cfg)
 
     network.to(DEVICE, memory_format=torch.channels_last)
-    found = {"teacher on every batch": trained("online", online)}
-    found["student's step, teacher read"] = trained("read", lambda image, target: target)
+    found = {"teacher on every batch": trained(online)}
+    found["student's step, teacher read"] = trained(lambda image, target: target)
     found["both views embedded once"] = rates(images, views)[0]
     step, once = found["student's step, teacher read"], found["both views embedded once"]
     found["ours, 26 epochs"] = 1 / (1 / step + 1 / once / PUBLISHED_EPOCHS)
@@ -98,12 +97,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         found = measure(images, batch, Path(work))
     conditions = versions(Config())
-    named = ", ".join(f"{key} {value}" for key, value in conditions.items())
-    text = report(found, f"Batch {batch}, {CLASSES:,} classes. Made by `python -m benchmarks.distillation` ({named}).")
-    path = Path(f"benchmarks/results/distillation_{DEVICE.type}.json")
-    write_json(path, {"versions": conditions, "images per second": found})
-    write_text(path.with_suffix(".md"), text)
-    print(text)
+    about = f"Batch {batch}, {CLASSES:,} classes. {made_by('benchmarks.distillation', conditions)}"
+    page = report(found, about)
+    path = RESULTS / f"distillation_{DEVICE.type}.json"
+    write(path, {"versions": conditions, "images per second": found}, page)
+    print(page)
 
 
 if __name__ == "__main__":

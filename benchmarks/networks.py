@@ -1,8 +1,8 @@
 """Measures training steps of every network on a GPU: images/s, share of the measured matmul peak, hours for the paper.
 
 Each step is that of `utils.training.engine.fit` as the scripts call it, with reader and header of 27,997 classes, on
-noise in device memory. Results measured before on the same machine with the same packages are kept, so that the
-command can be interrupted and resumed.
+noise in device memory (see `utils.stages.rates`). Results measured before on the same machine with the same packages
+are kept, so that the command can be interrupted and resumed.
 
 Reads   nothing
 Writes  benchmarks/results/networks_<cuda or cpu>.json and .md
@@ -13,34 +13,27 @@ import argparse
 import functools
 import itertools
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import build_adaptor, build_backbone
-from benchmarks.timing import EPOCHS, Timed, adaptor_losses, graphs, rates
-from config.config import NETWORKS, Config
-from utils.data.columns import Column
+from backbones import build_backbone
+from benchmarks.measuring import RESULTS, compiling, made_by, rates, write
+from config.config import Config
+from config.registry import NETWORKS
 from utils.environment import device_of, versions
-from utils.losses import ElasticArcFace
 from utils.process import setup
-from utils.storage.files import write_json, write_text
-from utils.training.engine import fit, infer
+from utils.stages.rates import adaptor_rate, inference_rate, teacher_rate
 
 PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
 CLASSES, IMAGES = 27_997, 1_248_932  # identities and images of the paper's training set
 TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # epochs of a teacher; of an adaptor or student
 ADAPTORS, STUDENTS = 3, 6  # trained for one column of the paper's table
 BATCHES, PRECISIONS = (128, 512), ("fp32", "tf32", "bf16")
-SEEN = 5120  # images in a timed epoch
-RESULTS = Path("benchmarks/results")
-FORM = ("network", "precision", "batch", "compiled")
+FORM = ("network", "batch", "precision", "compiled")
 
 
 @dataclass(frozen=True)
@@ -56,54 +49,26 @@ class Measured:
     gigabytes: float  # peak device memory
 
 
-def measure(network: str, batch: int, precision: str, compiled: bool, seen: int = SEEN) -> Measured:
-    """Measures the training step, as the median over epochs of `seen` images.
-
-    Raises RuntimeError if compilation is requested but does not happen.
-    """
-    cfg = _config(batch_size=batch, precision=precision, compile=compiled, num_epoch=EPOCHS)
+def measure(network: str, batch: int, precision: str, compiled: bool) -> Measured:
+    """Measures the training step. Raises RuntimeError if compilation is requested but does not happen."""
+    cfg = _config(batch_size=batch, precision=precision, compile=compiled)
     setup(cfg)
-    random, count = np.random.default_rng(0), 2 * batch
-    columns = {"image": random.integers(0, 256, (count, 112, 112, 3), np.uint8)}
-    columns["label"] = random.integers(0, CLASSES, count)
-    faces = Timed(cfg, columns, flip=True, times=max(1, seen // count))
-    backbone, header = build_backbone(network), ElasticArcFace(512, CLASSES)
-
-    def losses(image, label):
-        return {"margin": F.cross_entropy(header(F.normalize(backbone(image)), label), label)}
-
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before = graphs()
     try:
-        _fit(losses, faces, "teacher", cfg, backbone, header)
+        with compiling(compiled, network):
+            rate = teacher_rate(network, cfg, CLASSES)
     except torch.OutOfMemoryError:
         return Measured(network, batch, precision, compiled, 0.0, 0.0, 0.0)
-    if compiled and graphs() == before:
-        raise RuntimeError(f"{network} was not compiled.")
     gigabytes = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-    return Measured(network, batch, precision, compiled, faces.rate(), faces.rate() * _operations(network), gigabytes)
+    return Measured(network, batch, precision, compiled, rate, rate * _operations(network), gigabytes)
 
 
-def measure_adaptor(steps: int = 5000) -> float:
-    """Returns rows per second of the SL adaptor's training step."""
-    cfg = _config(num_epoch_fc=EPOCHS)
-    setup(cfg)
-    random = np.random.default_rng(0)
-    rows = {"embedding": random.normal(size=(4 * 128, 2048)).astype(np.float32)}
-    faces = Timed(cfg, rows | {"label": random.integers(0, CLASSES, 4 * 128)}, flip=False, times=steps // 4)
-    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(512, CLASSES, cfg.s, *cfg.margin("SL"))
-    _fit(adaptor_losses(adaptor, header), faces, "SL", cfg, adaptor, header)
-    return faces.rate()
-
-
-def measure_extraction(network: str, count: int = 10_240) -> float:
-    """Returns images per second of the extraction of embeddings, which is always in fp32."""
+def measure_others() -> dict[str, float]:
+    """Measures the SL adaptor's training in rows/s, and the extraction by iresnet34, always in fp32, in images/s."""
     cfg = _config()
     setup(cfg)
-    teacher = build_backbone(network)
-    columns = {"image": Column((np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), np.uint8),))}
-    return rates(count, lambda: infer(lambda image: F.normalize(teacher(image)), teacher, columns, cfg, "extract"))[0]
+    return {"adaptor": adaptor_rate(cfg, CLASSES), "extraction": inference_rate("iresnet34", cfg)}
 
 
 def matrix_peak(precision: str) -> float:
@@ -131,13 +96,7 @@ def hours(step: float, extraction: float, adaptor: float) -> float:
 
 
 def _config(**settings) -> Config:
-    return Config(device_cache_gb=1.0, cudnn_benchmark=True, **settings)
-
-
-def _fit(losses, faces: Timed, kind: str, cfg: Config, *modules: torch.nn.Module) -> None:
-    memory = Path("/dev/shm")  # keeps the time of writing large checkpoints to disk out of the measurement
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        fit(losses, faces, Path(folder) / "run", cfg, *modules, kind=kind, validate=faces.validate)
+    return Config(cudnn_benchmark=True, **settings)
 
 
 @functools.cache
@@ -170,7 +129,7 @@ def measure_all(
     precisions: Sequence[str] | None = None,
     results: Path = RESULTS,
 ) -> None:
-    """Measures all combinations that are missing in the results; on a CPU a small version, to try the command."""
+    """Measures all combinations that are missing in the results; on a CPU with a batch of 8, to try the command."""
     cfg = _config()
     on_gpu = device_of(cfg).type == "cuda"
     batches = batches or (BATCHES if on_gpu else (8,))
@@ -184,36 +143,29 @@ def measure_all(
         if precision not in kept["peaks"]:
             kept["peaks"][precision] = matrix_peak(precision)
     if "iresnet34" in networks and not kept["others"]:
-        kept["others"]["adaptor"] = measure_adaptor(5000 if on_gpu else 4)
-        kept["others"]["extraction"] = measure_extraction("iresnet34", 10_240 if on_gpu else 32)
-        _write(path, kept)
+        kept["others"] = measure_others()
+        write(path, kept, report(kept))
     done = {tuple(one[name] for name in FORM) for one in kept["steps"]}
-    for form in itertools.product(networks, precisions, batches, (False, True)):
-        network, precision, batch, compiled = form
+    for form in itertools.product(networks, batches, precisions, (False, True)):
         if form in done:
             continue
         try:
-            kept["steps"].append(asdict(measure(network, batch, precision, compiled, SEEN if on_gpu else 16)))
+            kept["steps"].append(asdict(measure(*form)))
         except RuntimeError as error:
             print(f"{form}: {error}", flush=True)
             continue
         print(_line(kept["steps"][-1], kept["peaks"]), flush=True)
-        _write(path, kept)
-
-
-def _write(path: Path, kept: dict) -> None:
-    write_json(path, kept)
-    write_text(path.with_suffix(".md"), report(kept))
+        write(path, kept, report(kept))
 
 
 def report(kept: dict) -> str:
     """Formats the measurements as a Markdown page."""
-    steps = sorted(kept["steps"], key=lambda one: (NETWORKS.index(one["network"]), one["batch"]))
+    steps = sorted(kept["steps"], key=lambda one: ([*NETWORKS].index(one["network"]), one["batch"]))
     peaks = ", ".join(f"{name} {peak / 1e12:,.1f} TFLOP/s" for name, peak in kept["peaks"].items())
     lines = [
         "# Training steps of the networks",
         "",
-        f"Made by `python -m benchmarks.networks` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
+        made_by("benchmarks.networks", kept["versions"]),
         f"Measured matrix peaks: {peaks}. Head of {CLASSES:,} classes, images on the device.",
         "",
         *HEADER,

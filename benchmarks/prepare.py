@@ -34,7 +34,6 @@ from utils.prepare.contents import list_images, look_at_all
 from utils.prepare.landmarks import match, read_landmarks
 from utils.prepare.rec import pack, unpack
 from utils.prepare.work import TOGETHER
-from utils.storage.files import write_json, write_text
 
 REPEATS = 5
 IMAGES, DRAWN = 6144, 256
@@ -43,7 +42,6 @@ SIDE, QUALITY = 400, 90  # pixels and JPEG quality of the loose crops: about the
 PROCESSES = os.cpu_count() or 1
 STARTED = min(4 * TOGETHER * PROCESSES, IMAGES // 4)  # images after which all processes are surely running
 MILLION = 1_250_000  # images of BUPT-BalancedFace
-RESULTS = Path("benchmarks/results")
 
 
 # Input ----------------------------------------------------------------------------------------------------------------
@@ -174,13 +172,12 @@ def measure(work: Path, cfg: Config, landmarks: Path) -> dict[str, float]:
     return {name: statistics.median(rates[1:]) for name, rates in taken.items()}
 
 
-def page(found: dict[str, str], sizes: dict[int, float], rates: dict[str, float]) -> str:
+def page(made: str, sizes: dict[int, float], rates: dict[str, float]) -> str:
     """Formats the rates as a Markdown page."""
-    versions_line = ", ".join(f"{name} {value}" for name, value in found.items())
     lines = [
         "# Preparing data",
         "",
-        f"Made by `python -m benchmarks.prepare` ({versions_line}).",
+        made,
         "",
         f"{IMAGES:,} generated crops of {SIDE} x {SIDE}, {sizes[SIDE] / 1e3:.0f} kB each, for `align`, and "
         f"{COPIES * IMAGES:,} faces of 112 x 112, {sizes[112] / 1e3:.1f} kB each, for all else, in {PROCESSES} "
@@ -209,6 +206,7 @@ def mean_size(folder: Path) -> float:
 
 def main() -> None:
     # Imported late: spawned processes import this module too, and these import PyTorch.
+    from benchmarks.measuring import RESULTS, made_by, write
     from utils.environment import versions
     from utils.process import setup
 
@@ -220,9 +218,9 @@ def main() -> None:
         rates = measure(work, cfg, landmarks)
         sizes = {SIDE: mean_size(work / "crops"), 112: mean_size(work / "faces")}
     found = {**versions(cfg), "processes": str(PROCESSES)}
-    write_json(RESULTS / "prepare_cpu.json", {"versions": found, "bytes of an image": sizes, "rates": rates})
-    write_text(RESULTS / "prepare_cpu.md", page(found, sizes, rates))
-    print(page(found, sizes, rates), end="")
+    text = page(made_by("benchmarks.prepare", found), sizes, rates)
+    write(RESULTS / "prepare_cpu.json", {"versions": found, "bytes of an image": sizes, "rates": rates}, text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

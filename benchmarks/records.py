@@ -12,7 +12,6 @@ Run     python -m benchmarks.records [--images 2000000] [--results folder]
 import argparse
 import gc
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,15 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measuring import RESULTS, in_own_process, made_by, memory, write
 from config.config import Config
 from utils.data.index import find_images
 from utils.data.recordio import INDEX, MAGIC, RECORDS, read_index
 from utils.environment import versions
-from utils.storage.files import write_json, write_text
 
 IMAGES, EACH = 2_000_000, 20
 WEBFACE42M = 42_474_557  # images
-RESULTS = Path("benchmarks/results")
 RECORD = np.dtype(
     [
         *(("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8")),
@@ -60,7 +58,7 @@ def measure(images: int) -> list[dict]:
         folder = Path(name)
         make(images, folder)
         return [
-            {"step": step, **_in_own_process(function, folder, images)}
+            {"step": step, **in_own_process(_measured, function, folder, images)}
             for step, function in (
                 ("the records found (`utils.data.recordio.read_index`)", _found),
                 ("the index made and kept", _indexed),
@@ -81,27 +79,16 @@ def _indexed(folder: Path, images: int) -> object:
     return index
 
 
-def _in_own_process(function: Callable, *arguments) -> dict:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (function, *arguments))
-
-
 def _measured(function: Callable, *arguments) -> dict:
     """Calls a function; returns seconds, private bytes held by its result, and by how many bytes the peak rose."""
-    before, private = _memory("VmRSS"), _memory("RssAnon")
+    before, private = memory("VmRSS"), memory("RssAnon")
     started = time.perf_counter()
     result = function(*arguments)
     seconds = time.perf_counter() - started
     gc.collect()
-    held = _memory("RssAnon") - private
+    held = memory("RssAnon") - private
     del result
-    return {"seconds": seconds, "held": held, "most": _memory("VmHWM") - before}
-
-
-def _memory(what: str) -> int:
-    """Returns a field of /proc/self/status in bytes (Linux only)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+    return {"seconds": seconds, "held": held, "most": memory("VmHWM") - before}
 
 
 def report(kept: dict) -> str:
@@ -110,7 +97,7 @@ def report(kept: dict) -> str:
     lines = [
         "# The index of a large train.rec",
         "",
-        f"Made by `python -m benchmarks.records` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
+        made_by("benchmarks.records", kept["versions"]),
         f"{images:,} images in records of {RECORD.itemsize} bytes, each step in a process of its own. The last two",
         f"columns are scaled, not measured: bytes an image times the {WEBFACE42M:,} images of WebFace42M.",
         "",
@@ -131,8 +118,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that is written to")
     given = parser.parse_args()
     kept = {"versions": versions(Config(device="cpu")), "images": given.images, "steps": measure(given.images)}
-    write_json(given.results / "records_cpu.json", kept)
-    write_text(given.results / "records_cpu.md", report(kept))
+    write(given.results / "records_cpu.json", kept, report(kept))
     print(json.dumps(kept["steps"], indent=2))
 
 

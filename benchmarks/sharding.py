@@ -34,20 +34,19 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.measuring import RESULTS, made_by, memory, write
 from config.config import Config
 from utils.distributed.collectives import gathered
 from utils.environment import versions
-from utils.losses import ArcFace, margin_loss
+from utils.losses import ArcFace
 from utils.losses.margin import cos_of_sum
 from utils.losses.sharded import Gathered, columns_of, sharded
 from utils.memory import free_memory
-from utils.storage.files import write_json, write_text
 
 CLASSES, RANKS, BATCH = (28_000, 100_000, 1_000_000, 10_000_000), (1, 2), 128
 WAYS = ("sharded", "dense", "loss_parallel")
 WIDTH, STEPS = 512, 5
 SPARE = 0.8  # share of the free memory that may be used
-RESULTS = Path("benchmarks/results")
 
 
 def needed(way: str, classes: int, ranks: int, batch: int) -> int:
@@ -95,7 +94,7 @@ def built(way: str, classes: int) -> tuple[nn.Parameter, Callable]:
         return header.kernel, header
     header = (sharded(ArcFace) if way == "sharded" else ArcFace)(WIDTH, classes)
     if way == "sharded" or dist.get_world_size() == 1:
-        return header.kernel, lambda *given: margin_loss(header, *given)
+        return header.kernel, header.loss
     wrapped = DistributedDataParallel(header, gradient_as_bucket_view=True)
     return header.kernel, lambda embeddings, label: F.cross_entropy(wrapped(embeddings, label), label)
 
@@ -119,9 +118,9 @@ def _work(rank: int, way: str, ranks: int, classes: int, batch: int, folder: Pat
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.manual_seed(rank)
     _steps(way, ranks, batch, 1)  # loads the libraries and their buffers before memory is measured
-    before = _resident("VmRSS")
+    before = memory("VmRSS")
     times = _steps(way, classes, batch, STEPS)
-    (folder / f"{rank}.json").write_text(json.dumps((statistics.median(times), _resident("VmHWM") - before)))
+    (folder / f"{rank}.json").write_text(json.dumps((statistics.median(times), memory("VmHWM") - before)))
     dist.destroy_process_group()
 
 
@@ -142,12 +141,6 @@ def _steps(way: str, classes: int, batch: int, count: int) -> list[float]:
     return times[1:]
 
 
-def _resident(which: str) -> int:
-    """Returns the resident bytes of this process: VmRSS now, VmHWM at the peak (Linux only)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
-
-
 def measure_all(
     classes: Sequence[int], ranks: Sequence[int], batch: int, results: Path, ways: Sequence[str] = WAYS
 ) -> None:
@@ -156,8 +149,7 @@ def measure_all(
     for number, processes, way in itertools.product(classes, ranks, ways):
         kept["rows"].append(measure(way, number, processes, batch))
         print(_line(kept["rows"][-1], kept["rows"]), flush=True)
-        write_json(results / "sharding_cpu.json", kept)
-        write_text(results / "sharding_cpu.md", report(kept))
+        write(results / "sharding_cpu.json", kept, report(kept))
 
 
 def report(kept: dict) -> str:
@@ -165,7 +157,7 @@ def report(kept: dict) -> str:
     lines = [
         "# Steps of a header on several processes",
         "",
-        f"Made by `python -m benchmarks.sharding` ({', '.join(f'{k} {v}' for k, v in kept['versions'].items() if v)}).",
+        made_by("benchmarks.sharding", kept["versions"]),
         f"ArcFace on {WIDTH} numbers in fp32, SGD with momentum, gloo, one thread a rank, median of {STEPS} steps.",
         "Times is the step's time divided by the sharded one's.",
         "",

@@ -1,4 +1,4 @@
-"""The command line: a setting for each field of the config, explained by the comment beside it.
+"""The command line: one option per field of the config, with the comment beside the field as its help text.
 
 Run     python -m config.arguments > docs/configuration.md   (the page of all settings)
 """
@@ -12,15 +12,16 @@ import sys
 import types
 import typing
 
+from config import registry
 from config.errors import InputError
 from config.readers import READ_BY, SCRIPTS, called, listed, reads, unread
 
 
 def parse(cls: type, argv: list[str] | None):
-    """An instance of the dataclass `cls`, its defaults changed by `--name value`.
+    """Returns an instance of the dataclass `cls` with its defaults changed by `--name value`.
 
-    Prints a line that names the settings which the script does not read. Raises InputError where a name is unknown or a
-    value impossible.
+    Prints a line that names the given settings that the script does not read. Raises InputError for an unknown name or
+    an impossible value.
     """
     parser, script = _Parser(allow_abbrev=False), called(sys.argv[0])
     comments = _comments(cls)
@@ -36,7 +37,7 @@ def parse(cls: type, argv: list[str] | None):
         group.add_argument(
             f"--{field.name}",
             type=_reader(field),
-            default=argparse.SUPPRESS,  # what was given shall be told from what was not
+            default=argparse.SUPPRESS,  # settings that were given must be distinguishable from defaults
             metavar="a,b,..." if kind is tuple else kind.__name__,
             help=f"{text} [{as_text(field.default)}]{elsewhere}".replace("%", "%%"),
             **switch,
@@ -49,19 +50,19 @@ def parse(cls: type, argv: list[str] | None):
 
 
 def kind_of(field: dataclasses.Field) -> tuple[type, type | None, bool]:
-    """The type of a field's values, of the items of a tuple, and whether None is allowed, from its annotation."""
+    """Returns the type of a field, the type of its items if it is a tuple, and whether it may be None."""
     options = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
     origin = typing.get_origin(options[0])
     return origin or options[0], typing.get_args(options[0])[0] if origin else None, len(options) > 1
 
 
 def as_text(value: object) -> str:
-    """A value as it is given on the command line."""
+    """Returns a value as it is written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def table(cls: type) -> str:
-    """A Markdown table of all settings: name, default, meaning, and the scripts that read it."""
+    """Returns a Markdown table of all settings: name, default, meaning, and the scripts that read it."""
     lines, comments = [], _comments(cls)
     for field in dataclasses.fields(cls):
         section, text = comments[field.name]
@@ -78,19 +79,26 @@ def table(cls: type) -> str:
 
 
 def _comments(cls: type) -> dict[str, tuple[str, str]]:
-    """Per field the title of the section that it opens, if it opens one, and its comment: the text of `--help`."""
+    """Returns for each field the title of the section that starts with it, or "", and its help text.
+
+    The help text is the comment beside the field, with the name of a table of config/registry.py replaced by its keys.
+    """
     section, found = "", {}
     for line in inspect.getsource(cls).splitlines():
         if title := re.fullmatch(r"    # ([\w ]+)", line):
             section = title[1]
         elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            found[field[1]] = (section, field[2])
+            found[field[1]] = (section, re.sub(r"NETWORKS|(ADA_)?LOSSES", _listed, field[2]))
             section = ""
     return found
 
 
+def _listed(table: re.Match) -> str:
+    return ", ".join(getattr(registry, table[0]))
+
+
 def _reader(field: dataclasses.Field):
-    """The function that turns the text after `--name` into the value of a field."""
+    """Returns a function that parses the text after `--name` into the value of a field."""
     kind, item, is_optional = kind_of(field)
 
     def read(text: str):
@@ -121,19 +129,20 @@ class _Parser(argparse.ArgumentParser):
         return settings
 
     def error(self, message: str):
-        raise InputError(message)  # of several processes one says so, which is no business of a parser's
+        raise InputError(message)  # utils.process prints it once, on one rank
 
 
 PAGE = """# Configuration
 
-Each setting is a line of [config/config.py](../config/config.py), whose default you edit, and an option of every
-script: `--name value`, lists `--name a,b`, switches `--name` or `--name False`. **None means automatic**, as the
-comment says. For epochs, milestones and margins it stands for the published value of what is trained; each run prints
-these values and keeps them in its `config.json`.
+Every setting is a line of [config/config.py](../config/config.py). Edit its default there, or give it to any script on
+the command line: `--name value`, lists `--name a,b`, switches `--name` or `--name False`.
 
-A script may be given settings that it does not read, so that one line of settings serves all stages. It names them when
-it starts. When a run is resumed, every setting that its script reads must be as it was, but for those that change no
-number (`CHANGES_NO_NUMBER` in [config/readers.py](../config/readers.py)).
+**None means automatic**, as the meaning says. For epochs, milestones and margins, None stands for the published value.
+Every run prints the values in use and writes them to its `config.json`.
+
+You can give all scripts the same settings: a script names those that it does not read, and ignores them. To resume a
+run, give the settings that it was started with. Only the settings in `CHANGES_NO_NUMBER`
+([config/readers.py](../config/readers.py)) may differ.
 
 """
 

@@ -1,4 +1,4 @@
-"""The one file to edit: each setting, its published default, and the paths that follow from them."""
+"""The file to edit: every setting with its published default, and the paths and schedules derived from them."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,9 @@ from typing import Any
 
 from config import arguments
 from config.errors import InputError
-from config.published import ADA_MARGINS, MARGINS, MILESTONES, STD_FC, Schedule, scaled_milestones
-from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
+from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
+from config.readers import ADA, CHANGES_NO_NUMBER, EAF_KD, SCRIPTS, reads, script_that_trains
+from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class Config:
     has_dropout: bool = False  # the dual-layer adaptor has dropout before its activation (DLDPO)
 
     # Networks
-    network: str = "iresnet34"  # of teachers: iresnet18|34|50|100, mobilefacenet, iresnet_tiny
-    student_network: str = "iresnet34"  # of students: the same choice, independent of the teachers
+    network: str = "iresnet34"  # of teachers: one of NETWORKS (config/registry.py)
+    student_network: str = "iresnet34"  # of students: one of NETWORKS, independent of the teachers
     embedding_size: int = 512  # dimensions of every embedding
     middle_layer_size: int = 512  # dimensions between the two layers of the dual-layer adaptor
 
     # Losses
-    loss: str = "ElasticArcFace"  # of teachers; or ElasticCosFace (both also with +), ArcFace, CosFace, CurricularFace
+    loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
     m: float | None = None  # margin of teachers, adaptors and EAF-KD; None: as published, Arc 0.5, Cos 0.35
     std: float | None = None  # spread of an elastic margin; None: 0.05, ElasticArcFace+ 0.0175, ElasticCosFace+ 0.02
@@ -51,8 +52,8 @@ class Config:
 
     # AdaDistill
     ada_source: str = "adaptor"  # students learn from the adaptor; or from one teacher, the one that `ethnicity` names
-    ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: as student_network
-    ada_loss: str = "AdaArcDistill"  # or AdaCosDistill; ArcDistill, CosDistill: the centres of the source's header stay
+    ada_student_network: str = "mobilefacenet"  # of KD_AdaDistill.py's students: one of NETWORKS
+    ada_loss: str = "AdaArcDistill"  # one of ADA_LOSSES; ArcDistill, CosDistill: the source's centres, frozen
     ada_weighted: bool = True  # alpha is weighted by how close the centre is to the teacher (Eq. 8; False: Eq. 7)
     ada_m: float | None = None  # margin of AdaDistill; None: as published, 0.45, or 0.35 for the losses with Cos
 
@@ -138,7 +139,7 @@ class Config:
         self._require("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
 
     def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
-        """Raises InputError where the value of a setting, if it is not None, does not satisfy `holds`."""
+        """Raises InputError if the value of a setting is not None and does not satisfy `holds`."""
         value = getattr(self, name)
         self._require(name, value is None or holds(value), wanted)
 
@@ -148,9 +149,9 @@ class Config:
 
     @classmethod
     def from_args(cls, argv: list[str] | None = None) -> "Config":
-        """The defaults above, changed by `--name value` (lists: `--name a,b`; switches: `--name` or `--name False`).
+        """Returns the defaults above, changed by `--name value`; lists are `--name a,b`, switches `--name`.
 
-        Raises InputError where a name is unknown or a value impossible.
+        Raises InputError for an unknown name or an impossible value.
         """
         return arguments.parse(cls, argv)
 
@@ -164,12 +165,12 @@ class Config:
 
     @property
     def quarters(self) -> tuple[str, ...]:
-        """The baseline's teachers: as many as there are groups, each trained on one part of every group."""
+        """Names of the baseline's teachers: as many as groups, each trained on one part of every group."""
         return tuple(f"quarter{i + 1}" for i in range(len(self.ethnicities)))
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """All teachers of the setting, in the order in which their embeddings are concatenated.
+        """Names of all teachers of the setting, in the order in which their embeddings are concatenated.
 
         The published code concatenates Asian, African, Caucasian, Indian; other names follow in the order given.
         """
@@ -180,10 +181,10 @@ class Config:
         return _first(PUBLISHED_ORDER, self.ethnicities)
 
     def group_of(self, teacher: str) -> str:
-        """The group whose accuracy decides which epoch of a teacher is the best; "" where it is the average.
+        """The group whose accuracy selects the best epoch of a teacher; "" if the average over the groups does.
 
-        A specialised teacher's is its own (paper 4.2). Those of the baseline's are African, Asian, Caucasian, Indian in
-        this order (paper 4.5 and Table 1), other names following in the order given.
+        A specialised teacher is selected on its own group (paper 4.2). The baseline's teachers, quarter1 first, are
+        selected on African, Asian, Caucasian, Indian (paper 4.5 and Table 1); other groups follow in the order given.
         """
         if not self.of_groups or self.setting == "standalone":
             return ""
@@ -210,7 +211,7 @@ class Config:
 
     @property
     def adaptor(self) -> str:
-        """The adaptor that the students learn from: SL, DuL or DLDPO."""
+        """The adaptor that the students learn from: SL, DuL or DLDPO. Raises InputError in the standalone setting."""
         self._require("ada_source", self.setting != "standalone", "teacher where there is one teacher, and no adaptor")
         if not self.is_dual_layer:
             self._require(
@@ -221,7 +222,7 @@ class Config:
 
     @property
     def source(self) -> str:
-        """What the students learn from: the name of an adaptor, or with `ada_source` teacher that of a teacher."""
+        """The name of the adaptor that the students learn from, or of the teacher if `ada_source` is teacher."""
         if self.ada_source == "adaptor":
             return self.adaptor
         names = self.selected_teachers
@@ -230,31 +231,31 @@ class Config:
 
     @property
     def ada_method(self) -> str:
-        """The one of ADA_METHODS that `ada_loss` and `ada_weighted` name."""
+        """The one of METHODS that `ada_loss` and `ada_weighted` name."""
         return self.ada_loss if self.ada_weighted or not self.ada_loss.startswith("Ada") else f"{self.ada_loss}-alpha"
 
     @property
     def for_adadistill(self) -> "Config":
-        """These settings, with a teacher that sees each image as the student does."""
+        """A copy in which the student and its source see the same view of an image (`flip_targets`)."""
         return dataclasses.replace(self, flip_targets=True)
 
     @property
     def target_views(self) -> tuple[bool, ...]:
-        """Which views of an image are embedded: as it is, and with `flip_targets` also flipped."""
+        """Whether each embedded view of an image is flipped: (False,), with `flip_targets` (False, True)."""
         return (False, True) if self.flip_targets else (False,)
 
     # Paths ------------------------------------------------------------------------------------------------------------
 
     @property
     def cache_dir(self) -> Path:
-        """Index and decoded images of these groups of this data folder; another folder has another cache."""
+        """Folder of the index and the decoded images, its name made from the path of the data and the groups."""
         data = Path(self.data).resolve()
         source = "\n".join([str(data), *sorted(self.ethnicities)])
         return Path(self.cache) / f"{data.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
     @property
     def split_dir(self) -> Path:
-        """One list of identities per group, dealt to the baseline's quarters."""
+        """Folder of the lists that divide each group's identities into the baseline's quarters."""
         return Path(self.output) / "baseline" / "split"
 
     @property
@@ -265,34 +266,35 @@ class Config:
         return self.network_dir / "teachers" / teacher
 
     def teacher_embeddings(self, teacher: str, flipped: bool = False) -> Path:
-        """Array (N, D): the unit-length embeddings of all images by one teacher."""
+        """File of the unit-length embeddings (N, D) of all images by one teacher."""
         return self.network_dir / "embeddings" / _view(teacher, flipped)
 
     def adaptor_dir(self, adaptor: str) -> Path:
         return self.network_dir / "adaptors" / adaptor
 
     def adaptor_embeddings(self, adaptor: str, flipped: bool = False) -> Path:
-        """Array (N, D): the unit-length multi-teacher embeddings of all images, the students' targets."""
+        """File of the unit-length multi-teacher embeddings (N, D) of all images, the students' targets."""
         return self.adaptor_dir(adaptor) / _view("embeddings", flipped)
 
     @property
     def source_dir(self) -> Path:
-        """The run folder of what the students learn from."""
+        """The run folder of the adaptor or teacher that the students learn from."""
         return self.adaptor_dir(self.source) if self.ada_source == "adaptor" else self.teacher_dir(self.source)
 
     def source_embeddings(self, flipped: bool = False) -> Path:
-        """Array (N, D): the students' targets."""
+        """File of the students' targets (N, D)."""
         path = self.adaptor_embeddings if self.ada_source == "adaptor" else self.teacher_embeddings
         return path(self.source, flipped)
 
     def student_dir(self, method: str) -> Path:
-        """`method` is one of METHODS."""
-        network = self.ada_student_network if method in ADA_METHODS else self.student_network
+        """The run folder of the student that `method` trains, one of METHODS; raises InputError for another."""
+        script = named("method", METHODS, method)
+        network = self.ada_student_network if script == ADA else self.student_network
         return self.network_dir / "students" / network / f"{self.source}-{method}"
 
     @property
     def evaluation_dir(self) -> Path:
-        """Where results lie: <output>/evaluation for the best weights on the groups, a folder in it for others."""
+        """Folder of the results: <output>/evaluation for the best weights on the groups, else a subfolder of it."""
         parts = ["last"] if self.weights == "last" and not self.checkpoint else []
         parts += ["published adaptor input"] if self.published_adaptor_input else []
         parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
@@ -303,12 +305,12 @@ class Config:
 
     @property
     def of_groups(self) -> bool:
-        """Whether the verification sets are those of the groups, so that fairness can be spoken of."""
+        """Whether there is one verification set per group, so that fairness can be measured."""
         return bool(self.ethnicities) and not self.pairs_sets
 
     @property
     def pairs_files(self) -> dict[str, Path]:
-        """The verification sets by name: `pairs_sets`, or those of the groups, or for data without groups the usual."""
+        """Files of the verification sets by name: `pairs_sets`, else one per group, else the usual five sets."""
         if self.of_groups:
             return {name: self.pairs_file(name) for name in self.ethnicities}
         return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets or PAIRS_SETS}
@@ -319,7 +321,7 @@ class Config:
     # Schedules --------------------------------------------------------------------------------------------------------
 
     def schedule(self, kind: str) -> Schedule:
-        """Epochs and learning rates of training `kind`: teacher, an adaptor, or a student's method."""
+        """Epochs and learning rates of training `kind`: "teacher", one of ADAPTORS, or one of METHODS."""
         if kind in ADAPTORS:
             epochs, milestones, lr = self.num_epoch_fc, self.milestones_fc, self.lr_fc
         else:
@@ -329,27 +331,29 @@ class Config:
         return Schedule(epochs, lr, milestones)
 
     def margin(self, kind: str) -> tuple[float, float]:
-        """Mean and standard deviation of the header's margin in training `kind`: set, or published for its loss."""
-        if kind in ADA_METHODS:
-            return ADA_MARGINS[self.ada_loss] if self.ada_m is None else self.ada_m, 0.0
-        m, std = MARGINS[self.loss if kind == "teacher" else "ElasticArcFace"]
-        m = m if self.m is None else self.m
-        if std == 0:
+        """Mean and standard deviation of the margin in training `kind`; published values where the setting is None."""
+        if script_that_trains(kind) == ADA:
+            return ADA_LOSSES[self.ada_loss].m if self.ada_m is None else self.ada_m, 0.0
+        loss = LOSSES[self.loss if kind == "teacher" else "ElasticArcFace"]
+        m = loss.m if self.m is None else self.m
+        if loss.std == 0:
             return m, 0.0  # the margin of this loss does not vary, whatever `std` is for others
-        std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (std, self.std)
+        std, given_std = (STD_FC, self.std_fc) if kind in ADAPTORS else (loss.std, self.std)
         return m, std if given_std is None else given_std
 
     def in_use(self, kind: str) -> dict[str, Any]:
-        """The epochs, milestones and margins that training `kind` uses, by the setting that gives them or is None."""
+        """Epochs, milestones and margins in use in training `kind`, by setting, with None replaced by its value."""
         schedule, (m, std) = self.schedule(kind), self.margin(kind)
         values: dict[str, Any] = {"num_epoch": schedule.epochs, "num_epoch_fc": schedule.epochs}
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
-        return {name: value for name, value in values.items() if reads(script_that_trains(kind), name)}
+        script = script_that_trains(kind)
+        script = script if script in SCRIPTS else EAF_KD  # a method of one's own has the settings of a student
+        return {name: value for name, value in values.items() if reads(script, name)}
 
     def described(self, kind: str) -> str:
-        """One line with the values that training `kind` uses, those marked that are published since None was set."""
-        parts, has_std = [], kind != "teacher" or MARGINS[self.loss][1] > 0
+        """One line with the values of `in_use`; marks those that are published because the setting is None."""
+        parts, has_std = [], kind != "teacher" or LOSSES[self.loss].std > 0
         for name, value in self.in_use(kind).items():
             if name == "std" and not has_std:
                 parts += [] if self.std is None else [f"std {self.std} is not used, since {self.loss} has none"]
@@ -365,39 +369,23 @@ class Config:
 
     @property
     def changed(self) -> list[str]:
-        """The arguments that give these settings to another script."""
+        """Command-line arguments for the settings that differ from the defaults."""
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         return [text for f in fields for text in (f"--{f.name}", arguments.as_text(getattr(self, f.name)))]
 
     def decisive(self, kind: str) -> dict[str, Any]:
-        """The settings that decide what training `kind` computes: all that it reads but CHANGES_NO_NUMBER."""
+        """The settings that a resumed run must share: all that the script reads, except CHANGES_NO_NUMBER."""
         script = script_that_trains(kind)
         names = [field.name for field in dataclasses.fields(self) if reads(script, field.name)]
         found = {name: getattr(self, name) for name in names if name not in CHANGES_NO_NUMBER} | self.in_use(kind)
         if kind in ADAPTORS:
-            found["teachers"] = self.teachers  # the order of the adaptor's inputs
+            found["teachers"] = self.teachers  # their order is that of the adaptor's inputs
         return found
 
 
-NETWORKS = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet", "iresnet_tiny")
-SETTINGS = ("specialized", "baseline", "standalone", "")  # that of a checkpoint that is named is not known
-ADAPTORS = ("SL", "DuL", "DLDPO")
-ADA_LOSSES = tuple(ADA_MARGINS)
-ADA_METHODS = (*ADA_LOSSES[:2], *(f"{loss}-alpha" for loss in ADA_LOSSES[:2]), *ADA_LOSSES[2:])
-METHODS = ("a-KD", "EAF-KD", *ADA_METHODS)
+SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
-CHOICES = {
-    "network": NETWORKS,
-    "student_network": NETWORKS,
-    "ada_source": ("adaptor", "teacher"),
-    "ada_student_network": NETWORKS,
-    "ada_loss": ADA_LOSSES,
-    "loss": tuple(MARGINS),
-    "device": ("cpu", "cuda"),
-    "precision": ("fp32", "tf32", "bf16"),
-    "weights": ("best", "last"),
-}
-# Order in which an adaptor reads its teachers (paper 4.3), and in which the groups have the quarters (Table 1).
+# The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
 ASSIGNED_ORDER = ("African", "Asian", "Caucasian", "Indian")
 
@@ -411,7 +399,7 @@ def _are_names(names: tuple) -> bool:
 
 
 def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, those in `order` first and in this order."""
+    """Sorts the names that are in `order` to the front, in that order."""
     return (*(name for name in order if name in names), *(name for name in names if name not in order))
 
 

@@ -1,5 +1,5 @@
-"""The exception for what a user can put right."""
+"""The exception for errors that the user can fix."""
 
 
 class InputError(ValueError):
-    """A setting, file or folder is not as it must be. The message is one sentence that names it and says what to do."""
+    """A setting, file or folder is unusable. The message is one sentence that names it and says what to do."""

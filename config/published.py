@@ -1,23 +1,9 @@
-"""What None stands for in a setting: schedules and margins as published."""
+"""What None stands for in a setting: schedules as published. Margins are in config/registry.py."""
 
 from dataclasses import dataclass
 
 MILESTONES = {52: (16, 28, 40, 50), 26: (8, 14, 20, 25), 60: (40, 48, 52)}
-"""By number of epochs: MST-KD's teachers (paper 4.6), its students and adaptors, AdaDistill on CASIA-WebFace."""
-
-MARGINS = {
-    "ElasticArcFace": (0.50, 0.05),
-    "ElasticArcFace+": (0.50, 0.0175),
-    "ElasticCosFace": (0.35, 0.05),
-    "ElasticCosFace+": (0.35, 0.02),
-    "ArcFace": (0.50, 0.0),
-    "CosFace": (0.35, 0.0),
-    "CurricularFace": (0.50, 0.0),
-}
-"""By loss, mean and standard deviation of its margin, from MST-KD (paper 4.2) and ElasticFace's configuration."""
-
-ADA_MARGINS = {"AdaArcDistill": 0.45, "AdaCosDistill": 0.35, "ArcDistill": 0.45, "CosDistill": 0.35}
-"""Margins of AdaDistill's losses, from its ablation; those of the two with frozen centres are not stated."""
+"""Milestones by number of epochs: of MST-KD's teachers (paper 4.6), of its students and adaptors, of AdaDistill."""
 
 STD_FC = 0.0125
 """Standard deviation of the margin in the adaptors' header: the released code's default; the paper names 0.05 only."""
@@ -25,25 +11,25 @@ STD_FC = 0.0125
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs and learning rates of one run: `base_lr` for 512 images a step, a tenth of it from each milestone on."""
+    """Epochs and learning rates of a run. `base_lr` is for 512 images a step; each milestone divides it by 10."""
 
     epochs: int
     base_lr: float
     milestones: tuple[int, ...]
 
     def lr(self, epoch: int, batch_size: int) -> float:
-        """The learning rate of the 0-based `epoch` with `batch_size` images a step, of all processes together.
+        """Returns the learning rate of the 0-based `epoch` for a total batch of `batch_size` images over all ranks.
 
-        A drop at m applies after m - 1 finished epochs.
+        The drop at milestone m applies after m - 1 finished epochs.
         """
         return self.base_lr * batch_size / 512 * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
 
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:
-    """The published milestones for 52, 26 and 60 epochs; for other numbers those of 26, scaled and rounded.
+    """Returns the published milestones for 52, 26 and 60 epochs, else those of 26 epochs, scaled and rounded.
 
-    Milestones that fall on the same epoch count once. One that falls on epoch 1 is dropped: no run starts below its
-    learning rate.
+    Milestones that are rounded to the same epoch count once. A milestone at epoch 1 is dropped, so that every run
+    starts at its full learning rate.
     """
     if epochs in MILESTONES:
         return MILESTONES[epochs]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from config.published import ADA_MARGINS
+from config.registry import ADAPTORS, METHODS
 
 SPLIT, TRAIN, EXTRACT = "baseline_data_split.py", "train.py", "extract_all.py"
 SL, DUAL = "fc_EArc.py", "dual_layer_EAF-Fusion.py"
@@ -45,40 +45,38 @@ _TABLE = (
     ("row", (EVALUATION, IJB)),
 )
 READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
-"""The scripts that read a setting; one that is not listed is read by all."""
+"""The scripts that read each setting. A setting that is not listed is read by all."""
 
 CHANGES_NO_NUMBER = {
-    # What lies there is compared by its digest.
+    # Data and weights are compared by their digests instead of their paths.
     *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "weights"),
-    # They name the run folder.
+    # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
-    # They change the rounding at most, and a change is printed; batch_size is that of all processes together.
+    # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
     *("device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
 }
-"""Settings that a run may change when it is resumed. Every other one that its script reads takes part in the check."""
-
-_TRAINED_BY = {"teacher": TRAIN, "SL": SL, "DuL": DUAL, "DLDPO": DUAL, "a-KD": A_KD, "EAF-KD": EAF_KD}
+"""Settings that may differ when a run is resumed. All others that its script reads must be equal."""
 
 
 def script_that_trains(kind: str) -> str:
-    """The script that trains a teacher, an adaptor or a student by this method; "" for a kind that is none of ours."""
-    return ADA if kind.removesuffix("-alpha") in ADA_MARGINS else _TRAINED_BY.get(kind, "")
+    """Returns the script that trains `kind`: "teacher", an adaptor or a method; "" for an unknown kind."""
+    return ({"teacher": TRAIN} | ADAPTORS | METHODS).get(kind, "")
 
 
 def reads(script: str, setting: str) -> bool:
-    """Whether a script reads a setting; a script that is none of ours may read all of them."""
+    """Returns True if a script reads a setting. A script that is not in SCRIPTS may read all of them."""
     return script not in SCRIPTS or script in READ_BY.get(setting, SCRIPTS)
 
 
 def called(path: str) -> str:
-    """The name in SCRIPTS of the script that was started as `path` (sys.argv[0])."""
+    """Returns the name in SCRIPTS of the script started as `path` (sys.argv[0])."""
     name = Path(path).name
     return {"evaluation.py": EVALUATION, "ijb.py": IJB}.get(name, name)
 
 
 def unread(script: str, settings: list[str]) -> str:
-    """The sentence that names those of `settings` that a script does not read, and who reads them; "" for none."""
+    """Returns a sentence that names the `settings` that a script does not read and the scripts that do; "" if none."""
     names_by_readers: dict[str, list[str]] = {}
     for name in settings:
         if not reads(script, name):
@@ -90,5 +88,5 @@ def unread(script: str, settings: list[str]) -> str:
 
 
 def listed(names: list[str] | tuple[str, ...]) -> str:
-    """a, b and c."""
+    """Joins names for a sentence: a, b and c."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

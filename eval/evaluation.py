@@ -14,7 +14,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from config.config import NETWORKS, SETTINGS, Config
+from config.config import SETTINGS, Config
+from config.registry import NETWORKS
 from eval import figures, paper, report
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.results import Results
@@ -42,7 +43,7 @@ def main(cfg: Config) -> None:
         scored = Scores(cfg, sets, folder / "distances").of([model])
     else:
         scored = [one for family in found for one in _score_family(family, sets, folder)]
-    scored.sort(key=lambda one: (SETTINGS.index(one.setting), NETWORKS.index(one.network), KINDS.index(one.kind)))
+    scored.sort(key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS].index(one.network), KINDS.index(one.kind)))
 
     results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
     compared = paper.compare(printed, scored, cfg, _notes(cfg))

@@ -8,7 +8,8 @@ from torch import nn
 
 from backbones import build_adaptor
 from backbones.state_dicts import UnexpectedAdaptor
-from config.config import ADAPTORS, METHODS, NETWORKS, Config
+from config.config import Config
+from config.registry import ADAPTORS, METHODS, NETWORKS
 from utils.errors import InputError
 from utils.training.checkpoint import decided_by
 from utils.weights import find_weights, load_backbone, load_weights, weights_with_digest

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config.config import ADAPTORS, Config
+from config.config import Config
+from config.registry import ADAPTORS
 from eval.fairness import summary
 from eval.published import PAIRS, SIC, Row, adadistill, every, fairness_ocfr, mst_kd
 from eval.scores import Scored

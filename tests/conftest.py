@@ -1,12 +1,13 @@
-"""Small data sets that tests share. Images are noise: what is tested with them does not look at them."""
+"""Small data sets that tests share. Their images are noise, because these tests do not depend on what they show."""
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -48,8 +49,19 @@ def put(path: Path, content: bytes) -> Path:
     return path
 
 
+def full_disk(*_) -> None:
+    """Stands in for a function that writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_at(ending: str) -> Callable:
+    """Stands in for os.replace, for which the disk is full where the target ends so."""
+    plain = os.replace
+    return lambda source, target: (full_disk if str(target).endswith(ending) else plain)(source, target)
+
+
 def write_images(data: Path, counts: dict[str, dict[str, int]]) -> None:
-    """`counts` gives the number of images of each identity of each group."""
+    """Writes images of noise; `counts` gives their number for each identity of each group."""
     seed = 0
     for group, identities in counts.items():
         for identity, count in identities.items():
@@ -65,7 +77,7 @@ def write_pairs(path: Path, pairs: int = 20, seed: int = 0) -> None:
 
 
 def small_config(tmp_path: Path) -> Config:
-    """Two groups of 3 and 2 identities with 4 images each, one bin file each, and settings for a fast CPU run."""
+    """Writes two groups of 3 and 2 identities with 4 images each, and a .bin of each; returns fast settings."""
     names = {"A": {"a1": 4, "a2": 4, "a3": 4}, "B": {"b1": 4, "b2": 4}}
     write_images(tmp_path / "data", names)
     for seed, group in enumerate(names):
@@ -94,7 +106,7 @@ def cfg(tmp_path) -> Config:
 
 @pytest.fixture
 def blank_pictures(monkeypatch) -> None:
-    """Pictures without a drawing, for tests that look at tables: drawing takes most of an evaluation's time."""
+    """Writes blank pictures, for tests of tables: drawing takes most of an evaluation's time."""
 
     def save(figure, axes, path: Path, note: str) -> None:
         put(path, encode(np.zeros((1, 1, 3), np.uint8), ".png"))
@@ -123,12 +135,12 @@ def faces(tmp_path_factory) -> Path:
 
 
 COPYING = ("__post_init__", "_check", "changed", "decisive", "described", "in_use")
-"""Methods of Config that touch a setting without using its value for the work of the script."""
+"""Methods of Config that read a setting without using its value for the work of the script."""
 
 
 @contextlib.contextmanager
 def recorded_reads() -> Iterator[dict[str, set[str]]]:
-    """Records the settings that each script reads, by the name of the script, within this context."""
+    """Context that records the settings that each script reads, by the name of the script."""
     names, found = {field.name for field in dataclasses.fields(Config)}, {}
 
     def read(cfg: Config, name: str):
@@ -136,8 +148,8 @@ def recorded_reads() -> Iterator[dict[str, set[str]]]:
             callers = sys._getframe(1).f_code, sys._getframe(2).f_code
             methods = [code.co_qualname.split(".")[1:2] for code in callers if code.co_qualname.startswith("Config.")]
             is_copy = Path(callers[0].co_filename).name in ("dataclasses.py", "<string>")  # replace, asdict, ==
-            is_told = callers[0].co_name in ("versions", "command")
-            if not is_copy and not is_told and not any(method[0] in COPYING for method in methods):
+            is_reported = callers[0].co_name in ("versions", "command")
+            if not is_copy and not is_reported and not any(method[0] in COPYING for method in methods):
                 found.setdefault(called(sys.argv[0]), set()).add(name)
         return object.__getattribute__(cfg, name)
 
@@ -153,9 +165,9 @@ def trained(trained_and_reads) -> tuple[Config, list[str]]:
 
 @pytest.fixture(scope="session")
 def trained_and_reads(faces, tmp_path_factory) -> tuple[Config, list[str], dict[str, set[str]]]:
-    """All stages of the specialised setting, then one of the baseline's teachers, then the evaluation.
+    """Runs all stages of the specialised setting, then one teacher of the baseline, then the evaluation.
 
-    Also the settings that each script has read.
+    Returns the settings, the command line, and the settings that each script has read.
     """
     given = arguments(faces, tmp_path_factory.mktemp("output"))
     with recorded_reads() as reads:
@@ -167,7 +179,7 @@ def _run_all(given: list[str]) -> None:
     run_script("baseline_data_split.py", given)
     run_script("train.py", given)
     run_script("extract_all.py", [*given, "--flip_targets"])
-    # No flag makes it write a dual-layer adaptor.
+    # fc_EArc.py must train a single-layer adaptor even with --is_dual_layer.
     run_script("fc_EArc.py", [*given, "--flip_targets", "--is_dual_layer"])
     run_script("dual_layer_EAF-Fusion.py", given)
     run_script("dual_layer_EAF-Fusion.py", [*given, "--has_dropout"])

@@ -1,8 +1,10 @@
-"""Makes tests/golden_heads.json and tests/golden_adadistill.json, from the formulae in float64.
+"""Makes tests/golden_heads.json and tests/golden_adadistill.json from the formulas of the papers, in float64.
 
-Logits, loss and gradients of the margin heads, and three successive steps of AdaDistill with its centres. The formulae
-are those of the papers in their plain form (arc cosine, one sample and one class at a time), the gradients are central
-differences: nothing here shares a line with utils.losses. Run: python -m tests.make_golden
+The files hold logits, loss and gradients of the margin headers, and three successive steps of AdaDistill with its
+centres. The formulas are computed in their plain form (arc cosine, one sample and one class at a time) and the
+gradients by central differences, so that no code is shared with utils.losses.
+
+Run     python -m tests.make_golden
 """
 
 import json
@@ -18,7 +20,7 @@ S = 16.0
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (4, 5) and kernel (5, 6), smooth numbers that need no random generator and reach every branch."""
+    """Returns embeddings (4, 5) and kernel (5, 6) that reach every branch, without a random generator."""
     embeddings = np.array([[math.sin(1.7 * i + 0.9 * j + 1) for j in range(DIMENSIONS)] for i in range(BATCH)])
     kernel = np.array([[math.cos(2.3 * i - 1.1 * j + 0.5) for j in range(CLASSES)] for i in range(DIMENSIONS)])
     embeddings[0] += 2 * kernel[:, LABEL[0]]  # close to its class: its negatives are easy
@@ -52,7 +54,7 @@ def curricular(theta, is_target, row, cosines, m=0.5):
     return value * (t + value) if value > math.cos(target + m) else value
 
 
-FROZEN_MEAN: list[float] = []  # the running mean is no function of the input where gradients are taken
+FROZEN_MEAN: list[float] = []  # gradients treat the running mean as a constant
 
 
 def logits(function, embeddings, kernel):
@@ -87,11 +89,11 @@ def gradient(function, embeddings, kernel, which, step=1e-6):
 
 
 STEP_LABELS = ([2, 0, 2, 5], [1, 1, 1, 1], [5, 2, 0, 3])
-"""Three batches: a class twice, one class four times, and classes whose centres have moved before."""
+"""Labels of three batches: a class twice, one class four times, and classes with centres that were updated before."""
 
 
 def steps_inputs() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Three batches (4, 5) each of student and teacher embeddings; in the third sample of each the two point apart."""
+    """Returns three batches (4, 5) of student and of teacher embeddings; the third samples' cosine is negative."""
     student = [
         np.array([[math.sin(1.3 * i + 0.7 * j + 2 * k + 1) for j in range(DIMENSIONS)] for i in range(BATCH)])
         for k in range(3)
@@ -130,7 +132,7 @@ def ada_loss(student: np.ndarray, centres: np.ndarray, label: list[int], margin:
 
 
 def ada_steps(margin: str, weighted: bool) -> list[dict]:
-    """Eq. 6 with alpha of Eq. 8 (`weighted`) or 7, sample after sample, then the margin softmax of Eq. 4."""
+    """Computes Eq. 6 with alpha of Eq. 8 (`weighted`) or 7, one sample at a time, then the margin softmax of Eq. 4."""
     centres, steps = inputs()[1], []
     for student, teacher, label in zip(*steps_inputs(), STEP_LABELS, strict=True):
         alphas = []
@@ -146,7 +148,9 @@ def ada_steps(margin: str, weighted: bool) -> list[dict]:
             moved = [student.copy(), student.copy()]
             moved[0][place] += 1e-6
             moved[1][place] -= 1e-6
-            losses = [ada_loss(one, centres, label, margin) for one in moved]  # the centres are no function of them
+            losses = [
+                ada_loss(one, centres, label, margin) for one in moved
+            ]  # gradients treat the centres as constants
             gradient[place] = (losses[0] - losses[1]) / 2e-6
         steps.append(
             {

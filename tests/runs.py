@@ -1,4 +1,4 @@
-"""What tests of several modules start from: scripts, a small run, random embeddings, whether two runs are equal."""
+"""Helpers shared by tests: run scripts, train a small run, write random embeddings, compare two runs."""
 
 import os
 import runpy
@@ -29,7 +29,7 @@ FEATURES = 3 * 112 * 112
 def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
     """Runs a script or module in this process with a command line, and checks its exit status."""
     before, sys.argv = sys.argv, [script, *arguments]
-    threads = torch.get_num_threads()  # --num_threads is of this script only
+    threads = torch.get_num_threads()  # --num_threads must not affect other tests
     try:
         if script.endswith(".py"):
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -46,20 +46,20 @@ def run_script(script: str, arguments: list[str], expect: int = 0) -> None:
 
 
 def torchrun(processes: int, *command: str, options: tuple[str, ...] = (), **environment: str) -> tuple[int, str]:
-    """Runs a module or script with its arguments under torchrun on this machine: exit status, what was printed.
+    """Runs a module or script with its arguments under torchrun; returns the exit status and the output.
 
-    What hangs fails after ten minutes.
+    Raises subprocess.TimeoutExpired after ten minutes.
     """
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     what = list(command) if command[0].endswith(".py") else ["-m", *command]
     given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    heard = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run([*start, *options, "--", *what], cwd=ROOT, env=given, timeout=600, **heard)
+    captured = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*start, *options, "--", *what], cwd=ROOT, env=given, timeout=600, **captured)
     return done.returncode, done.stdout
 
 
 def arguments(faces: Path, output: Path) -> list[str]:
-    """The command line of every stage, for a tiny network on `faces`, with its cache beside them."""
+    """Returns the settings of all stages as a command line: a tiny network on `faces`, with the cache beside them."""
     paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
     paths += ["--cache", str(faces.parent / "cache")]
     networks = "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny"
@@ -69,7 +69,7 @@ def arguments(faces: Path, output: Path) -> list[str]:
 
 
 class Linear(torch.nn.Module):
-    """A network with dropout: what depends on random numbers shows."""
+    """A network with dropout, so that its outputs depend on the random numbers."""
 
     def __init__(self, size: int = 16):
         super().__init__()
@@ -81,7 +81,7 @@ class Linear(torch.nn.Module):
 
 
 def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
-    """Fits a small network in the run folder `name`; calls `before_step` with the step's number in this process."""
+    """Trains a small network in the run folder `name`; calls `before_step` with the number of the step, from 1."""
     setup(cfg)
     faces = Faces(cfg, flip=flip)
     network, header = Linear(), ElasticArcFace(16, faces.num_classes, s=8.0)
@@ -99,7 +99,7 @@ def train(cfg, name="T", epochs=3, before_step=None, validate=None, flip=True):
 
 
 def write_embeddings(cfg, teacher, flipped=False, images=None):
-    """Random embeddings of all images, as the teacher's weights in its run folder would give."""
+    """Writes random embeddings (20, 16) of all images, as if made by the teacher's weights in its run folder."""
     weights = cfg.teacher_dir(teacher) / "best_backbone.pth"
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
@@ -111,7 +111,7 @@ def write_embeddings(cfg, teacher, flipped=False, images=None):
 
 
 def write_targets(cfg, inputs):
-    """SL's embeddings as made from these teachers."""
+    """Writes embeddings of the adaptor SL, as if made from the teachers' embeddings `inputs`."""
     folder = cfg.adaptor_dir("SL")
     folder.mkdir(parents=True)
     save(folder / "best_backbone.pth", {"fc.bias": torch.zeros(1)})
@@ -124,10 +124,10 @@ def checkpoint(cfg, name="T"):
 
 
 def difference(one: Path, other: Path) -> str:
-    """What differs between two finished run folders: weights, optimizer, position, log; nothing if they are equal."""
+    """Returns what differs between two finished run folders (weights, optimizer, position, log), or ""."""
     for name in ("checkpoint.pth", "best_backbone.pth", "best_header.pth", "last_backbone.pth", "last_header.pth"):
         here, there = (torch.load(folder / name, weights_only=True) for folder in (one, other))
-        if name == "checkpoint.pth":  # who went on with the run, and on what, may differ
+        if name == "checkpoint.pth":  # processes and machines of the sessions may differ
             here, there = ({key: value for key, value in state.items() if key != "sessions"} for state in (here, there))
         if not equal(here, there):
             return f"{name} differs"
@@ -140,7 +140,7 @@ def difference(one: Path, other: Path) -> str:
 
 
 def equal(one, other) -> bool:
-    """Nested dicts and lists of tensors and plain values, to the last bit."""
+    """Compares nested dicts and lists of tensors and plain values, to the last bit."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list):

@@ -1,4 +1,4 @@
-"""What the tests of several processes run under torchrun, which starts this module with the name of a program below."""
+"""Programs that the tests of several processes run under torchrun: the first argument names one of PROGRAMS."""
 
 import json
 import os
@@ -18,10 +18,10 @@ from config.config import Config
 from tests.runs import FEATURES, run_script
 from utils.data.columns import Column
 from utils.data.faces import Faces
-from utils.distributed import collectives, launch
+from utils.distributed import collectives
 from utils.distributed.world import rank, world_size
 from utils.errors import InputError
-from utils.losses import AdaDistill, ArcDistill, build_header, margin_loss, spread
+from utils.losses import AdaDistill, build_header
 from utils.process import Interrupted, guarded, setup
 from utils.training.engine import fit, infer
 from utils.training.extract import Output, embed_all
@@ -36,7 +36,7 @@ DATA = ("data", "pairs", "cache")
 
 
 def stages(given: list[str]) -> list[tuple[str, list[str]]]:
-    """Scripts and arguments of the stages that train, or extract, in order."""
+    """Returns scripts and arguments of the stages that train or extract, in order."""
     both, dual = [*given, "--flip_targets"], [*given, "--is_dual_layer"]
     return [
         ("train.py", given),
@@ -57,38 +57,38 @@ def run_stages(*given: str) -> None:
 
 
 def run_with_kills(plan: str, *given: str) -> None:
-    """train.py, of which a process is killed at each attempt; the plan "1:4,0:3" names its rank and before which step.
+    """Runs train.py and kills one process in each attempt, before a step of that attempt.
 
-    Steps are counted anew at each attempt.
+    The plan "1:4,0:3" kills rank 1 before step 4 of the first attempt, and rank 0 before step 3 of the second.
     """
     take, taken, attempt = Progress._take_step, [], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    doomed, step = [*plan.split(","), *[":"] * 99][attempt].split(":")
+    killed_rank, step = [*plan.split(","), *[":"] * 99][attempt].split(":")
 
-    def take_or_die(self, *values):
+    def take_or_kill(self, *values):
         taken.append(self)
-        if (os.environ["RANK"], str(len(taken))) == (doomed, step):
+        if (os.environ["RANK"], str(len(taken))) == (killed_rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
         take(self, *values)
 
-    Progress._take_step = take_or_die
+    Progress._take_step = take_or_kill
     run_script("train.py", [*given])
 
 
-def run_while_one_waits(*given: str) -> None:
-    """train.py, whose second process is killed before the third step, while the first hears nothing."""
+def run_while_one_waits(seconds: str, *given: str) -> None:
+    """Runs train.py. Before step 3 rank 1 is killed, and rank 0 handles no signal, as if it waited for a GPU."""
     take, taken = Progress._take_step, []
 
-    def take_wait_or_die(self, *values):
+    def take_wait_or_kill(self, *values):
         taken.append(self)
         if len(taken) == 3:
             if rank():
                 os.kill(os.getpid(), signal.SIGKILL)
-            until = time.monotonic() + 60
+            until = time.monotonic() + float(seconds)
             while time.monotonic() < until:
                 time.sleep(0.1)
         take(self, *values)
 
-    launch.GRACE, Progress._take_step = 0.5, take_wait_or_die
+    Progress._take_step = take_wait_or_kill
     run_script("train.py", [*given])
 
 
@@ -100,7 +100,7 @@ class Normalised(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(FEATURES, 16, bias=False)  # it would have no effect
+        self.fc = nn.Linear(FEATURES, 16, bias=False)  # a bias before BatchNorm has no effect
         self.bn = nn.BatchNorm1d(16)
 
     def forward(self, image):
@@ -108,7 +108,7 @@ class Normalised(nn.Module):
 
 
 def settings(folder: str | Path) -> Config:
-    """Those of `tests.conftest.small_config`, whose files lie in `folder`."""
+    """Returns settings for the files that `tests.conftest.small_config` has written into `folder`."""
     paths = {name: f"{folder}/{name}" for name in (*DATA, "output")}
     small = {"ethnicities": ("A", "B"), "embedding_size": 16, "batch_size": 6, "device": "cpu", "s": 8.0, "m": 0.2}
     return Config(**paths, **small, global_batch=True, sync_bn=True, infer_batch_size=3)
@@ -119,7 +119,7 @@ def folder_of(cfg: Config, name: str, header: str, sharding: bool) -> Path:
 
 
 class Layers(nn.Module):
-    """Layers in another order than they are used in, and dropout whose masks are kept; no batch normalisation."""
+    """Layers used in another order than defined, with dropout and without BatchNorm; `kept` holds the dropout masks."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -143,20 +143,21 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     spoil: Callable[[int], float] = lambda _: 1.0,
 ) -> tuple[nn.Module, nn.Module]:
-    """Two epochs of three steps in a run folder: the network and the header.
+    """Trains two epochs of three steps in a run folder; returns the network and the header.
 
-    `before_step` is called with a step's number in this process, and `spoil` gives what its loss is multiplied by.
+    `before_step` is called with the number of the step, from 1, and the margin loss is multiplied by `spoil` of it.
     """
     setup(cfg)
     faces, network = Faces(cfg, flip=True), network()
-    shape, calls = (16, faces.num_classes), []
+    calls: list[torch.Tensor] = []
+    given = replace(cfg, header_sharding=sharding, s=8.0)
     if kind == "AdaDistill":
-        header = spread(AdaDistill, sharding)(*shape, s=8.0)
+        header = build_header("AdaArcDistill", faces.num_classes, given, "AdaArcDistill")
     elif kind == "ArcDistill":
-        header = spread(ArcDistill, sharding)(*shape, s=8.0)
-        header.set_centres(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        header = build_header("ArcDistill", faces.num_classes, given, "ArcDistill")
+        header.set_centres(torch.randn(16, faces.num_classes, generator=torch.Generator().manual_seed(1)))
     else:
-        header = build_header(kind, *shape, 8.0, 0.2, 0.05, sharding)
+        header = build_header(kind, faces.num_classes, replace(given, loss=kind, m=0.2, std=0.05), "teacher")
 
     def losses(image, label):
         calls.append(label)
@@ -165,7 +166,7 @@ def train(
         embedding = F.normalize(network(image))
         teacher = F.normalize(image.flatten(1)[:, :16])
         teachers = [teacher] if isinstance(header, AdaDistill) else []
-        margin = spoil(len(calls)) * margin_loss(header, embedding, *teachers, label)
+        margin = spoil(len(calls)) * header.loss(embedding, *teachers, label)
         loss = {"margin": margin, "kd": F.mse_loss(embedding, teacher)}
         return loss | ({"alpha": header.alpha} if kind == "AdaDistill" else {})
 
@@ -176,10 +177,10 @@ def train(
 
 
 def train_and_stop(cfg: Config, name: str, kind: str, sharding: bool, **options) -> None:
-    """A signal comes to the last process only; all stop together."""
+    """Sends a signal to the last rank only; all ranks must stop after the same step."""
 
     def stop(number: int) -> None:
-        late = world_size() > 1  # a step later the others have heard of it
+        late = world_size() > 1  # the other ranks learn of it one step later
         if rank() == world_size() - 1 and number == STOPPED_AFTER - late:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -217,9 +218,9 @@ def three(folder: str) -> None:
 
 
 def _as_published(cfg: Config) -> None:
-    """What the settings do not change: a batch of each process, which has its own statistics and dropout.
+    """Trains as published: each process has its own batch, BatchNorm statistics and dropout.
 
-    A signal comes to one process while all verify.
+    Rank 1 gets a signal while all ranks verify.
     """
     cfg = published(cfg, 3)
     found = {}
@@ -251,7 +252,7 @@ def published(cfg: Config, batch_size: int) -> Config:
 
 
 def _spoilt(cfg: Config) -> None:
-    """A loss that is not finite on one process, in the second step."""
+    """Trains with a loss that is NaN on rank 1 in the second step; saves the error and the kernels."""
     kernels = []
 
     def spoil(step: int) -> float:
@@ -272,7 +273,7 @@ def _spoilt(cfg: Config) -> None:
 
 
 def _saved_when_due(cfg: Config) -> None:
-    """Where a run is saved of which a checkpoint is due in the first step, and not again soon after one was saved."""
+    """Records where a run is saved if a checkpoint is due in the first step, and none is due after that."""
     saves, due, save = [], Progress.due, Progress.save
 
     def saved(self):
@@ -289,7 +290,7 @@ def _saved_when_due(cfg: Config) -> None:
 
 
 def _infer(cfg: Config, world: str) -> None:
-    """What each process gets, and what rank 0 writes."""
+    """Saves what each rank gets from `infer`, and writes arrays on rank 0."""
     output, found = Path(cfg.output), {}
     for count in (20, 2):
         found[str(count)] = infer(**inference(count), cfg=cfg, title="test")
@@ -300,7 +301,7 @@ def _infer(cfg: Config, world: str) -> None:
 
 
 def inference(count: int) -> dict:
-    """Arguments of `infer`: a network and as many rows."""
+    """Returns arguments of `infer`: a network and `count` rows."""
     torch.manual_seed(0)
     network = nn.Linear(5, 16)
     rows = np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32)
@@ -308,7 +309,7 @@ def inference(count: int) -> dict:
 
 
 def _refusals(cfg: Config) -> None:
-    """What is raised, on each process, for settings and data of which one process has others."""
+    """Saves the errors of each rank where settings or data of one rank differ."""
     here, said = rank(), []
     moved = replace(cfg, data=cfg.data if here < 2 else f"{cfg.data} 2", cache=f"{cfg.cache} {here}")
     columns = inference(20)["columns"]

@@ -1,4 +1,4 @@
-"""The process that a script is: its command line, the libraries' settings, signals, and what it says last."""
+"""Runs a script as a process: command line, settings of the libraries, signals, and the sentence that it ends with."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,32 +26,32 @@ from utils.errors import InputError
 from utils.memory import keep_freed_memory
 
 ALONE = ("baseline_data_split.py", "-m eval.evaluation")
-"""Scripts that are the work of one process."""
+"""Scripts that run as one process, without torchrun."""
 
 
 def run(main: Callable[[Config], None], argv: list[str] | None = None, alone: bool = False) -> None:
-    """Calls a script's `main` with the settings of the command line or `argv`, `guarded`.
+    """Calls a script's `main` with the settings of the command line, or of `argv`, as `guarded` does.
 
-    One that is to be `alone` is refused under torchrun.
+    With `alone`, raises InputError under torchrun.
     """
     guarded(lambda: main(Config.from_args(argv)), alone)
 
 
 def guarded(work: Callable[[], None], alone: bool = True) -> None:
-    """Calls `work`; bad input ends in one sentence and status 2, Ctrl-C and SIGTERM in one that says how to go on.
+    """Calls `work`, and ends the process with one sentence after bad input (status 2), Ctrl-C or SIGTERM.
 
-    Of several processes the first that ends so says why, and all end; work that is to be `alone` is refused there.
+    Under torchrun all ranks end, and the first one prints the sentence. With `alone`, torchrun itself is bad input.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no valid text
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if alone and is_launched():
             raise InputError("This is the work of one process: start it with python, not with torchrun.")
         if not alone:
-            launch.meet()
+            launch.connect()
         work()
-        launch.leave()
+        launch.close()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb.")
@@ -61,69 +60,72 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
     except Interrupted as stop:
         _end(128 + stop.signal, str(stop))
     except Exception as error:
-        if launch.number() is None:
+        if not is_launched():
             raise
-        if launch.is_lost(error):
-            _end_without(error)
+        if launch.is_lost_peer(error):
+            _end_without_peer(error)
         traceback.print_exc()
-        _end(1, f"process {launch.number()} ended by the error above.")
+        _end(1, f"process {os.environ['RANK']} ended by the error above.")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _end(status: int, sentence: str) -> NoReturn:
-    if launch.number() is not None and threading.current_thread() is threading.main_thread():
+    """Prints the sentence, on several ranks only on the first that ends, and ends this process."""
+    if is_launched():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # torchrun sends one as soon as another process has left
-    with contextlib.suppress(OSError):  # nobody may be listening
-        if launch.speaks():
+            signal.signal(number, signal.SIG_IGN)  # torchrun sends one as soon as another rank has ended
+    with contextlib.suppress(OSError):  # the terminal or pipe may be closed
+        if launch.is_first_to_end():
             script = Path(sys.argv[0]).name
             print(f"{_module_name() if script == '__main__.py' else script}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
     if world_size() > 1:
-        os._exit(status)  # leaving the group would wait for the others, who may be waiting for this process
+        os._exit(status)  # destroying the group would wait for ranks that may wait for this one
     sys.exit(status)
 
 
-def _end_without(error: Exception) -> NoReturn:
-    """Ends this process because another one has."""
-    # Of gloo's text: [where it was compiled] what has happened. What may be the cause.
+def _end_without_peer(error: Exception) -> NoReturn:
+    """Ends this process because a collective failed when another rank ended."""
+    # gloo's text is "[source file] What has happened. What may be the cause."; the second part is kept.
     text = re.sub(r"^\[[^]]*\] ", "", str(error).split("\n")[0]).split(". ")[0][:200]
     what = f"another process of this run has ended{text and f' ({text})'}; what was saved last is kept"
     _end(1, f"{what}; continue with: {this_command()}")
 
 
 def setup(cfg: Config, trains: bool = True) -> None:
-    """Joins the other processes, if any, and sets up the CPU and the device; seeds the generators if it `trains`.
+    """Initialises the process group under torchrun, and sets up PyTorch, NumPy and OpenCV for the device.
 
-    Raises InputError for a device that does not exist and for processes of one run that have different settings; for a
-    script that `trains` also where the processes cannot divide a batch and where TensorBoard is asked for and missing.
+    With `trains`, also seeds PyTorch's generators.
+
+    Raises InputError if the device does not exist or ranks have different settings; with `trains`, also if the ranks
+    cannot divide the batch, or if TensorBoard is asked for and not installed.
     """
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but PyTorch finds no CUDA device here: set device to cpu or None.")
-    launch.join(cfg, device_of(cfg), _end_without)
+    launch.join(cfg, device_of(cfg))
     if trains:
         launch.require_whole_batch(cfg)
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
-        if reason := _lacks(cfg.precision, device_of(cfg)):
+        if reason := _missing_for(cfg.precision, device_of(cfg)):
             print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
         torch.manual_seed(cfg.seed)
     if threads := cfg.num_threads or share_of_cores():
         torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
-        np.finfo(kind)  # NumPy 1 measures denormals when first asked, and warns where they are flushed
-    torch.set_flush_denormal(True)  # the header's gradient is full of denormals, which a CPU computes slowly
+        np.finfo(kind)  # NumPy 1 measures denormals at the first call, and warns if they are flushed by then
+    torch.set_flush_denormal(True)  # the header's gradient has many denormals, with which a CPU computes slowly
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
     torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
     keep_freed_memory()
-    cv2.setNumThreads(1)  # images are decoded in as many threads as there are cores already
+    cv2.setNumThreads(1)  # images are decoded by one thread per core already
 
 
-def _lacks(precision: str, device: torch.device) -> str:
-    """What a precision needs that the device does not have, or nothing."""
+def _missing_for(precision: str, device: torch.device) -> str:
+    """Returns what a precision needs and the device does not have; an empty string if it has all."""
     if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
         return "this device computes in fp32 only"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -132,12 +134,12 @@ def _lacks(precision: str, device: torch.device) -> str:
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
-    """Says where a stage's result lies and which command comes next, with the settings `cfg`."""
+    """Prints where a stage's result lies and the command of the next stage, with the settings `cfg`."""
     print(f"Written to {result}. Next: {command(cfg, script)}")
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, with everything saved that there was to save; the message says how to continue."""
+    """Raised for Ctrl-C and SIGTERM after the run's state was saved; the message says how to continue."""
 
     def __init__(self, what: str, number: int):
         super().__init__(f"{what}; continue with: {this_command()}")
@@ -149,7 +151,7 @@ def _interrupt(number: int, _) -> None:
 
 
 class StopSignals:
-    """Holds Ctrl-C and SIGTERM back until `leave` is called, or raises Interrupted at once inside `at_once`."""
+    """Context that defers Ctrl-C and SIGTERM until `leave` is called; inside `at_once` they raise Interrupted."""
 
     def __enter__(self) -> "StopSignals":
         self.received, self._at_once = 0, False
@@ -166,7 +168,7 @@ class StopSignals:
             self.leave("stopped while verifying", number)
 
     def leave(self, what: str, number: int) -> None:
-        """Raises Interrupted by this signal; 0 is none."""
+        """Raises Interrupted if `number` is a signal; 0 is no signal."""
         if number:
             raise Interrupted(what, number)
 
@@ -181,20 +183,20 @@ class StopSignals:
 
 
 def command(cfg: Config, script: str) -> str:
-    """The command that runs another stage with the settings `cfg`, on all ethnicities unless one is the source."""
+    """Returns the command of another stage with the settings `cfg`, for all ethnicities or the one of the teacher."""
     ethnicity = "All" if cfg.ada_source == "adaptor" else cfg.ethnicity
     start = "python" if script in ALONE else launcher()
     return f"{start} {script} {shlex.join(dataclasses.replace(cfg, ethnicity=ethnicity).changed)}".rstrip()
 
 
 def this_command() -> str:
-    """The command line that started this process, as a user types it."""
+    """Returns the command line that started this process, as a user types it."""
     module = _module_name()
     script = ["-m", module] if module else [sys.argv[0]]
     return f"{launcher()} {shlex.join([*script, *sys.argv[1:]])}"
 
 
 def _module_name() -> str:
-    """What was called with `python -m`, or nothing."""
+    """Returns the module that was started by `python -m`; an empty string for a script."""
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else ""

@@ -1,4 +1,4 @@
-"""The trials of reliability in full, for some minutes: writes docs/reliability.md.
+"""Runs the long reliability trials, for some minutes, and writes docs/reliability.md.
 
 Run     python -m tests.soak   (or: make soak)
 """
@@ -25,10 +25,11 @@ EPOCHS = 20
 HEAD = """# Reliability
 
 Made by `make soak` on {date}, commit {commit}, {processor} ({threads} threads), Python {python}, PyTorch {torch}. The
-trials are in [tests/soak/trials.py](../tests/soak/trials.py); the suite runs them too, with fewer kills. Instants,
-sizes and places are drawn with a seed. "Equal" means to the last bit: weights, optimizer, position and log.
+trials are in [tests/soak/trials.py](../tests/soak/trials.py); the test suite runs them with fewer
+kills. Instants, sizes and places are random, with a fixed seed. "Equal" means to the last bit: weights, optimizer,
+position and log.
 
-| trial | must hold | held | seconds |
+| trial | requirement | passed | seconds |
 |---|---|--:|--:|
 """
 
@@ -56,7 +57,9 @@ def main() -> None:
     growth = (memory[2:].max() - memory[1]) / memory[1]
     steady = len(set(threads[1:])) == 1 and len(set(files)) == 1
     what = f"{EPOCHS} epochs of `train.py`: {memory[1] / 1e6:.0f} MB, {threads[-1]} threads, {files[-1]} open files"
-    lines.append(f"| {what} | growth of memory after epoch 2 under 1 %, nothing left open | {growth:.2%} | |")
+    lines.append(
+        f"| {what} | memory grows by less than 1 % after epoch 2; no file or thread stays open | {growth:.2%} | |"
+    )
     if growth >= 0.01 or not steady:
         failures.append(f"memory grew by {growth:.2%}; threads {threads.tolist()}, open files {files.tolist()}")
     print(lines[-1])
@@ -71,7 +74,7 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
     def kills(**counts: int) -> Callable[[Path], trials.Result]:
         return partial(trials.kills_in_training, faces, **counts)
 
-    ends_equal = "after the same command the run ends equal"
+    ends_equal = "resumed by the same command, the run ends equal"
     return [
         ("SIGKILL of `train.py` at 34 random instants", ends_equal, kills(at_random=34, in_save=0)),
         ("SIGKILL of `train.py` at 16 instants inside a save", ends_equal, kills(at_random=0, in_save=16)),
@@ -82,28 +85,33 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
         ),
         (
             "SIGKILL of either of two processes, six times in a run that torchrun starts again; four such runs",
-            "they end equal to one that was not killed",
+            "they end equal to an uninterrupted run",
             partial(trials.kills_of_processes, faces, runs=4, kills=6),
         ),
         (
+            "SIGKILL of one of two processes while the other waits as for a GPU, and handles no signal",
+            "torchrun ends it within a minute, and says who died; the checkpoint is whole",
+            partial(trials.kill_while_waiting, faces),
+        ),
+        (
             "SIGTERM, then SIGKILL, of `reproduce.py`: all 31 stages in two slots, 6,000 pairs a group",
-            "it ends with a row for every model and all tables; started once more, it passes over everything",
+            "it ends with a row for every model and all tables; started once more, it skips everything",
             partial(reproduction.kills, at={signal.SIGTERM: 6, signal.SIGKILL: 17}, pairs=6000),
         ),
         ("SIGTERM in each of 30 steps", ends_equal, small(trials.stops, steps=30)),
         (
             "SIGTERM and SIGINT to `train.py`",
-            "it saves and leaves within ten seconds, with the command that continues",
+            "it saves and ends within ten seconds, and prints the command that resumes it",
             partial(trials.terminations, faces, count=6),
         ),
         (
             "a write fails at 20 sizes of the file",
-            f"the old checkpoint is whole, the message says why, {ends_equal}",
+            f"the old checkpoint is intact, the message says why; {ends_equal}",
             small(trials.failing_writes, sizes=20),
         ),
         (
             "64 truncations and 200 bit flips of checkpoints, weights, embeddings, image cache and their sidecars",
-            "noticed and named; the older good one is used, or made again",
+            "detected, and the file named; the previous checkpoint is used, or the file is made again",
             small(trials.damage, truncations=64, flips=200),
         ),
         (
@@ -112,12 +120,12 @@ def _trials(faces: Path) -> list[tuple[str, str, Callable[[Path], trials.Result]
             trials.hostile_files,
         ),
         ("0, 1 and 4 workers; directories listed in three other orders", "equal runs and labels", small(trials.orders)),
-        ("nine things that would give wrong numbers", "refused before a step is taken", small(trials.refusals)),
+        ("nine mistakes that would give wrong numbers", "refused before the first step", small(trials.refusals)),
     ]
 
 
 def _shortened(text: str, folder: Path) -> str:
-    """Without what only this run's folders and settings put into a message."""
+    """Removes the temporary folders and the settings of this run from a message."""
     text = text.replace(f"{folder}/", "").replace(f"{trials.ROOT}/", "")
     command, settings, _ = text.partition(" --data ")
     return f"{command} ..." if settings else command
@@ -128,11 +136,11 @@ def _write(lines: list[str], messages: dict[str, str], failures: list[str]) -> N
     date = datetime.date.today().isoformat()
     found["commit"] = found["commit"][:12]
     head = HEAD.format(date=date, processor=found.pop("device"), **found)
-    said = "".join(f"**{kind}**\n\n    {text.splitlines()[0]}\n\n" for kind, text in messages.items())
+    sections = "".join(f"**{kind}**\n\n    {text.splitlines()[0]}\n\n" for kind, text in messages.items())
     parts = [head + "\n".join(lines)]
     if failures:
         parts.append("Failures:\n\n" + "\n".join(f"- {failure}" for failure in failures))
-    text = "\n\n".join([*parts, "## What the user is told", said])
+    text = "\n\n".join([*parts, "## Messages", sections])
     write_text(REPORT, text.rstrip() + "\n")
     print(f"Written to {REPORT}.")
 

@@ -1,6 +1,6 @@
-"""The trial of reproduce.py: killed twice on the way, it goes on and ends with all tables.
+"""A trial of reproduce.py: it is killed twice, resumes, and must end with all tables.
 
-Run     python -m tests.soak.reproduction <stages> <settings>, which is reproduce.py with some of its stages only
+Run     python -m tests.soak.reproduction <stages> <settings>   (reproduce.py with only some of its stages)
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import reproduce
-from config.config import ADAPTORS, Config
+from config.config import Config
+from config.registry import ADAPTORS
 from tests.soak.trials import ROOT, Result
 from utils.data.synthetic import generate
 from utils.process import guarded
@@ -35,14 +36,14 @@ TABLES = ("accuracy.md", "accuracy.csv", "accuracy.tex", "intervals.md", "differ
 
 
 def settings(work: Path, groups: tuple[str, ...] = GROUPS) -> list[str]:
-    """The command line."""
+    """Returns the settings of all stages as a command line, for a tiny network on the CPU."""
     faces = work / "faces"
     places = f"--data {faces}/train --pairs {faces}/pairs --output {work}/output --cache {work}/cache"
     return [*places.split(), "--ethnicities", ",".join(groups), *SMALL.split()]
 
 
-def draw(faces: Path, groups: tuple[str, ...], pairs: int) -> None:
-    """Generated faces with so many pairs a group: 20 pairs, repeated."""
+def generate_faces(faces: Path, groups: tuple[str, ...], pairs: int) -> None:
+    """Generates faces with `pairs` pairs a group: 20 different pairs, repeated."""
     generate(faces, groups, identities=4, images=3, pairs=20, seed=7)
     for group in groups:
         path = faces / "pairs" / f"{group}_test.bin"
@@ -53,13 +54,13 @@ def draw(faces: Path, groups: tuple[str, ...], pairs: int) -> None:
 def kills(
     work: Path, at: dict[signal.Signals, int], names: str = EVERY, groups: tuple[str, ...] = GROUPS, pairs: int = 20
 ) -> Result:
-    """reproduce.py in two slots is sent signals, each after so many stages; then the same command is given twice.
+    """Runs reproduce.py in two slots, sends it each signal after so many stages, then gives the same command twice.
 
-    `names` are the stages that are kept, separated by commas, or EVERY. SIGKILL goes to the process group. Holds where
-    SIGTERM ends it with the command that goes on, where the end has a row for every model and all tables, and where the
-    last command passes over everything.
+    `at` maps each signal to the number of finished stages after which it is sent; SIGKILL goes to the process group.
+    `names` are the stages to run, separated by commas, or EVERY. A case passes if SIGTERM ends with the command that
+    resumes, if the result has a row for every model and all tables, and if the last command skips every stage.
     """
-    draw(work / "faces", groups, pairs)
+    generate_faces(work / "faces", groups, pairs)
     given, result, random = settings(work, groups), Result(), np.random.default_rng(0)
     stages = only(paper(Config.from_args(given)), names)
     script = ["reproduce.py"] if names == EVERY else ["-m", "tests.soak.reproduction", names]
@@ -76,12 +77,15 @@ def kills(
     status, text = _run(command, work)
     passed = text.count("is finished: passed over.")
     right = status == 0 and passed == len(stages) and "$ python" not in text
-    result.add("" if right else f"{passed} of {len(stages)} were passed over: {text[-500:]}", "", "")
+    result.add("" if right else f"{passed} of {len(stages)} were skipped: {text[-500:]}", "", "")
     return result
 
 
 def _run(command: list[str], work: Path, number: int = 0, count: int = 0, later: float = 0.0) -> tuple[int, str]:
-    """Status and output; with a signal, that is sent when `count` stages are finished, and so many seconds later."""
+    """Runs a command and returns its exit status and output.
+
+    Sends it the signal `number`, if not 0, `later` seconds after `count` stages are finished.
+    """
     log = work / "log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
@@ -102,7 +106,7 @@ def _finished(record: Path) -> int:
 
 
 def missing(folder: Path, stages: list[Stage]) -> str:
-    """What an evaluation of the models of these stages lacks, or nothing."""
+    """Returns what the evaluation of the models of these stages lacks; "" if it is complete."""
     if absent := [name for name in TABLES if not (folder / name).is_file()]:
         return f"{absent} are missing"
     wanted = set()
@@ -118,7 +122,7 @@ def missing(folder: Path, stages: list[Stage]) -> str:
 
 
 def only(stages: list[Stage], names: str) -> list[Stage]:
-    """Those stages whose names are given, each needing those of its needs that are among them."""
+    """Returns the stages with these names; each needs only those of its needs that are among them."""
     if names == EVERY:
         return stages
     kept = names.split(",")

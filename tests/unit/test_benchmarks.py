@@ -1,4 +1,4 @@
-"""The commands that measure, on networks and numbers that are small; what they measure is not asserted."""
+"""The benchmarks, on small networks and few images; the measured rates are not asserted."""
 
 import json
 from contextlib import nullcontext
@@ -10,8 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import demo_seeds, distillation, networks, records, sharding
+from benchmarks import distillation, networks, records, sharding, steps
+from config.config import Config
 from utils.data.recordio import write_records
+from utils.stages import rates
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(rates, "SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -25,33 +32,31 @@ def small(monkeypatch, tmp_path):
     networks._operations.cache_clear()
 
 
-def test_operations_are_those_of_the_products(small, monkeypatch):
-    """Two for each multiplication, three times: forwards, and backwards to the input and to the weights."""
+def test_operations_equal_the_formula_of_a_linear_layer(small, monkeypatch):
+    """Two operations for each multiplication, three times: forward, and backward to the input and to the weights."""
     plain = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 512))
     monkeypatch.setattr(networks, "build_backbone", {"plain": plain}.get)
     # The image needs no gradient.
     assert networks._operations("plain") == 2 * 2 * 3 * 112 * 112 * 512 + 3 * 2 * 512 * 20
 
 
-def test_hours_are_those_of_the_papers_epochs():
+def test_hours_count_the_papers_epochs():
     million = 1_248_932 / 3600
     assert networks.hours(1.0, 1e12, 1e12) == pytest.approx(208 * million)
     assert networks.hours(1e12, 1.0, 1e12) == pytest.approx(4 * million)
     assert networks.hours(1e12, 1e12, 1.0) == pytest.approx(78 * million)
 
 
-def test_networks_and_adaptor_are_measured(small):
-    plain = networks.measure("iresnet_tiny", 4, "fp32", False, 16)
+def test_a_network_is_measured(small):
+    plain = networks.measure("iresnet_tiny", 4, "fp32", False)
     assert plain.rate > 0
     assert plain.operations == plain.rate * networks._operations("iresnet_tiny")
-    assert networks.measure_adaptor(4) > 0
-    assert networks.measure_extraction("iresnet_tiny", 8) > 0
 
 
-def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
+def test_results_are_written_and_not_measured_again(small, monkeypatch, capsys):
     measured = []
 
-    def measure(network, batch, precision, compiled, seen):
+    def measure(network, batch, precision, compiled):
         measured.append((network, compiled))
         if network == "mobilefacenet" and compiled:
             raise RuntimeError("mobilefacenet was not compiled.")
@@ -59,13 +64,14 @@ def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
         return networks.Measured(network, batch, precision, compiled, 10_000.0 * fits, 5e11 * fits, 3.0 * fits)
 
     monkeypatch.setattr(networks, "measure", measure)
-    monkeypatch.setattr(networks, "measure_adaptor", lambda _: 1e6)
-    monkeypatch.setattr(networks, "measure_extraction", lambda *_: 20_000.0)
+    monkeypatch.setattr(networks, "measure_others", lambda: {"adaptor": 1e6, "extraction": 20_000.0})
     networks.measure_all(["iresnet34", "mobilefacenet"], results=small)
     assert "was not compiled" in capsys.readouterr().out
     networks.measure_all(["iresnet34", "iresnet100"], results=small)
     tried = ("iresnet34", "mobilefacenet", "iresnet100")
-    assert measured == [(name, compiled) for name in tried for compiled in (False, True)]  # none of them twice
+    assert measured == [
+        (name, compiled) for name in tried for compiled in (False, True)
+    ]  # none of them is measured twice
     page = next(small.glob("*.md")).read_text()
     assert page.count("| iresnet34 | 8 | fp32 | no | 10,000.0 | 50.0% | 3.0 |") == 1
     assert page.count(f"| 8 | fp32 | yes | {networks.hours(10_000.0, 20_000.0, 1e6):.1f} |") == 1
@@ -77,7 +83,7 @@ def test_what_was_measured_is_written_and_kept(small, monkeypatch, capsys):
     assert "there is no network resnet34: name some of iresnet18," in capsys.readouterr().err
 
 
-def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
+def test_distillation_is_measured_with_stored_embeddings_and_with_a_teacher_on_every_batch(tmp_path):
     found = distillation.measure(8, 4, tmp_path, teacher="iresnet_tiny", classes=20)
     step, once = found["student's step, teacher read"], found["both views embedded once"]
     assert found["ours, 26 epochs"] == pytest.approx(26 / (26 / step + 1 / once))
@@ -87,8 +93,14 @@ def test_a_read_teacher_and_one_on_every_batch_are_measured(tmp_path):
     )
 
 
+def test_a_step_is_measured_in_every_way(tmp_path):
+    step = steps.Step("EAF-KD", "iresnet_tiny", 2, has_target=True)
+    cfg = Config(device="cpu", output=str(tmp_path))
+    assert min(step.plain(), step.ours(cfg), step.bare()) > 0
+
+
 def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
-    """What a rank gets from each way for the same kernel: the loss of the whole batch and its samples' gradient."""
+    """Saves, for each kind of header with the same kernel, the loss of the whole batch and the gradient of a rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     random, found = torch.Generator().manual_seed(0), {}
     whole, batch = (torch.randn(*shape, generator=random) for shape in ((sharding.WIDTH, 20), (6, sharding.WIDTH)))
@@ -97,7 +109,7 @@ def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
         kernel, loss = sharding.built(way, 20)
         own = slice(0, 20) if way == "dense" else slice(10 * rank, 10 * rank + 10)
         with torch.no_grad():
-            kernel[:, : own.stop - own.start] = whole[:, own]  # sharded has one more
+            kernel[:, : own.stop - own.start] = whole[:, own]  # the sharded kernel has one more column
         embeddings = batch.chunk(ranks)[rank].clone().requires_grad_()
         with loss_parallel() if way == "loss_parallel" else nullcontext():
             mean = loss(embeddings, label)
@@ -111,7 +123,7 @@ def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
+def test_the_compared_headers_give_equal_loss_and_gradients(tmp_path):
     mp.set_forkserver_preload([__name__])
     mp.start_processes(losses_of_ways, (2, tmp_path), 2, start_method="forkserver")
     for rank in range(2):
@@ -121,7 +133,7 @@ def test_the_ways_of_a_header_that_are_compared_do_the_same(tmp_path):
             assert torch.allclose(found[way][1], found["dense"][1], atol=1e-6)
 
 
-def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
+def test_the_compared_headers_are_written_as_a_table(tmp_path, monkeypatch):
     seconds = {"sharded": 0.2, "dense": 0.3, "loss_parallel": None}
 
     def measure(way, *form):
@@ -137,7 +149,7 @@ def test_ways_are_written_side_by_side(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "sharding_cpu.json").read_text())["rows"]) == 3
 
 
-def test_what_does_not_fit_is_computed():
+def test_the_memory_of_headers_that_do_not_fit_is_computed():
     kernel = 4 * 512 * 10**9
     for way, copies in (("sharded", 3), ("dense", 4)):
         row = sharding.measure(way, 2 * 10**9 if way == "sharded" else 10**9, 2, 1)
@@ -145,7 +157,7 @@ def test_what_does_not_fit_is_computed():
         assert copies * kernel < row["computed"] < 1.02 * copies * kernel
 
 
-def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
+def test_generated_records_equal_those_of_write_records(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "EACH", 2)
     for name in ("ours", "plain"):
         (tmp_path / name).mkdir()
@@ -158,15 +170,3 @@ def test_records_are_made_as_write_records_does(tmp_path, monkeypatch):
     row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
     page = records.report({"versions": {}, "images": 5, "steps": [row]})
     assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
-
-
-def test_the_demo_over_seeds_has_means_spreads_and_claims():
-    groups = demo_seeds.GROUPS
-    models = [("adaptor", "SL"), *((method, "SL iresnet_tiny") for method in ("a-KD", "EAF-KD", "AdaArcDistill"))]
-    teachers = {("teacher", name): [90.0 if name == group else 50.0 for group in groups] for name in groups}
-    tables = [teachers | {key: [70.0, 72.0, 74.0, 76.0 + shift] for key in models} for shift in (0.0, 3.0, 6.0)]
-    page = demo_seeds.report([tables[0]] * 3)
-    # STD has ddof 1: the sample variance is 20 / 3 here, and that of each teacher 400.
-    assert "| 73.00 ± 0.00 | 2.58 ± 0.00 | 1.25 ± 0.00 |" in page
-    assert "| 0 | +40.00 | +13.00 | +17.42 | +0.00 |" in page
-    assert "| 79.00 ± 3.00 | 73.75 ± 0.75 |" in demo_seeds.report(tables)

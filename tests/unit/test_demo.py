@@ -1,4 +1,4 @@
-"""The demo calls scripts and settings that exist, and the report over seeds computes what it says."""
+"""The stages and settings of the demo, and the numbers of the report over seeds."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from config.config import Config
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_stage_is_called_with_settings_that_exist():
+def test_every_stage_has_a_script_and_the_settings_of_the_demo():
     stages = demo.stages(Path("demo-7"), seed=7)
     scripts = [stage.script for stage in stages]
     assert scripts[:3] == ["baseline_data_split.py", "train.py", "extract_all.py"]
@@ -29,7 +29,7 @@ def test_every_stage_is_called_with_settings_that_exist():
     assert tuple(demo.GROUPS) == Config().ethnicities
 
 
-def test_the_report_over_seeds():
+def test_the_report_over_seeds_has_means_deviations_and_differences():
     def table(gain):
         teachers = {("teacher", group): [50.0] * 4 for group in GROUPS}
         for i, group in enumerate(GROUPS):
@@ -38,7 +38,8 @@ def test_the_report_over_seeds():
         return {**teachers, **{(method, "SL x"): values for method, values in students.items()}}
 
     text = report([table(0), table(2), table(4)])
-    assert "| teacher | African | 70.00 ± 0.00 | 50.00 ± 0.00 |" in text
+    equal = " | ".join(["50.00 ± 0.00"] * 3)  # the STD has ddof 1: 10, where ddof 0 gives 8.66
+    assert f"| teacher | African | 70.00 ± 0.00 | {equal} | 55.00 ± 0.00 | 10.00 ± 0.00 | 1.67 ± 0.00 |" in text
     assert "| EAF-KD | SL x | 62.00 ± 2.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.00 ± 0.00 | 60.50 ± 0.50 |" in text
     assert "| 0 | +20.00 | +5.00 | +10.00 | +0.50 |" in text
     assert "| 2 | +20.00 | +6.00 | +8.00 | -0.50 |" in text

@@ -31,7 +31,7 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def network(name: str, seed: int = 0) -> torch.nn.Module:
-    """Random weights, with statistics that they give: an untrained network's numbers grow from layer to layer."""
+    """Returns a network with random weights and matching BatchNorm statistics, so that its outputs stay finite."""
     torch.manual_seed(seed)
     made = build_backbone(name, SIZE)
     for module in made.modules():
@@ -43,7 +43,7 @@ def network(name: str, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def teachers() -> list[torch.nn.Module]:
-    """Their features are of very different lengths, so that it shows if an adaptor is fed them as they are."""
+    """Returns teachers with features of different lengths, so that raw features would change the adaptor's output."""
     made = [network("iresnet_tiny", seed) for seed in range(4)]
     for k, teacher in enumerate(made):
         teacher.features.weight.mul_(5**k)
@@ -52,7 +52,7 @@ def teachers() -> list[torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, teachers) -> Path:
-    """a.pth to d.pth: teachers; SL.pth, DuL.pth: adaptors on top of them."""
+    """Writes a.pth to d.pth, the teachers, and SL.pth and DuL.pth, adaptors of these teachers."""
     folder = tmp_path_factory.mktemp("weights")
     for name, teacher in zip("abcd", teachers, strict=True):
         torch.save(teacher.state_dict(), folder / f"{name}.pth")
@@ -73,7 +73,7 @@ def onnx_outputs(path: Path, image: torch.Tensor) -> torch.Tensor:
 
 
 def need_packages() -> None:
-    """`make test` installs them; whoever tests with requirements.txt alone goes without."""
+    """Skips the test without the packages of export, which `make test` installs but requirements.txt does not."""
     for name in export.PACKAGES:
         pytest.importorskip(name)
 
@@ -86,7 +86,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def agree(path: Path, expected) -> None:
-    """Both files of an export give `expected` of any number of images: to 1e-4, and to the last bit."""
+    """Compares outputs for several batch sizes with `expected`: ONNX to 1e-4, safetensors to the last bit."""
     restored = export.load_exported(path.with_suffix(".safetensors"))
     for count in (1, 2, 7, 3):
         image = images(count, seed=count)
@@ -95,7 +95,7 @@ def agree(path: Path, expected) -> None:
             assert torch.equal(restored(image), expected(image))
 
 
-# What is written ------------------------------------------------------------------------------------------------------
+# Exported files -------------------------------------------------------------------------------------------------------
 
 
 def test_both_files_give_the_embeddings_of_the_network(folder, teachers, tmp_path, capsys):
@@ -110,17 +110,17 @@ def test_both_files_give_the_embeddings_of_the_network(folder, teachers, tmp_pat
     assert f"Written to {path} and 295672backbone.safetensors: onnxruntime differs" in said
     assert "(batches of 1, 2, 7)" in said
     model = onnx.load(path)
-    assert model.opset_import[0].version >= 20  # what PyTorch's exporter takes by itself, from 2.11 on
+    assert model.opset_import[0].version >= 20  # the default of PyTorch's exporter from 2.11 on
     assert {entry.key: entry.value for entry in model.metadata_props} == metadata(path.with_suffix(".safetensors"))
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert shapes == [["batch", 3, 112, 112]]
-    assert str(Path(export.__file__).parent).encode() not in path.read_bytes()  # nothing of this machine
+    assert str(Path(export.__file__).parent).encode() not in path.read_bytes()  # no path of this machine
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         f"{path.stem}.{kind}" for kind in ("onnx", "pth", "safetensors")
     ]
 
 
-def test_raw_features_are_those_of_the_network(tmp_path):
+def test_a_raw_file_gives_the_features_of_the_network(tmp_path):
     need_packages()
     made = network("mobilefacenet")
     torch.save(made.state_dict(), tmp_path / "m.pth")
@@ -146,7 +146,7 @@ def adaptor_of(path: Path, name: str) -> torch.nn.Module:
     return adaptor.eval()
 
 
-def test_teachers_and_adaptor_are_one_file(fused, folder, teachers):
+def test_teachers_and_adaptor_are_fused_into_one_file(fused, folder, teachers):
     adaptor = adaptor_of(folder / "SL.pth", "SL")
 
     def expected(image: torch.Tensor) -> torch.Tensor:
@@ -154,10 +154,10 @@ def test_teachers_and_adaptor_are_one_file(fused, folder, teachers):
 
     agree(fused, expected)
     raw = torch.cat([teacher(images(2)) for teacher in teachers], 1)
-    assert (F.normalize(adaptor(raw)) - expected(images(2))).abs().max() > 0.01  # or the test could not fail
+    assert (F.normalize(adaptor(raw)) - expected(images(2))).abs().max() > 0.01  # otherwise the test could not fail
 
 
-def test_a_dual_layer_adaptor_comes_back(folder, teachers, tmp_path):
+def test_a_dual_layer_adaptor_is_restored(folder, teachers, tmp_path):
     pytest.importorskip("safetensors")
     files = tuple(str(folder / f"{name}.pth") for name in "abcd")
     given = {"checkpoint": str(folder / "DuL.pth"), "teacher": files, "is_dual_layer": True}
@@ -170,13 +170,13 @@ def test_a_dual_layer_adaptor_comes_back(folder, teachers, tmp_path):
     assert torch.equal(restored(images(2)), model(images(2)))
 
 
-# What it says of itself -----------------------------------------------------------------------------------------------
+# Metadata -------------------------------------------------------------------------------------------------------------
 
 
-def test_channels_are_in_the_order_that_the_file_names(fused, folder, teachers):
-    """A face from its file, by OpenCV and the metadata, and as the stages read it."""
+def test_the_metadata_gives_the_order_of_the_channels(fused, folder, teachers):
+    """Compares a face read with OpenCV and the metadata with the same face read as in the stages."""
     face = np.zeros((112, 112, 3), np.uint8)
-    face[..., 2], face[:60, :, 1] = 200, 90  # to OpenCV that is red
+    face[..., 2], face[:60, :, 1] = 200, 90  # red for OpenCV
     encoded = encode(face, ".png")
     about = metadata(fused.with_suffix(".safetensors"))
     channels = ["BGR".index(channel) for channel in about["channel_order"]]
@@ -190,8 +190,8 @@ def test_channels_are_in_the_order_that_the_file_names(fused, folder, teachers):
     assert (found - F.normalize(model(expected.flip(1)))).abs().max() > 0.01
 
 
-def test_files_and_settings_that_a_model_was_made_from(folder, teachers, tmp_path):
-    """Of our own run folder also what decided its training, without what is of this machine; of a released file not."""
+def test_made_from_lists_files_digests_and_settings(folder, teachers, tmp_path):
+    """Settings are listed for files of our run folders only, and without paths of this machine."""
     run = tmp_path / "African"
     save(run / "best_backbone.pth", teachers[0].state_dict())
     about = {
@@ -219,7 +219,7 @@ def test_files_and_settings_that_a_model_was_made_from(folder, teachers, tmp_pat
     assert expected.items() <= found.items()
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_files_and_settings_that_a_model_was_made_from(folder, teachers, tmp_pat
         (["a.pth", *TINY, "--output", "old"], "old/a.safetensors exist: delete what is old, or set --output"),
     ],
 )
-def test_what_cannot_be_exported(words, sentence, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "PACKAGES", ())  # all this is refused before they are used
+def test_bad_arguments_are_refused_and_nothing_is_written(words, sentence, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "PACKAGES", ())  # refused before the packages are used
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "a.safetensors").write_text("of another model")
@@ -267,15 +267,15 @@ def test_missing_packages_are_named_before_any_work(monkeypatch, capsys):
         export.load_exported(Path("nowhere.safetensors"))
 
 
-def test_a_file_that_differs_does_not_take_its_name(fused, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "to_onnx", lambda *_: fused.read_bytes())  # of another network
+def test_a_file_with_other_outputs_is_not_written(fused, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "to_onnx", lambda *_: fused.read_bytes())  # a file of another network
     with pytest.raises(SystemExit):
         export.main([str(folder / "b.pth"), *TINY, "--output", str(tmp_path / "new")])
     assert "onnxruntime differs from PyTorch by " in capsys.readouterr().err
     assert not [*(tmp_path / "new").iterdir()]
 
 
-def test_a_thousandth_is_a_difference(fused):
+def test_an_error_of_a_thousandth_is_refused(fused):
     network = export.load_exported(fused.with_suffix(".safetensors"))
 
     class Off(torch.nn.Module):
@@ -287,8 +287,8 @@ def test_a_thousandth_is_a_difference(fused):
         export.check(fused, Off())
 
 
-def test_a_file_that_onnxruntime_cannot_read_does_not_pass(fused, teachers, tmp_path):
-    """An old onnxruntime does not know the format of a new exporter."""
+def test_a_file_that_onnxruntime_cannot_read_is_refused(fused, teachers, tmp_path):
+    """An old onnxruntime cannot read the format of a new exporter."""
     import onnx
 
     model = onnx.load(fused)
@@ -298,7 +298,7 @@ def test_a_file_that_onnxruntime_cannot_read_does_not_pass(fused, teachers, tmp_
         export.check(tmp_path / "new.onnx", teachers[0])
 
 
-def test_a_file_for_one_size_of_batch_does_not_pass(fused, teachers, tmp_path):
+def test_a_file_with_a_fixed_batch_size_is_refused(fused, teachers, tmp_path):
     import onnx
 
     model = onnx.load(fused)
@@ -308,21 +308,21 @@ def test_a_file_for_one_size_of_batch_does_not_pass(fused, teachers, tmp_path):
         export.check(tmp_path / "fixed.onnx", teachers[0])
 
 
-def test_a_network_that_is_not_finite_is_refused(fused):
+def test_outputs_that_are_not_finite_are_refused(fused):
     lost = network("iresnet_tiny")
     lost.fc.bias[3] = torch.nan
     with pytest.raises(InputError, match="gives NaN or infinity"):
         export.check(fused, lost)
 
 
-def test_more_than_onnx_can_hold_is_refused(teachers, monkeypatch):
+def test_a_network_above_the_onnx_limit_is_refused(teachers, monkeypatch):
     need_packages()
     monkeypatch.setattr(export, "ONNX_LIMIT", 1000)
     with pytest.raises(InputError, match="more than the 2 GB"):
         export.to_onnx(teachers[0], {})
 
 
-def test_safetensors_that_are_not_ours_or_damaged_are_refused(teachers, tmp_path):
+def test_damaged_and_other_safetensors_are_refused(teachers, tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     about = {"network": "iresnet_tiny", "embedding_size": "16", "teachers": "0", "normalisation": "none"}
     whole, state = tmp_path / "whole", teachers[0].state_dict()

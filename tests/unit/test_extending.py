@@ -1,4 +1,4 @@
-"""The changes of docs/extending.md: they apply to this tree, and what they add trains and is evaluated."""
+"""The diffs of docs/extending.md: they apply to this tree, and their network, loss, method and data set work."""
 
 import csv
 import os
@@ -19,7 +19,7 @@ DIFFS = {title: re.search(rf"## Add a {title}\n.*?```diff\n(.*?)```", PAGE, re.D
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the code with all four changes."""
+    """Returns a copy of the code with all four diffs applied."""
     folder = tmp_path_factory.mktemp("extended") / "code"
     folder.mkdir()
     for name in ("config", "backbones", "utils", "eval"):
@@ -32,7 +32,7 @@ def tree(tmp_path_factory) -> Path:
 
 
 def _apply(folder: Path, diff: str, *options: str) -> None:
-    """`git apply`, in a folder that belongs to no repository."""
+    """Runs `git apply` in a folder outside any repository."""
     command = ["git", "apply", "--unidiff-zero", *options]
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(command, cwd=folder, env=environment, input=diff, text=True, capture_output=True)
@@ -67,7 +67,8 @@ def test_the_method_trains_a_student_that_the_evaluation_finds(tree, trained, tm
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
     given = [*given, "--output", str(output), "--num_epoch", "1"]
-    _run(tree, "KD_relations.py", given)
+    assert "In use for Relations: num_epoch 1, milestones none" in (said := _run(tree, "KD_relations.py", given))
+    assert "ada_m" not in said
     student = output / "specialized" / "iresnet_tiny" / "students" / "iresnet_tiny" / "SL-Relations"
     alone = tmp_path / "alone"
     shutil.copytree(student, alone / student.relative_to(output))

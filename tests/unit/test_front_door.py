@@ -1,4 +1,4 @@
-"""README, the figures in it, and the pages of docs: they say and show what is in the repository."""
+"""README, its figures and the pages of docs: names, links and numbers agree with the repository."""
 
 import re
 import runpy
@@ -21,7 +21,7 @@ def draw():
     return runpy.run_path(str(FIGURES / "draw.py"))
 
 
-def test_the_committed_figures_are_those_that_the_script_draws(draw, tmp_path):
+def test_the_committed_figures_equal_those_of_the_script(draw, tmp_path):
     draw["main"](tmp_path)
     drawn = {path.name: path for path in tmp_path.iterdir()}
     assert drawn.keys() == {path.name for path in FIGURES.glob("*.svg")}
@@ -33,7 +33,7 @@ def test_the_committed_figures_are_those_that_the_script_draws(draw, tmp_path):
 
 
 def _elements(path: Path) -> list[str]:
-    """The ids that matplotlib gives to what it draws (patch_3, text_7), without those of clip paths and glyphs."""
+    """Returns the ids of matplotlib's elements (patch_3, text_7), without those of clip paths and glyphs."""
     ids = [element.get("id", "") for element in ElementTree.parse(path).iter()]
     return [name for name in ids if re.fullmatch(r"[a-zA-Z0-9]+_\d+", name)]
 
@@ -54,7 +54,7 @@ def test_readme_has_the_numbers_of_the_committed_demo():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_a_page_names_no_setting_that_does_not_exist(page):
+def test_a_page_names_only_settings_that_exist(page):
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     assert hooks["unknown_options"](page.read_text(encoding="utf-8")) == []
     assert hooks["unknown_options"]("`python train.py --has_drop_out`") == ["has_drop_out"]
@@ -65,7 +65,7 @@ def test_readme_stays_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_link_to_a_file_leads_to_one(page):
+def test_every_link_to_a_file_is_valid(page):
     text = re.sub(r"```.*?```|^    .*?$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]+)?\)|(?:src|srcset)=\"([^\":]+)\"", text)
     missing = [link for pair in links for link in pair if link and not (page.parent / link).exists()]
@@ -73,7 +73,7 @@ def test_every_link_to_a_file_leads_to_one(page):
 
 
 @pytest.mark.parametrize("name", ["paper_map.md", "deviations.md", "extending.md"])
-def test_a_page_names_no_code_that_is_not_there(name):
+def test_a_page_names_only_code_that_exists(name):
     named = re.findall(
         r"`((?:backbones|config|eval|utils)/[\w/]+\.\w+)`(?: `([\w.]+)`)?", (ROOT / "docs" / name).read_text()
     )

@@ -1,4 +1,4 @@
-"""The order of the packages: a module imports from its own package and from lower layers."""
+"""The structure of the code: imports go to lower layers only; functions and scripts are short."""
 
 import ast
 from pathlib import Path
@@ -26,13 +26,13 @@ SCRIPTS = [*ROOT.glob("*.py")]
 LONGEST = 60  # lines of a function, and of a script
 LONGER = {
     "demo.py": 80,  # the list of its stages
-    "reproduce.py": 120,  # a command line of its own, and the plan
-    "export.py": 300,  # an application of its own: nothing else uses its functions
+    "reproduce.py": 120,  # a separate command line, and the plan
+    "export.py": 300,  # a separate application: nothing else uses its functions
 }
 
 
 def package_of(module: str) -> str:
-    """The longest name in LAYERS that a module, or a name in one, lies in; "" where it is none of ours."""
+    """Returns the longest name in LAYERS that contains a module or a name in one; "" for other libraries."""
     if (ROOT / f"{module.split('.')[0]}.py").exists():
         return "scripts"
     return max((name for name in ORDER if f"{module}.".startswith(f"{name}.")), key=len, default="")
@@ -43,7 +43,7 @@ def package_of_file(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """What a file imports anywhere, in functions too."""
+    """Returns the names that a file imports, including imports in functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -54,8 +54,8 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def test_imports_run_down():
-    """What a module imports lies in its own package or in a lower layer, so that packages import in no circle."""
+def test_imports_go_to_lower_layers():
+    """A module imports from its own package and from lower layers only, so that no circular imports are possible."""
     wrong = []
     for path in [*FILES, *SCRIPTS]:
         own = package_of_file(path)
@@ -68,14 +68,14 @@ def test_imports_run_down():
     assert wrong == []
 
 
-def test_every_module_has_its_layer():
+def test_every_module_has_a_layer():
     without = [
         str(path.relative_to(ROOT)) for path in FILES if path.name != "__init__.py" and not package_of_file(path)
     ]
     assert without == []
 
 
-def test_functions_and_scripts_can_be_seen_whole():
+def test_functions_and_scripts_are_short():
     long = [path.name for path in SCRIPTS if len(path.read_text().splitlines()) > LONGER.get(path.name, LONGEST)]
     for path in [*FILES, *SCRIPTS]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The trials of tests/soak/trials.py, in the numbers that fit into the suite; `make soak` runs them in full."""
+"""Short forms of the trials of tests/soak/trials.py; `make soak` runs the long forms."""
 
 import copyreg
 import pickle
@@ -19,44 +19,44 @@ def faces(tmp_path_factory):
     return folder
 
 
-def held(result: trials.Result, cases: int) -> bool:
+def all_passed(result: trials.Result, cases: int) -> bool:
     assert result.failures == []
     assert (result.passed, result.of) == (cases, cases)
     return True
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(faces, tmp_path):
-    assert held(trials.kills_in_training(faces, tmp_path, at_random=1, in_save=4), 5)
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(faces, tmp_path):
+    assert all_passed(trials.kills_in_training(faces, tmp_path, at_random=1, in_save=4), 5)
 
 
-def test_killed_preparation_extraction_and_evaluation_go_on(faces, tmp_path):
-    assert held(trials.kills_of_other_stages(faces, tmp_path, instants=2), 2)
+def test_killed_decoding_extraction_and_evaluation_resume(faces, tmp_path):
+    assert all_passed(trials.kills_of_other_stages(faces, tmp_path, instants=2), 2)
 
 
-def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(cfg):
-    assert held(trials.stops(cfg, steps=10), 10)
+def test_a_run_stopped_at_any_step_and_resumed_equals_an_uninterrupted_one(cfg):
+    assert all_passed(trials.stops(cfg, steps=10), 10)
 
 
-def test_writes_that_fail_leave_the_old_checkpoint(cfg):
-    assert held(trials.failing_writes(cfg, sizes=8), 8)
+def test_failing_writes_leave_the_old_checkpoint(cfg):
+    assert all_passed(trials.failing_writes(cfg, sizes=8), 8)
 
 
 def test_damaged_files_are_refused(cfg):
-    assert held(trials.damage(cfg, truncations=64, flips=200), 264)
+    assert all_passed(trials.damage(cfg, truncations=64, flips=200), 264)
 
 
 def test_no_file_runs_code(tmp_path):
-    assert held(trials.hostile_files(tmp_path), 4 * len(trials.gadgets(tmp_path)))
+    assert all_passed(trials.hostile_files(tmp_path), 4 * len(trials.gadgets(tmp_path)))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # they leave open what they opened
-def test_the_gadgets_do_run_where_pickles_are_trusted(tmp_path):
-    """Or it would prove nothing that they are not run here."""
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # gadgets leave files open
+def test_plain_pickle_runs_the_gadgets(tmp_path):
+    """Otherwise `test_no_file_runs_code` would prove nothing."""
     marker = tmp_path / "executed"
     copyreg.add_extension("os", "system", 0xF0)
     try:
         for name, opcodes in trials.gadgets(marker).items():
-            if name == "array of pointers":  # to memory that is not there
+            if name == "array of pointers":  # it would read arbitrary memory
                 continue
             pickle.loads(b"\x80\x02" + opcodes + b".")
             deadline = time.monotonic() + 10
@@ -68,15 +68,15 @@ def test_the_gadgets_do_run_where_pickles_are_trusted(tmp_path):
         copyreg.remove_extension("os", "system", 0xF0)
 
 
-def test_workers_and_listing_change_nothing(cfg):
-    assert held(trials.orders(cfg), 6)
+def test_number_of_workers_and_listing_order_change_nothing(cfg):
+    assert all_passed(trials.orders(cfg), 6)
 
 
-def test_what_would_give_wrong_numbers_is_refused(cfg):
-    assert held(trials.refusals(cfg), 9)
+def test_mistakes_that_would_give_wrong_numbers_are_refused(cfg):
+    assert all_passed(trials.refusals(cfg), 9)
 
 
-def test_nothing_is_left_open(faces, tmp_path):
+def test_training_leaves_no_thread_or_file_open(faces, tmp_path):
     _, threads, files = trials.endurance(faces, tmp_path, epochs=5).T
     assert set(threads[1:]) == {threads[1]}
     assert set(files) == {files[0]}

@@ -1,4 +1,4 @@
-"""The stages of the paper's tables: their list, the plan, the process that runs them, and what it does when stopped."""
+"""reproduce.py: the list of stages, the plan, and the processes, including stops and kills."""
 
 import csv
 import os
@@ -57,7 +57,7 @@ def test_the_list_holds_every_row_of_the_papers_tables(network):
         elif stage.kind in ("a-KD", "EAF-KD"):
             trained[cfg.setting, cfg.student_network, stage.kind, cfg.adaptor] = cfg.student_dir(stage.kind)
             assert cfg.network == network
-    alone = ("standalone", "iresnet34", "teacher", "All")  # the row that the paper does not have
+    alone = ("standalone", "iresnet34", "teacher", "All")  # a row that the paper does not have
     assert trained.keys() == wanted | {alone}
     assert {path for stage in stages if stage.kind in ("teacher", "a-KD", "EAF-KD") for path in stage.writes} == {
         *trained.values()
@@ -67,7 +67,7 @@ def test_the_list_holds_every_row_of_the_papers_tables(network):
     assert len(stages) == 31
 
 
-def test_commands_give_the_settings_of_their_stage(cfg):
+def test_commands_have_the_settings_of_their_stage(cfg):
     for stage in paper(replace(cfg, flip_targets=True)):
         given = stage.arguments[2:] if stage.arguments[0] == "-m" else stage.arguments[1:]
         parsed, script = Config.from_args(given), stage.script.removeprefix("-m ")
@@ -78,7 +78,7 @@ def test_commands_give_the_settings_of_their_stage(cfg):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_each_stage_reads_only_what_those_that_it_needs_have_written(cfg, flip):
+def test_each_stage_reads_only_files_of_the_stages_that_it_needs(cfg, flip):
     before, below = {}, {}
     for stage in paper(replace(cfg, flip_targets=flip)):
         assert before.keys() >= set(stage.needs)
@@ -86,7 +86,7 @@ def test_each_stage_reads_only_what_those_that_it_needs_have_written(cfg, flip):
         written = {path for name in below[stage.name] for path in before[name].writes}
         assert {path for path in stage.reads if path.is_relative_to(cfg.output)} <= written
         before[stage.name] = stage
-    assert len(before) == 31 - 4  # two groups instead of four; no two stages of one name
+    assert len(before) == 31 - 4  # two groups instead of four; all names are different
 
 
 def test_data_without_groups_are_refused():
@@ -97,7 +97,7 @@ def test_data_without_groups_are_refused():
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
-def test_images_that_are_seen_are_those_counted_by_hand(cfg):
+def test_the_number_of_images_equals_a_count_by_hand(cfg):
     """Groups A of 12 and B of 8 images (3 and 2 identities), 20 pairs of distinct images each, batch 4, 2 epochs."""
     counts = counted(cfg, {"A": 40, "B": 40})
     assert counts.images == {"All": 20, "A": 12, "B": 8, "quarter1": 12, "quarter2": 8}
@@ -144,7 +144,7 @@ def test_the_papers_numbers_and_epochs():
     assert papers_counts(replace(cfg, ethnicities=("A", "B")), {}) is None
 
 
-def test_rates_from_one_rate(cfg):
+def test_all_rates_follow_from_one_rate(cfg):
     found = rates_from(100.0, replace(cfg, network="iresnet50", student_network="iresnet34"))
     slower = operations("iresnet50") / operations("iresnet34")
     assert 1.3 < slower < 1.5
@@ -158,7 +158,7 @@ def test_rates_from_one_rate(cfg):
     assert operations("iresnet34") == 8_919_285_760
 
 
-def test_rates_are_measured_and_nothing_is_left(cfg, monkeypatch, tmp_path):
+def test_rates_are_measured_and_no_file_is_left(cfg, monkeypatch, tmp_path):
     monkeypatch.setattr(rates, "SECONDS", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = [*tmp_path.rglob("*")]
@@ -169,17 +169,17 @@ def test_rates_are_measured_and_nothing_is_left(cfg, monkeypatch, tmp_path):
     assert [*tmp_path.rglob("*")] == before
 
 
-def test_the_time_on_several_devices():
+def test_the_time_on_several_devices_respects_dependencies():
     needs = {"a": (), "b": (), "c": ("a",), "d": ("a", "b"), "e": ("c", "d")}
     stages = [Stage(name, "", Config(), own) for name, own in needs.items()]
     times = {"a": 1.0, "b": 3.0, "c": 4.0, "d": 1.0, "e": 1.0}
     assert makespan(times, stages, 1) == 10
     assert makespan(times, stages, 2) == 6  # a and then c; b and then d; e
-    assert makespan({"d": 1.0, "e": 1.0}, stages, 2) == 2  # of those that are finished nothing is waited for
+    assert makespan({"d": 1.0, "e": 1.0}, stages, 2) == 2  # stages that are finished take no time
     assert makespan({}, stages, 2) == 0
 
 
-def test_disk_space_is_that_counted_by_hand(cfg):
+def test_disk_space_equals_a_count_by_hand(cfg):
     counts = counted(cfg, {"A": 40, "B": 40})
     found = {item.what: item for item in disk.items(paper(cfg), cfg, counts, slots=2)}
     network = 4 * sum(value.numel() for value in build_backbone("iresnet_tiny", 16).state_dict().values())
@@ -201,16 +201,16 @@ def test_disk_space_is_that_counted_by_hand(cfg):
     path.write_bytes(bytes(5000))
     (path.parent / "checkpoint.pth").write_bytes(bytes(100))
     found = {item.what: item for item in disk.items(paper(cfg), cfg, counts, slots=1)}
-    assert found["embeddings"].there == 20 * 16 * 4  # more than is needed counts as what is needed
+    assert found["embeddings"].there == 20 * 16 * 4  # a larger file counts as the needed size
     assert found["weights and checkpoints"].there == 100
 
 
-def test_file_systems_are_told_apart(cfg, monkeypatch, tmp_path):
+def test_disk_space_is_added_up_per_file_system(cfg, monkeypatch, tmp_path):
     Path(cfg.cache).mkdir()
     found = [disk.Item("one", "cache", 100, 30), disk.Item("two", "output", 50, 0), disk.Item("three", "output", 7, 0)]
     free = {Path(cfg.cache): 70, tmp_path: 56}
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
-    (both,) = disk.rooms(found, cfg)  # the output folder is not there yet: tmp_path holds both
+    (both,) = disk.rooms(found, cfg)  # the output folder does not exist yet: tmp_path holds both
     assert (both.settings, both.needed, both.there) == (("cache", "output"), 157, 30)
     monkeypatch.setattr(disk, "_file_system", lambda folder: len(str(folder)))
     cache, output = disk.rooms(found, cfg)
@@ -241,7 +241,7 @@ def test_a_plan_runs_and_writes_nothing(cfg, capsys):
     assert not Path(cfg.cache).exists()
 
 
-def test_a_plan_without_data_counts_the_papers(cfg, monkeypatch, capsys):
+def test_a_plan_without_data_uses_the_papers_counts(cfg, monkeypatch, capsys):
     monkeypatch.setattr(disk, "require_room", lambda rooms: None)
     monkeypatch.setattr(reproduce, "require_room", lambda rooms: None)
     given = ["--data", f"{cfg.data}/none", "--pairs", f"{cfg.pairs}/none", "--output", cfg.output, "--cache", cfg.cache]
@@ -257,7 +257,7 @@ def test_a_plan_without_data_counts_the_papers(cfg, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("plan", [["--plan", "--rate", "10"], []])
-def test_a_disk_that_does_not_suffice_is_refused_before_anything_starts(cfg, plan, monkeypatch):
+def test_too_little_disk_space_is_refused_before_anything_starts(cfg, plan, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a stage was started"))
@@ -282,7 +282,7 @@ def test_a_disk_that_does_not_suffice_is_refused_before_anything_starts(cfg, pla
         (["--devices", "0,1,0"], "devices 0,1,0 must be different"),
     ],
 )
-def test_settings_that_cannot_be_given_are_refused(given, said, capsys):
+def test_settings_that_distinguish_stages_are_refused(given, said, capsys):
     with pytest.raises(SystemExit) as stop:
         guarded(lambda: reproduce.main(given))
     assert stop.value.code == 2
@@ -291,7 +291,7 @@ def test_settings_that_cannot_be_given_are_refused(given, said, capsys):
     assert len(text.splitlines()) == 1
 
 
-def test_gpus_that_are_not_there_are_refused(monkeypatch):
+def test_missing_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -309,7 +309,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch):
 
 
 def stage(tmp_path: Path, name: str, code: str = "", needs: tuple[str, ...] = (), **settings) -> Stage:
-    """A stage that is a script of its own: it runs `code` in `tmp_path`, then writes the file of its name."""
+    """Returns a stage with a script that runs `code` in `tmp_path`, then writes a file with the name of the stage."""
     script = tmp_path / f"{name}.py"
     script.write_text(
         "import os, pathlib, signal, sys, time\n"
@@ -322,7 +322,7 @@ def stage(tmp_path: Path, name: str, code: str = "", needs: tuple[str, ...] = ()
 
 
 def runs(tmp_path: Path) -> list[str]:
-    """The names of the stages that were started since this was asked last."""
+    """Returns the names of the stages that were started since the last call."""
     log = tmp_path / "runs"
     names = log.read_text().split() if log.exists() else []
     log.unlink(missing_ok=True)
@@ -351,8 +351,8 @@ def test_stages_run_in_order_after_those_that_they_need(tmp_path, capfd):
     assert "100.0% of the whole is done.\n" in text
 
 
-def test_the_share_of_an_earlier_attempt_is_no_rate_of_this_one(tmp_path, monkeypatch, capsys):
-    """Of b, half was done before: 1 + 2 / 2 units in the time of both, and 4 are left."""
+def test_work_of_an_earlier_attempt_does_not_count_in_the_rate(tmp_path, monkeypatch, capsys):
+    """Half of b was done before: 1 + 2 / 2 units in the time of both stages, and 4 units are left."""
     clock = iter([0.0, 10.0, 20.0, 40.0, 50.0, 60.0])
     stub = SimpleNamespace(monotonic=lambda: next(clock), sleep=time.sleep)
     monkeypatch.setattr("utils.stages.runner.time", stub)
@@ -363,7 +363,7 @@ def test_the_share_of_an_earlier_attempt_is_no_rate_of_this_one(tmp_path, monkey
     assert "42.9% of the whole is done; the rest takes about 1 min 00 s at the rates seen" in capsys.readouterr().out
 
 
-def test_independent_stages_run_side_by_side_with_a_device_and_a_log_each(tmp_path, capfd):
+def test_independent_stages_run_in_parallel_with_a_device_and_a_log_each(tmp_path, capfd):
     device = "print('on', os.environ['CUDA_VISIBLE_DEVICES'])\n"
     meet = [
         device + "open('a started', 'w')\n" + WAIT_FOR.format("b started"),
@@ -402,7 +402,7 @@ def test_a_stage_that_fails_stops_only_those_that_need_it(tmp_path, capfd):
     assert {*runs(tmp_path)} == {"bad", "killed", "after-bad", "last"}
 
 
-def test_the_end_says_what_failed_and_what_was_not_started(tmp_path, capfd):
+def test_the_summary_names_what_failed_and_what_was_not_started(tmp_path, capfd):
     stages = [
         stage(tmp_path, "bad", "sys.exit(3)"),
         stage(tmp_path, "x", "", ("bad",)),
@@ -416,7 +416,7 @@ def test_the_end_says_what_failed_and_what_was_not_started(tmp_path, capfd):
     )
 
 
-def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path, capfd):
+def test_finished_stages_are_skipped_until_settings_or_files_change(tmp_path, capfd):
     def run(sources=1, **settings) -> list[str]:
         stages = [stage(tmp_path, "a", "", (), **settings), stage(tmp_path, "b", "", ("a",))]
         assert Runner(stages, record=Record(tmp_path / "record.json", {"data": sources})).run()
@@ -425,11 +425,11 @@ def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path
     assert run() == ["a", "b"]
     assert run() == []
     assert "a is finished: passed over.\nb is finished: passed over.\n" in capfd.readouterr().out
-    assert run(lr=0.2) == ["a", "b"]  # b reads what a has written anew
+    assert run(lr=0.2) == ["a", "b"]  # b reads the file that a has written again
     assert run(lr=0.2) == []
     assert run(lr=0.1) == ["a", "b"]
     os.replace(tmp_path / "a", tmp_path / "kept")
-    assert run(network="iresnet50") == ["a", "b"]  # another entry
+    assert run(network="iresnet50") == ["a", "b"]  # another entry of the record
     os.replace(tmp_path / "kept", tmp_path / "a")
     assert run(lr=0.1) == ["b"]
     (tmp_path / "b").write_text("other")
@@ -444,7 +444,7 @@ def test_what_is_finished_is_passed_over_until_settings_or_files_change(tmp_path
         run()
 
 
-def test_a_run_folder_is_known_by_its_weights(tmp_path):
+def test_a_run_folder_is_identified_by_its_weights(tmp_path):
     for name in ("run/best_backbone.pth", "run/12backbone.pth", "run/checkpoint.pth", "run/best_header.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -476,7 +476,7 @@ def when_there(paths: list[Path], action) -> threading.Thread:
     return thread
 
 
-def test_a_signal_is_passed_on_to_all_stages_which_save_before_the_end(tmp_path):
+def test_a_signal_is_forwarded_to_all_stages_which_save_before_they_end(tmp_path):
     stages = [stage(tmp_path, name, SAVES.format(f"{name} saved", f"{name} began")) for name in ("a", "b")]
     stages.append(stage(tmp_path, "c"))
     began = [tmp_path / "a began", tmp_path / "b began"]
@@ -495,7 +495,7 @@ HOLD = "import sys, time; from pathlib import Path; from utils.storage.locks imp
 HOLD += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 
 
-def test_what_another_process_works_on_is_waited_for(tmp_path, capfd):
+def test_a_stage_waits_for_another_process_in_its_run_folder(tmp_path, capfd):
     one = stage(tmp_path, "a")
     command = [sys.executable, "-c", HOLD, str(one.writes[0])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as holder:
@@ -521,7 +521,7 @@ def test_stages_save_and_end_when_their_parent_is_killed(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
-# Everything together --------------------------------------------------------------------------------------------------
+# All stages -----------------------------------------------------------------------------------------------------------
 
 
 KEPT = (
@@ -532,8 +532,8 @@ KEPT = (
 """A stage of every kind, and of every setting; `make soak` runs all 31."""
 
 
-def test_stages_are_killed_twice_and_end_with_the_papers_tables(tmp_path, printed_for_tiny):
-    """With sets of 6,000 generated pairs, which are taken for RFW after the run."""
+def test_stages_end_with_the_papers_tables_after_two_kills(tmp_path, printed_for_tiny):
+    """Verifies on sets of 6,000 generated pairs; a last evaluation treats these as RFW."""
     result = reproduction.kills(tmp_path, {signal.SIGTERM: 3, signal.SIGKILL: 7}, ",".join(KEPT), pairs=6000)
     assert result.failures == []
     assert result.of == 4

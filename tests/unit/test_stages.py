@@ -1,4 +1,4 @@
-"""The scripts themselves, run in order as a user runs them, on a few generated faces."""
+"""The scripts, run in order as a user runs them, on a few generated faces."""
 
 import csv
 import inspect
@@ -54,7 +54,7 @@ def test_every_stage_writes_what_the_next_one_reads(trained):
         assert sessions[0]["versions"]["torch"] == torch.__version__
 
 
-def test_each_script_reads_the_settings_that_it_is_said_to_read(trained_and_reads):
+def test_each_script_reads_only_the_settings_that_are_documented_for_it(trained_and_reads):
     *_, found = trained_and_reads
     # The evaluation sets these itself, for each student that it finds.
     found["eval.evaluation"] -= {"ethnicity", "ada_source", "has_dropout", "student_network", "ada_student_network"}
@@ -65,7 +65,7 @@ def test_each_script_reads_the_settings_that_it_is_said_to_read(trained_and_read
     assert not any(wrong.values()), wrong
 
 
-def test_a_run_keeps_the_values_that_it_took_for_none(trained):
+def test_a_run_records_the_values_used_for_none(trained):
     cfg, _ = trained
 
     def kept(folder):
@@ -77,7 +77,7 @@ def test_a_run_keeps_the_values_that_it_took_for_none(trained):
     assert kept(cfg.student_dir("AdaArcDistill"))["ada_m"] == 0.45
 
 
-def test_the_best_epoch_of_a_baseline_teacher_is_that_of_its_group(trained):
+def test_the_best_epoch_of_a_baseline_teacher_is_the_best_for_its_group(trained):
     cfg, _ = trained
     log = Path(cfg.output) / "baseline/iresnet_tiny/teachers/quarter2/log.jsonl"
     first, second = [json.loads(line) for line in log.read_text().splitlines()]
@@ -92,13 +92,13 @@ def test_a_baseline_teacher_is_not_resumed_with_the_best_epoch_of_another_group(
     assert "is already trained" in capsys.readouterr().out
     path = tmp_path / "output/baseline/iresnet_tiny/teachers/quarter2/checkpoint.pth"
     state = load(path)
-    del state["decided_by"]["sources"]["group that decides the best epoch"]  # as before there was one
+    del state["decided_by"]["sources"]["group that decides the best epoch"]  # as written by an earlier version
     save(path, state)
     run_script("train.py", quarter, expect=2)
     assert "(group that decides the best epoch changed)" in capsys.readouterr().err
 
 
-def test_headers_count_the_identities_of_their_stage(trained):
+def test_headers_have_a_class_for_each_identity_of_their_stage(trained):
     cfg, _ = trained
 
     def classes(folder):
@@ -112,7 +112,7 @@ def test_headers_count_the_identities_of_their_stage(trained):
     assert {name.split("/")[0] for name in names} == {"Asian"}
 
 
-def test_embeddings_are_those_of_the_teacher_and_of_unit_length(trained):
+def test_embeddings_equal_the_teachers_outputs_at_unit_length(trained):
     cfg, _ = trained
     store = Faces(cfg).store
     teacher = build_backbone("iresnet_tiny", 32)
@@ -126,7 +126,7 @@ def test_embeddings_are_those_of_the_teacher_and_of_unit_length(trained):
             assert np.allclose(np.linalg.norm(written, axis=1), 1, atol=1e-5)
 
 
-def test_both_views_are_extracted_in_one_pass_and_what_is_there_is_left(trained, tmp_path, monkeypatch):
+def test_both_views_are_extracted_in_one_pass_and_existing_ones_are_kept(trained, tmp_path, monkeypatch):
     cfg, given = trained
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
@@ -148,7 +148,7 @@ def test_both_views_are_extracted_in_one_pass_and_what_is_there_is_left(trained,
         assert all(np.array_equal(np.load(path), whole) for path, whole in zip(both, before, strict=True))
 
 
-def test_targets_are_the_adaptor_of_the_concatenation_in_published_order(trained):
+def test_targets_are_the_adaptors_outputs_for_teachers_in_published_order(trained):
     cfg, _ = trained
     order = ("Asian", "African", "Caucasian", "Indian")
     for name, views_written in (("SL", (False, True)), ("DLDPO", (False,))):
@@ -163,7 +163,7 @@ def test_targets_are_the_adaptor_of_the_concatenation_in_published_order(trained
     assert adaptor.dropout.p == 0.2
 
 
-def test_the_best_adaptor_is_that_of_the_lowest_training_loss(trained):
+def test_the_best_adaptor_has_the_lowest_training_loss(trained):
     cfg, _ = trained
     log = [json.loads(line) for line in (cfg.adaptor_dir("SL") / "log.jsonl").read_text().splitlines()]
     assert log[0]["scores"] == {}
@@ -171,7 +171,7 @@ def test_the_best_adaptor_is_that_of_the_lowest_training_loss(trained):
 
 
 def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
-    """Every number of the CSV, from the weights by another way: whole networks, one set of pairs at a time."""
+    """Recomputes every number of the CSV from the weights with whole networks, one set of pairs at a time."""
     cfg, _ = trained
     text = (Path(cfg.output) / "evaluation" / "accuracy.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
@@ -220,7 +220,7 @@ def test_the_table_equals_a_recomputation_from_the_checkpoints(trained):
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes(trained, tmp_path, monkeypatch):
     cfg, given = trained
     output, seen = tmp_path / "output", []
     shutil.copytree(cfg.output, output)
@@ -252,7 +252,7 @@ def test_the_evaluation_goes_on_where_it_was_stopped(trained, tmp_path, monkeypa
     assert {title.split()[0] for title in seen} == {"Asian"}
 
 
-def test_tables_and_pictures_of_generated_faces_say_so(trained):
+def test_tables_of_generated_faces_are_labelled_and_pictures_are_written(trained):
     cfg, _ = trained
     folder = Path(cfg.output) / "evaluation"
     for name in ("accuracy.md", "accuracy.tex", "intervals.md", "differences.md", "results.json"):
@@ -268,7 +268,7 @@ def test_tables_and_pictures_of_generated_faces_say_so(trained):
 
 
 def test_the_table_equals_a_recomputation_from_the_written_scores(trained):
-    """From the lines of each pair, by the published loop as tests/unit/eval/test_verification.py writes it out."""
+    """Recomputes the accuracies from the line of each pair, by the plain published loop."""
     cfg, _ = trained
     folder = Path(cfg.output) / "evaluation"
     found = list(csv.DictReader((folder / "accuracy.csv").read_text().splitlines()))
@@ -284,8 +284,8 @@ def test_the_table_equals_a_recomputation_from_the_written_scores(trained):
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, capsys):
-    """A student by its file, and an adaptor by its file and its teachers', released ones for all that is known."""
+def test_named_checkpoints_score_as_in_their_run_folders(trained, tmp_path, capsys):
+    """Evaluates a student by its file, and an adaptor by its file and those of its teachers, like released ones."""
     cfg, given = trained
     output = ["--output", str(tmp_path / "output")]
     table = csv.DictReader((Path(cfg.output) / "evaluation" / "accuracy.csv").read_text().splitlines())
@@ -328,8 +328,8 @@ def test_checkpoints_that_are_named_are_scored_as_in_the_run(trained, tmp_path, 
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_models_that_say_nothing_end_in_a_figure_or_a_sentence(trained, tmp_path, capsys):
-    """One that maps all faces to one point decides half of the pairs rightly; one that gives NaN is refused by name."""
+def test_constant_and_nan_models_give_half_accuracy_or_an_error(trained, tmp_path, capsys):
+    """A constant embedding decides half of the pairs correctly; a model that gives NaN is refused with its name."""
     _, given = trained
     network = build_backbone("iresnet_tiny", 32)
     state = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
@@ -347,7 +347,7 @@ def test_models_that_say_nothing_end_in_a_figure_or_a_sentence(trained, tmp_path
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path, capsys):
+def test_other_verification_sets_have_an_average_and_no_std(trained, tmp_path, capsys):
     cfg, given = trained
     for name, source in (("lfw", "Asian"), ("cfp_fp", "Indian")):
         shutil.copy(cfg.pairs_file(source), tmp_path / f"{name}.bin")
@@ -362,7 +362,7 @@ def test_other_verification_sets_have_an_average_and_no_spread(trained, tmp_path
     assert f"Missing: {tmp_path}/agedb_30.bin. Set pairs to the folder of these files." in capsys.readouterr().err
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(trained, tmp_path):
+def test_the_report_is_one_page_without_external_files(trained, tmp_path):
     cfg, given = trained
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
@@ -401,7 +401,7 @@ def test_flipped_targets_change_the_student(trained, tmp_path):
 
 
 def test_a_student_without_header_reads_no_label(trained, tmp_path, monkeypatch):
-    """Poisoned labels change nothing in a-KD, and end EAF-KD."""
+    """Invalid labels change nothing in a-KD, and raise an error in EAF-KD."""
     cfg, given = trained
     output = tmp_path / "output"
     shutil.copytree(cfg.output, output)
@@ -422,14 +422,15 @@ def test_a_student_without_header_reads_no_label(trained, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_another_order_of_ethnicities_is_refused_where_it_matters(trained, capsys):
-    """Names beyond the published four are concatenated in the order given: an adaptor must keep its own."""
-    cfg, given = trained
-    for script, status in (("fc_EArc.py", 0), ("eval.evaluation", 0)):  # the published names have an order of their own
+def test_another_order_of_teachers_is_refused_by_an_adaptor(trained, tmp_path, capsys):
+    """Names beyond the published four are concatenated in the given order, which an adaptor must keep."""
+    output = shutil.copytree(trained[0].output, tmp_path / "output")
+    given = [*trained[1], "--output", str(output)]
+    cfg = Config.from_args(given)
+    for script, status in (("fc_EArc.py", 0), ("eval.evaluation", 0)):  # the published names have a fixed order
         run_script(script, [*given, "--flip_targets", "--ethnicities", "Indian,Caucasian,Asian,African"], status)
     assert "left out" not in capsys.readouterr().out
     path = cfg.adaptor_dir("SL") / "checkpoint.pth"
-    before = path.read_bytes()
     state = torch.load(path, weights_only=True)
     state["decided_by"]["settings"]["teachers"].reverse()
     save(path, state)
@@ -437,10 +438,9 @@ def test_another_order_of_ethnicities_is_refused_where_it_matters(trained, capsy
     assert "teachers was ['Indian', 'Caucasian', 'African', 'Asian']" in capsys.readouterr().err
     run_script("eval.evaluation", given)
     assert "SL is left out: it was trained on Indian, Caucasian, African, Asian" in capsys.readouterr().out
-    path.write_bytes(before)
 
 
-def test_a_teacher_that_would_be_refused_is_found_before_another_is_trained(faces, tmp_path, capsys):
+def test_a_refused_teacher_is_reported_before_another_is_trained(faces, tmp_path, capsys):
     given = arguments(faces, tmp_path / "output")
     run_script("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
     run_script("train.py", given, expect=2)
@@ -467,18 +467,18 @@ def test_an_adaptor_is_scored_through_the_teachers_it_was_trained_on(trained, ca
     assert "Weights of the last epoch." in (output / "evaluation" / "last" / "accuracy.md").read_text()
     assert "left out" not in capsys.readouterr().out
     teachers = output / "specialized/iresnet_tiny/teachers"
-    for which in ("best", "last"):  # trained anew
+    for which in ("best", "last"):  # as if trained again
         shutil.copy(teachers / "Asian" / "best_backbone.pth", teachers / "African" / f"{which}_backbone.pth")
     run_script("eval.evaluation", given)
     assert adaptor_rows() == []
-    for kind in ("scores/*.csv", "curves/*.png"):  # those of models that are left out are not left behind
+    for kind in ("scores/*.csv", "curves/*.png"):  # files of models that are left out are removed
         assert not [path for path in output.glob(f"evaluation/{kind}") if "adaptor" in path.name]
     assert "SL is left out: the teachers it was trained on are not there any more: African" in capsys.readouterr().out
     run_script("KD_alone.py", given, expect=2)
     assert "was made by other weights than" in capsys.readouterr().err
 
 
-def test_the_next_command_is_the_one_that_is_meant(trained, capsys):
+def test_the_next_command_has_the_right_settings(trained, capsys):
     cfg, given = trained
     for script, extra, wanted in (
         ("baseline_data_split.py", ["--is_teacher_baseline"], replace(cfg, is_teacher_baseline=True)),
@@ -492,7 +492,7 @@ def test_the_next_command_is_the_one_that_is_meant(trained, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stage_that_is_interrupted_says_how_to_go_on(faces, tmp_path, number):
+def test_an_interrupted_stage_prints_the_command_that_resumes(faces, tmp_path, number):
     given = [*arguments(faces, tmp_path / "output"), "--ethnicity", "Asian", "--num_epoch", "10000"]
     command = [sys.executable, "-u", "train.py", *given]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -538,7 +538,7 @@ def test_scripts_fit_on_one_screen_and_import_no_script(script):
     assert inspect.cleandoc(lines[0].strip('"')).startswith("Stage ")
 
 
-def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path, capsys):
+def test_a_missing_stage_is_named_and_nothing_is_written(faces, tmp_path, capsys):
     given = [*arguments(faces, tmp_path / "output"), "--cache", str(tmp_path / "cache")]
     for script, extra, sentence in (
         ("train.py", ["--is_teacher_baseline"], "run first: python baseline_data_split.py --data"),
@@ -566,7 +566,7 @@ def test_a_stage_that_is_missing_is_named_and_nothing_is_written(faces, tmp_path
     assert [path for path in tmp_path.rglob("*") if "pairs" not in path.parts] == [tmp_path / "cache"]
 
 
-def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):
+def test_released_teachers_are_used_by_the_next_stages(faces, tmp_path, capsys):
     given = arguments(faces, tmp_path / "output")
     cfg = Config.from_args(given)
     for name in GROUPS:
@@ -579,7 +579,7 @@ def test_a_released_teacher_is_dropped_in(faces, tmp_path, capsys):
     assert cfg.adaptor_embeddings("SL").exists()
 
 
-def test_stages_that_are_done_are_not_done_again(trained, capsys):
+def test_finished_stages_are_not_repeated(trained, capsys):
     cfg, given = trained
     before = {path: path.stat().st_mtime_ns for path in cfg.network_dir.rglob("*") if path.is_file()}
     for script in ("baseline_data_split.py", "train.py", "extract_all.py", "fc_EArc.py", "KD_alone.py"):

@@ -1,4 +1,4 @@
-"""The notebook docs/tour.ipynb: its cells run in order, on a few faces and for one epoch."""
+"""Runs the cells of docs/tour.ipynb in order, on a few faces and for one epoch."""
 
 import json
 import os

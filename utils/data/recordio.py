@@ -97,11 +97,10 @@ def read_index(folder: Path) -> Records:
             keys = np.arange(len(found))
     rows = _images(path, keys, found)
     keys, offsets, found = keys[rows], offsets[rows], found[rows]
-    _refuse_labels(path, keys, found["identity"], np.ones(len(found), bool), "identity")
-    _refuse_labels(path, keys, found["group"], found["flag"] > 1, "group")
-    return Records(
-        path, offsets, found["length"], keys, found["identity"].astype(np.int64), found["group"].astype(np.int64)
-    )
+    _refuse_labels(path, keys, found["identity"], "identity")
+    _refuse_labels(path, keys, np.where(found["flag"] > 1, found["group"], 0), "group")
+    identity, group = (found[name].astype(np.int64) for name in ("identity", "group"))
+    return Records(path, offsets, found["length"], keys, identity, group)
 
 
 def image_of(record: bytes) -> bytes:
@@ -113,10 +112,7 @@ def image_of(record: bytes) -> bytes:
     if _padded(parts[-1].stop) != len(record):
         raise ValueError("is more than one record")
     content = MAGIC_BYTES.join(record[part] for part in parts)
-    begin = HEAD.size
-    if len(content) >= begin:
-        begin += 4 * HEAD.unpack_from(content)[0]
-    if len(content) < begin:
+    if len(content) < HEAD.size or len(content) < (begin := HEAD.size + 4 * HEAD.unpack_from(content)[0]):
         raise ValueError("is a record too short for its labels")
     return content[begin:]
 
@@ -314,9 +310,9 @@ def _integers_rounded_to(stored: float) -> tuple[int, int]:
     return lowest + (LABEL(lowest) != stored), highest - (LABEL(highest) != stored)
 
 
-def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, present: np.ndarray, name: str) -> None:
+def _refuse_labels(path: Path, keys: np.ndarray, labels: np.ndarray, name: str) -> None:
     with np.errstate(invalid="ignore"):  # a NaN among the labels is refused below
-        bad = present & ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
+        bad = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
     if bad.any():
         row = np.argmax(bad)
         raise InputError(
@@ -393,10 +389,8 @@ def _write(images: Iterable[tuple[bytes, int, int]], num_classes: int, file: Bin
 
 def _record(key: int, labels: tuple[int, ...], image: bytes) -> bytes:
     """Encodes a record as the bytes of the file; a single label goes into the head, several become a vector."""
-    if len(labels) == 1:
-        content = HEAD.pack(0, *labels, key, 0) + image
-    else:
-        content = HEAD.pack(len(labels), 0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + image
+    flag, first, vector = (0, labels[0], ()) if len(labels) == 1 else (len(labels), 0, labels)
+    content = HEAD.pack(flag, first, key, 0) + struct.pack(f"<{len(vector)}f", *vector) + image
     cuts = [match.start() for match in re.finditer(re.escape(MAGIC_BYTES), content) if match.start() % 4 == 0]
     begins, ends = [0, *(cut + len(MAGIC_BYTES) for cut in cuts)], [*cuts, len(content)]
     kinds = [FIRST, *[MIDDLE] * (len(cuts) - 1), LAST] if cuts else [WHOLE]

@@ -1,1 +1,1 @@
-"""Training on several processes: who they are, how they are started, what they exchange."""
+"""Training with torchrun: ranks, start and end of the process group, collectives, synchronised batch normalisation."""

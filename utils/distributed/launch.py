@@ -1,13 +1,15 @@
-"""How the processes that torchrun has started find each other, and how one of them says why they end."""
+"""Starts and ends the process group of a script that runs under torchrun; in any other process nothing happens here.
 
-import contextlib
+PyTorch and torchrun do most of it: gloo raises an error as soon as a peer's connection is closed, and torchrun's agent
+terminates the other ranks when one fails. This module adds what they lack: a sentence that names a rank that did not
+start, one message instead of one per rank, and restarts on one machine.
+"""
+
 import dataclasses
+import itertools
 import os
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,229 +17,119 @@ import torch
 import torch.distributed as dist
 
 from config.config import Config
-from utils.distributed.collectives import require_same, use_control, wait_for_all
+from utils.distributed.collectives import require_same, set_cpu_group, wait_for_all
 from utils.distributed.world import is_launched, world_size
 from utils.errors import InputError
 
-ARRIVAL = 300.0  # seconds in which all have to come, once the first is there
-RESTART = 30.0  # seconds in which one that has ended may have been started again
-GRACE = 5.0  # seconds in which whoever can end by itself does, when another process has died
+START_TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for all others to start."""
 
+TIMEOUT = timedelta(minutes=30)
+"""Timeout of collectives. A killed rank is noticed at once; a machine that cannot be reached is noticed after this."""
 
-class Ended(Exception):
-    """Another process has ended before all had met."""
-
-
-class Meeting:
-    """The store that torchrun keeps for its processes, and this process in it.
-
-    The store outlives its processes, and machines count attempts apart: processes know each other by names that they
-    choose afresh. Rank 0's name is that of the meeting. Raises InputError where the store cannot be reached or made.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
-            self._store, self._name = dist.PrefixStore("meeting", store), uuid.uuid4().hex
-            self._store.set(f"hello {self.rank}", self._name)
-        except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-            reason = str(error).split("\n")[0].rstrip(".")
-            raise InputError(
-                f"Processes cannot meet at {where} ({reason}): give torchrun another --master_port, or --standalone."
-            ) from error
-        self.store: dist.Store | None = None  # that of these processes only, when all are there
-
-    def complete(self) -> None:
-        """Waits for all. Raises Ended where one has ended, InputError where one does not come."""
-        arrived, looked_at, ended_at = time.monotonic(), 0.0, None
-        while (name := self._name_of_all()) is None:
-            now = time.monotonic()
-            if now - looked_at > 0.02 * self.world_size:  # it asks for all of them
-                looked_at, ended_at = now, (ended_at or now) if self._has_ended() else None
-            if ended_at and now > ended_at + RESTART:
-                raise Ended
-            if now > arrived + ARRIVAL:
-                raise InputError(f"Process {self._missing()} has not come: see what torchrun says of it.")
-            time.sleep(0.05)  # in Python, where a signal is heard
-        self.store = dist.PrefixStore(name, self._store)
-
-    def _missing(self) -> str:
-        """Who has not answered rank 0, or to other ranks who has not come, or rank 0, which does not answer."""
-        names = dict(enumerate(self._names()))
-        if self.rank:
-            missing = [rank for rank, name in names.items() if name is None] or [0]
-        else:
-            missing = [rank for rank, name in names.items() if rank and not self._has_answered(name)]
-        return ", ".join(map(str, missing))
-
-    def _name_of_all(self) -> str | None:
-        """The meeting's name, as soon as all know it."""
-        if self.rank:
-            name = self._get(f"welcome {self._name}")
-            if name is None:
-                return None
-            self._store.set(f"{name} has {self._name}", "")
-            return name if self._get(f"{name} is complete") is not None else None
-        names = self._names()
-        for name in filter(None, names):
-            self._store.set(f"welcome {name}", self._name)
-        if not all(map(self._has_answered, names[1:])):
-            return None
-        self._store.set(f"{self._name} is complete", "")
-        return self._name
-
-    def _names(self) -> list[str | None]:
-        """By rank the last that has come."""
-        return [self._get(f"hello {rank}") for rank in range(self.world_size)]
-
-    def _has_answered(self, name: str | None) -> bool:
-        return name is not None and self._get(f"{self._name} has {name}") is not None
-
-    def _has_ended(self) -> bool:
-        return any(name and self._get(f"{name} has ended") is not None for name in self._names())
-
-    def _get(self, key: str) -> str | None:
-        return self._store.get(key).decode() if self._store.check([key]) else None
-
-    def speaks(self) -> bool:
-        """Whether this process is the first to say how the run ends; before all have met, the first of its machine."""
-        store, key = self.store, "speaker"
-        try:
-            if store is None:
-                self._store.set(f"{self._name} has ended", "")
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-                store, key = self._store, f"speaker of {os.environ.get('GROUP_RANK')} {os.getppid()} {attempt}"
-            return store.compare_set(key, "", self._name).decode() == self._name
-        except RuntimeError:  # it has ended with the process that kept it
-            return True
-
-
-class Lookout:
-    """Threads that notice the end of another process where this one would wait: a GPU's wait hears no signal.
-
-    Rank 0 watches all, and all watch rank 0. `on_loss` is called in a thread, after a time in which this process may
-    have ended by itself.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, on_loss: Callable[[Exception], None]):
-        self._group, self._on_loss = group, on_loss
-        self._others = [0] if dist.get_rank() else [*range(1, dist.get_world_size())]
-        self._threads = [threading.Thread(target=self._look, args=(rank,), daemon=True) for rank in self._others]
-        for thread in self._threads:
-            thread.start()
-
-    def _look(self, rank: int) -> None:
-        try:
-            dist.recv(torch.zeros(1), rank, self._group)  # a farewell
-        except RuntimeError as error:
-            time.sleep(GRACE)
-            end_with(self._on_loss, error)
-
-    def leave(self) -> None:
-        """All ranks say farewell."""
-        for rank in self._others:
-            dist.send(torch.zeros(1), rank, self._group)
-        for thread in self._threads:
-            thread.join()
-
-
-def end_with(on_loss: Callable[[Exception], None], error: Exception) -> None:
-    """Calls it, and ends this process where that takes long: the store may be held by a thread that waits."""
-    last = threading.Timer(GRACE, os._exit, (1,))
-    last.daemon = True
-    last.start()
-    on_loss(error)
-
-
-@contextlib.contextmanager
-def limited(on_loss: Callable[[Exception], None]) -> Iterator[None]:
-    """Context that ends this process where it takes longer than ARRIVAL: in it no signal is heard."""
-    late = threading.Timer(ARRIVAL, end_with, (on_loss, Ended("or does not come")))
-    late.daemon = True
-    late.start()
-    try:
-        yield
-    finally:
-        late.cancel()
-
+CPU_TIMEOUT = timedelta(days=7)
+"""Timeout of the CPU group's collectives, in which ranks also wait while rank 0 decodes millions of images."""
 
 BY_MACHINE = ("data", "pairs", "cache", "num_threads", "num_workers", "device_cache_gb")
-"""Settings that may differ from machine to machine; of `data` and `pairs` the content is compared."""
+"""Settings that may differ between machines. The contents of `data` and `pairs` are compared instead."""
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another in a step; one that has died is noticed at once, by torchrun."""
-
-LONG = timedelta(days=7)
-"""The same where one rank works for all: it may decode millions of images."""
-
-ALL_ALONG = timedelta(days=36_500)
-"""The same for those on the lookout, who wait from the first step to the last."""
-
-_meeting: Meeting | None = None
-_lookout: Lookout | None = None
+_store: dist.Store | None = None
+_connections = itertools.count()  # of this process, which may run several scripts
 
 
-def meet() -> None:
-    """Finds the place where the processes that torchrun has started meet; from here on one of them speaks for all.
+def connect() -> None:
+    """Connects to the ranks' store, and silences standard output and progress bars on all ranks but 0.
 
-    Raises InputError where it is taken or not given.
+    Raises InputError if the store cannot be reached.
     """
-    global _meeting
-    if not is_launched() or _meeting is not None:
+    global _store
+    if not is_launched() or _store is not None:
         return
-    _meeting = Meeting()
-    if _meeting.rank:
+    attempt = _attempt()
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise InputError(
+            f"The store at {address} through which processes connect cannot be reached ({reason}): "
+            "give torchrun another --master_port, or --standalone."
+        ) from error
+    _store = dist.PrefixStore(f"{attempt} {next(_connections)}", store)
+    if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        sys.stderr = _NoTerminal(sys.stderr)
+        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]  # tqdm shows a bar only on a terminal
 
 
-class _NoTerminal:
-    """A stream for messages only: progress bars are silent where there is no terminal."""
+def _attempt() -> str:
+    """Returns the number of torchrun's attempt, which separates its keys in the store from those of killed ranks.
 
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def isatty(self) -> bool:
-        return False
-
-
-def join(cfg: "Config", device: torch.device, on_loss: Callable[[Exception], None]) -> None:
-    """Makes the processes that have met the default group, on `device`'s kind; `on_loss` is that of `Lookout`.
-
-    Raises InputError where they have not the same settings or devices, or where one does not come.
+    torchrun restarts all ranks on the same store, where gloo would find the addresses of killed ones (PyTorch 2.14).
+    Machines do not agree on the number, so InputError is raised if several of them share a store and may restart.
     """
-    global _lookout
-    if _meeting is None:
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise InputError(
+            "On several machines --max-restarts needs --rdzv_backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "the environment of torchrun."
+        )
+    return "0"
+
+
+def join(cfg: Config, device: torch.device) -> None:
+    """Initialises the default process group, with NCCL on GPUs and gloo on CPUs, and gloo's group of the CPUs.
+
+    Raises InputError if a rank does not start or has no GPU, and if ranks have other settings or kinds of devices.
+    """
+    if _store is None:
         return
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        if not dist.is_nccl_available():
-            raise InputError("device = 'cuda' under torchrun needs NCCL, which this PyTorch lacks: set device to cpu.")
-        if local >= torch.cuda.device_count():
-            raise InputError(
-                f"Process {local} of this machine has no GPU, of which it has {torch.cuda.device_count()}: "
-                "set torchrun's --nproc_per_node to as many, or device to cpu."
-            )
-        torch.cuda.set_device(local)
+        _set_gpu(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        _meeting.complete()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        place: dict[str, Any] = {"store": _meeting.store, "rank": _meeting.rank, "world_size": _meeting.world_size}
-        with limited(on_loss):
-            dist.init_process_group(backend, timeout=PATIENCE, **place)
-            use_control(dist.new_group(backend="gloo", timeout=LONG))  # type: ignore[arg-type]
-            _lookout = Lookout(dist.new_group(backend="gloo", timeout=ALL_ALONG), on_loss)  # type: ignore[arg-type]
+        place: dict[str, Any] = {
+            "store": _store,
+            "rank": int(os.environ["RANK"]),
+            "world_size": int(os.environ["WORLD_SIZE"]),
+        }
+        _wait_for_start(**place)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **place)
+        set_cpu_group(dist.new_group(backend="gloo", timeout=CPU_TIMEOUT))  # type: ignore[arg-type]
     settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in BY_MACHINE}
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
 
 
-def require_whole_batch(cfg: "Config") -> None:
-    """Raises InputError where the batch of all cannot be divided, or leaves a process one image to normalise by."""
+def _set_gpu(local: int) -> None:
+    if not dist.is_nccl_available():
+        raise InputError("device = 'cuda' under torchrun needs NCCL, which this PyTorch lacks: set device to cpu.")
+    if local >= torch.cuda.device_count():
+        raise InputError(
+            f"Process {local} of this machine has no GPU, of which it has {torch.cuda.device_count()}: "
+            "set torchrun's --nproc_per_node to as many, or device to cpu."
+        )
+    torch.cuda.set_device(local)
+
+
+def _wait_for_start(store: dist.Store, rank: int, world_size: int) -> None:
+    """Waits until all ranks have called this. Raises InputError that names the others after START_TIMEOUT.
+
+    init_process_group would wait too, but it names no rank, and Python handles no signal meanwhile.
+    """
+    keys = [f"started {number}" for number in range(world_size)]
+    store.set(keys[rank], "")
+    end = time.monotonic() + START_TIMEOUT.total_seconds()
+    while not store.check(keys):
+        if store.check(["ended"]):
+            sys.exit(1)  # another rank has ended and printed why
+        if time.monotonic() > end:
+            missing = ", ".join(str(number) for number, key in enumerate(keys) if not store.check([key]))
+            raise InputError(f"Process {missing} has not started: see what torchrun says of it.")
+        time.sleep(0.1)
+
+
+def require_whole_batch(cfg: Config) -> None:
+    """Raises InputError if the ranks cannot divide the global batch, or if one would normalise by a single image."""
     ranks, size = world_size(), cfg.batch_size
     if cfg.global_batch and (size % ranks or size < 2 * ranks):
         raise InputError(
@@ -246,31 +138,30 @@ def require_whole_batch(cfg: "Config") -> None:
         )
 
 
-def leave() -> None:
-    """Waits for the others, so that none sees an end before its own, and leaves the group."""
-    global _meeting, _lookout
+def close() -> None:
+    """Waits for all ranks, so that none finds a connection closed while it still works, and destroys the groups."""
+    global _store
     if dist.is_initialized():
         wait_for_all()
-        _lookout.leave()
         dist.destroy_process_group()
-    _meeting = _lookout = None
-    use_control(None)
+    _store = None
+    set_cpu_group(None)
 
 
-def number() -> int | None:
-    """The rank of this process, also before it has joined; None where it has met nobody."""
-    return _meeting.rank if _meeting else None
+def is_first_to_end() -> bool:
+    """Returns True on the first rank that calls it, which prints why the run ends.
 
-
-def speaks() -> bool:
-    """Whether this process is the first of all to say how the run ends; True once, for one.
-
-    Where it has met nobody, the first of its machine does.
+    Without a store it is the first rank of each machine.
     """
-    return _meeting.speaks() if _meeting else os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if _store is None:
+        return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    try:
+        return _store.add("ended", 1) == 1
+    except RuntimeError:  # the process that held the store has ended
+        return True
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether an error says that another rank has gone, as gloo, NCCL or the store say it."""
+def is_lost_peer(error: Exception) -> bool:
+    """Whether gloo, NCCL or the store report by this error that another rank has ended."""
     words = ("by peer", "Broken pipe", "Connection refused", "likely closed", "remote process exited")
-    return isinstance(error, Ended) or (world_size() > 1 and any(word in str(error) for word in words))
+    return is_launched() and any(word in str(error) for word in words)

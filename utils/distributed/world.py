@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, asked without importing PyTorch: those that only read images do without."""
+"""Rank and world size of this process. Imports no PyTorch, since processes that only read images need none."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from config.config import Config
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or whoever sets the environment as it does, has started this process."""
+    """Whether torchrun, or a launcher that sets the same environment variables, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -27,30 +27,30 @@ def is_first() -> bool:
 
 
 def total_batch(cfg: Config) -> int:
-    """Images (or rows) a step, of all processes together."""
+    """Returns the number of images or rows per step of all ranks together."""
     return cfg.batch_size if cfg.global_batch else cfg.batch_size * world_size()
 
 
 def _group() -> ModuleType | None:
-    """torch.distributed, where this process is in its default group."""
+    """Returns torch.distributed if its default process group is initialised."""
     module = sys.modules.get("torch.distributed")
     return module if module and module.is_initialized() else None
 
 
 def launcher() -> str:
-    """What starts as many processes as there are, before a script's name; where the machines meet is left out."""
+    """Returns the start of a command line with the present number of processes, without the address of the machines."""
     if not is_launched():
         return "python"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     where = ["--standalone"] if machines == "1" else ["--nnodes", machines]
-    # Without the dashes it takes settings that begin as its own do for its own.
+    # Without the two dashes torchrun would read settings such as --s as abbreviations of its own options.
     return " ".join(["torchrun", *where, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "--"])
 
 
 def share_of_cores() -> int:
-    """This process's share of the cores that its machine gives, where torchrun allows it one; 0: nothing to change.
+    """Returns this process's share of the machine's cores if OMP_NUM_THREADS is 1, torchrun's default; otherwise 0.
 
-    That one may be a user's own wish cannot be seen: there is the setting num_threads.
+    A user who wants one thread sets num_threads, because a 1 of the user looks like torchrun's.
     """
     if not is_launched() or os.environ.get("OMP_NUM_THREADS") != "1":
         return 0
@@ -60,15 +60,15 @@ def share_of_cores() -> int:
 
 @contextlib.contextmanager
 def first_of_machine_before() -> Iterator[bool]:
-    """The first process of each machine goes through the block before the others; yields whether this is one."""
+    """Context that the first process of each machine enters before the others; yields whether this process is first."""
     if world_size() == 1:
         yield True
         return
     from utils.distributed.collectives import wait_for_all
 
-    is_one = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_one:
+    is_local_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_local_first:
         wait_for_all()
-    yield is_one
-    if is_one:
+    yield is_local_first
+    if is_local_first:
         wait_for_all()

@@ -1,8 +1,8 @@
 """Headers turn embeddings and labels into the training loss; they are built by name or by class."""
 
 from utils.losses.adadistill import AdaDistill, ArcDistill, CosDistill
-from utils.losses.margin import ArcFace, CosFace, CurricularFace, ElasticArcFace, ElasticCosFace, build_header
-from utils.losses.sharded import margin_loss, spread
+from utils.losses.build import build_header
+from utils.losses.margin import ArcFace, CosFace, CurricularFace, ElasticArcFace, ElasticCosFace
 
 __all__ = [
     "AdaDistill",
@@ -14,6 +14,4 @@ __all__ = [
     "ElasticArcFace",
     "ElasticCosFace",
     "build_header",
-    "margin_loss",
-    "spread",
 ]

@@ -12,12 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.distributed import collectives
-from utils.errors import InputError
-from utils.losses.sharded import spread
 
 
 class Header(nn.Module):
     """Base class of all headers. Each rank holds b of the B samples of a global batch, and the whole `kernel`."""
+
+    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy of this rank's samples.
+
+        `inputs` are those of `forward`: embeddings (b, D), one or two, then labels (b,) int64.
+        """
+        return F.cross_entropy(self(*inputs), inputs[-1])
 
     kernel: torch.Tensor
 
@@ -197,20 +202,3 @@ def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
     sine = ((1 - cosine) * (1 + cosine)).clamp_min(1e-14).sqrt()
     cos_m, sin_m = (m.cos(), m.sin()) if isinstance(m, torch.Tensor) else (math.cos(m), math.sin(m))
     return cosine * cos_m - sine * sin_m
-
-
-def build_header(
-    name: str, in_features: int, out_features: int, s: float, m: float, std: float, sharding: bool = False
-) -> MarginHeader:
-    """Builds the header that the setting `loss` names; a '+' after an elastic one sets `plus`.
-
-    With `sharding` and several ranks, each rank holds a shard of the classes. Raises InputError for an unknown name.
-    """
-    known = (ElasticArcFace, ElasticCosFace, ArcFace, CosFace, CurricularFace)
-    header = {kind.__name__: kind for kind in known}.get(name.removesuffix("+"))
-    plus = name.endswith("+")
-    if header is None or (plus and not issubclass(header, ElasticHeader)):
-        names = ", ".join(kind.__name__ for kind in known)
-        raise InputError(f"loss = {name!r} must be one of {names}, or an elastic one followed by '+'.")
-    settings = {"s": s, "m": m} | ({"std": std, "plus": plus} if issubclass(header, ElasticHeader) else {})
-    return spread(header, sharding)(in_features, out_features, **settings)

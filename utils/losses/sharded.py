@@ -19,30 +19,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from utils.distributed.collectives import gathered, own, reduced
 from utils.distributed.world import is_first, rank, world_size
 
 Dense = TypeVar("Dense", bound=nn.Module)
-
-
-def margin_loss(header: nn.Module, *given: torch.Tensor) -> torch.Tensor:
-    """Returns the mean cross-entropy of a dense or sharded header.
-
-    `given` are the header's inputs: embeddings (b, D), one or two, then labels (b,) int64. A dense header averages over
-    the b samples of this rank, a sharded one over the global batch.
-    """
-    return header(*given) if isinstance(header, ShardedHeader) else F.cross_entropy(header(*given), given[-1])
-
-
-def spread(kind: type[Dense], sharding: bool) -> type[Dense]:
-    """Returns the sharded version of the header class `kind` if `sharding` is set and there are several ranks.
-
-    Otherwise returns `kind` itself.
-    """
-    return sharded(kind) if sharding and world_size() > 1 else kind
 
 
 def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -67,7 +49,7 @@ def sharded(kind: type[nn.Module]) -> type["ShardedHeader"]:
 class ShardedHeader(nn.Module):
     """Mixin that shards a header: `sharded` puts it before the dense class in the method resolution order.
 
-    `forward` all-gathers the batch, so the dense class's methods see all B samples. `of_all` and `own` are therefore
+    `loss` all-gathers the batch, so the dense class's methods see all B samples. `of_all` and `own` are therefore
     the identity here.
     """
 
@@ -92,15 +74,16 @@ class ShardedHeader(nn.Module):
     def own(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
-    def forward(self, *given: torch.Tensor) -> torch.Tensor:
-        """Maps embeddings (b, D) and labels (b,) int64 to the mean loss over all B samples, the same on every rank.
+    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Returns the mean cross-entropy of all B samples, the same on every rank.
 
-        AdaDistill takes the student's and the teacher's embeddings. The loss is infinite if a label is not in range(C).
+        `inputs` are embeddings (b, D), for AdaDistill the student's and the teacher's, then labels (b,) int64. The loss
+        is infinite if a label is not in range(C).
         """
-        *embeddings, label = given
+        *embeddings, label = inputs
         label = gathered(label) - self.columns.start
         label = torch.where((label >= 0) & (label < len(self.columns)), label, len(self.columns))
-        logits = super().forward(*map(Gathered.apply, embeddings), label)
+        logits = self(*map(Gathered.apply, embeddings), label)
         return _CrossEntropy.apply(logits, label.unsqueeze(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:

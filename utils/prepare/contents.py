@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +182,7 @@ def look_at_all(contents: Contents, processes: int = 0) -> Seen:
     count = len(contents.paths)
     reasons, forms, fingerprints = {}, {}, bytearray()
     form, sides, size = np.empty(count, np.uint8), np.empty((count, 2), np.int32), np.empty(count, np.int64)
-    looks = in_processes(_Looker(contents.source), contents.items(range(count)), count, "look at", processes)
+    looks = in_processes(partial(_look, contents.source), contents.items(range(count)), count, "look at", processes)
     for row, look in enumerate(looks):
         if look.reason:
             reasons[row] = look.reason
@@ -195,7 +196,7 @@ def look_at_all(contents: Contents, processes: int = 0) -> Seen:
 def pixel_digests(contents: Contents, rows: np.ndarray, processes: int = 0) -> dict[int, bytes]:
     """Returns {row: `digest_of` its pixels} for usable images."""
     items = contents.items(rows.tolist())
-    found = in_processes(_Digester(contents.source), items, len(rows), "compare pixels", processes)
+    found = in_processes(partial(_digest, contents.source), items, len(rows), "compare pixels", processes)
     return dict(zip(rows.tolist(), found, strict=True))
 
 
@@ -227,33 +228,23 @@ class Source:
         return images.decode(self.read(item), upright=False)
 
 
-@dataclass(frozen=True)
-class _Looker:
-    """Describes an image; can be pickled."""
-
-    source: Source
-
-    def __call__(self, item: str | tuple[int, int]) -> Look:
-        try:
-            content = self.source.read(item)
-            image = images.decode(content, upright=False)
-            height, width = image.shape[:2]
-            return Look("", form_of(content), width, height, len(content), fingerprint(image))
-        except (OSError, ValueError, MemoryError, cv2.error) as error:
-            return Look(images.reason_of(error), "", 0, 0, 0, bytes(BYTES))
+def _look(source: Source, item: str | tuple[int, int]) -> Look:
+    """Describes an image."""
+    try:
+        content = source.read(item)
+        image = images.decode(content, upright=False)
+        height, width = image.shape[:2]
+        return Look("", form_of(content), width, height, len(content), fingerprint(image))
+    except (OSError, ValueError, MemoryError, cv2.error) as error:
+        return Look(images.reason_of(error), "", 0, 0, 0, bytes(BYTES))
 
 
-@dataclass(frozen=True)
-class _Digester:
-    """Digests the pixels of an image; can be pickled."""
-
-    source: Source
-
-    def __call__(self, item: str | tuple[int, int]) -> bytes:
-        try:
-            return digest_of(self.source.decode(item))
-        except (OSError, ValueError):  # the image has changed since `look_at_all`; this digest equals no other
-            return repr(item).encode()
+def _digest(source: Source, item: str | tuple[int, int]) -> bytes:
+    """Returns `digest_of` the pixels of an image."""
+    try:
+        return digest_of(source.decode(item))
+    except (OSError, ValueError):  # the image has changed since `look_at_all`; this digest equals no other
+        return repr(item).encode()
 
 
 def form_of(content: bytes) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from utils.data.align import TEMPLATE
 from utils.data.store import SIZE
 
-LEFT_EYE, RIGHT_EYE, NOSE, LEFT_CORNER, RIGHT_CORNER = TEMPLATE
+LEFT_EYE, RIGHT_EYE, _, LEFT_CORNER, RIGHT_CORNER = TEMPLATE
 DARK = np.array([LEFT_EYE, RIGHT_EYE, LEFT_CORNER, (LEFT_CORNER + RIGHT_CORNER) / 2, RIGHT_CORNER])
 LIGHT = np.array([(LEFT_EYE + RIGHT_EYE) / 2, (LEFT_EYE[0], 66.0), (RIGHT_EYE[0], 66.0)])
 WEIGHTS = np.array([1, 1, 0.4, 0.4, 0.4, -0.8, -0.7, -0.7], np.float32)

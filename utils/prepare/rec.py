@@ -21,10 +21,10 @@ The folder is called <output>.partial until it is complete. Run the same command
 """
 
 import argparse
+import functools
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def _images(
     """Yields (encoded image, identity, group) for `write_records`; appends unusable images to `failures`."""
     of_identity = [GROUPS_OF_RECORDS.index(name.split("/")[0]) if "/" in name else -1 for name in index.identities]
     count, others = len(index.paths), len(failures)
-    read = in_processes(_Reader(str(folder)), index.paths, count, "pack", processes)
+    read = in_processes(functools.partial(_read, folder), index.paths, count, "pack", processes)
     for path, identity, (content, reason) in zip(index.paths, index.identity.tolist(), read, strict=True):
         if reason:
             failures.append((path, reason))
@@ -124,20 +124,14 @@ def _images(
         raise InputError(f"None of the {count:,} images of {folder} can be used: {output / FAILURES} says why.")
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads an image of a folder, and decodes it to check that the stages can; can be pickled."""
-
-    folder: str
-
-    def __call__(self, path: str) -> tuple[bytes, str]:
-        """Returns the encoded image and "", or b"" and the reason why it cannot be used."""
-        try:
-            content = images.read_bytes(f"{self.folder}/{path}")
-            decode(content)
-        except (OSError, ValueError) as error:
-            return b"", images.reason_of(error)
-        return content, ""
+def _read(folder: Path, path: str) -> tuple[bytes, str]:
+    """Returns an encoded image that can be decoded and "", or b"" and the reason why the stages cannot use it."""
+    try:
+        content = images.read_bytes(f"{folder}/{path}")
+        decode(content)
+    except (OSError, ValueError) as error:
+        return b"", images.reason_of(error)
+    return content, ""
 
 
 def _report(failures: list, folder: Path) -> None:
@@ -157,7 +151,8 @@ def unpack(source: Path, with_groups: bool, output: Path, processes: int = 0) ->
     items = [*zip(records.offsets.tolist(), records.lengths.tolist(), names, strict=True)]
     with locked(output):
         _claim(partial, source, with_groups)
-        reasons = in_processes(_Unpacker(str(records.path), str(partial)), items, len(items), "unpack", processes)
+        unpack_image = functools.partial(_unpack_image, records.path, partial)
+        reasons = in_processes(unpack_image, items, len(items), "unpack", processes)
         failures = [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason]
         write_failures(partial / FAILURES, ("record", "reason"), failures)
         if len(failures) == len(items):
@@ -211,36 +206,33 @@ def _finish(partial: Path, output: Path) -> None:
         raise not_written(output, error) from error
 
 
-@dataclass(frozen=True)
-class _Unpacker:
-    """Writes the image of a record into a folder; can be pickled."""
+def _unpack_image(records: Path, folder: Path, item: tuple[int, int, str]) -> str:
+    """Writes the image of a record, given by offset, length and name; returns why there is none, or "".
 
-    records: str
-    folder: str
+    Raises NotWritten on a full disk.
+    """
+    *where, name = item
+    try:
+        content = image_of(images.read_bytes(records, *where))
+        images.decode(content, upright=False)
+    except (OSError, ValueError) as error:
+        return images.reason_of(error)
+    _write(folder, f"{folder}/{name}{image_formats.ending_of(content)}", content)
+    return ""
 
-    def __call__(self, item: tuple[int, int, str]) -> str:
-        """Takes offset, length and name; returns why there is no image, or "". Raises NotWritten on a full disk."""
-        *where, name = item
+
+def _write(folder: Path, target: str, content: bytes) -> None:
+    """Writes a file atomically, unless it exists with this content; a power failure may have truncated it."""
+    partial = f"{folder}/{os.getpid()}{PARTIAL}"
+    try:
+        if os.path.isfile(target) and images.read_bytes(target) == content:
+            return
+        with open(partial, "wb") as file:
+            file.write(content)
         try:
-            content = image_of(images.read_bytes(self.records, *where))
-            images.decode(content, upright=False)
-        except (OSError, ValueError) as error:
-            return images.reason_of(error)
-        self._write(f"{self.folder}/{name}{image_formats.ending_of(content)}", content)
-        return ""
-
-    def _write(self, target: str, content: bytes) -> None:
-        """Writes a file atomically, unless it exists with this content; a power failure may have truncated it."""
-        partial = f"{self.folder}/{os.getpid()}{PARTIAL}"
-        try:
-            if os.path.isfile(target) and images.read_bytes(target) == content:
-                return
-            with open(partial, "wb") as file:
-                file.write(content)
-            try:
-                os.replace(partial, target)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.replace(partial, target)
-        except OSError as error:
-            raise not_written(Path(target), error) from error
+            os.replace(partial, target)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(partial, target)
+    except OSError as error:
+        raise not_written(Path(target), error) from error

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import math
 import multiprocessing
@@ -100,7 +101,7 @@ def in_processes(
             stack.callback(pool.shutdown, cancel_futures=True)
             with _interrupts_blocked():  # new processes inherit it: Ctrl-C must not end one while it imports
                 pool.submit(os.getpid)  # starts all of them
-            lists = map_ahead(pool, _Each(function), _batches(items), 4 * processes)
+            lists = map_ahead(pool, functools.partial(_map, function), _batches(items), 4 * processes)
             results = chain.from_iterable(lists)
         try:
             for result in results:
@@ -131,14 +132,8 @@ def _batches(items: Iterable) -> Iterator[tuple]:
         yield batch
 
 
-class _Each:
-    """Maps a function over a batch of items; a class, since a closure cannot be pickled."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, items: tuple) -> list:
-        return [self.function(item) for item in items]
+def _map(function: Callable[[Item], Result], items: tuple[Item, ...]) -> list[Result]:
+    return [function(item) for item in items]
 
 
 def _initialize() -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config.config import ADAPTORS, Config
+from config.config import Config
 from config.readers import reads, script_that_trains
+from config.registry import ADAPTORS
 
 FIXED = (
     "ethnicity",

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from config.config import Config
 from utils.data.columns import Batch, Column
 from utils.data.faces import Faces
 from utils.environment import device_of
-from utils.losses import ElasticArcFace, margin_loss
+from utils.losses import ElasticArcFace
 from utils.process import setup
 from utils.training.engine import fit, infer
 
@@ -36,6 +37,7 @@ ROWS_PER_TRAINED = {"fp32": 110.0, "tf32": 40.0, "bf16": 31.0}
 """Rows on which the SL adaptor is trained per image on which iresnet34 is trained, measured likewise."""
 
 SECONDS = 12.0  # duration of the measurement for each kind of work and network
+WINDOWS = 5  # at the most, of which the rate is the median
 
 
 def rates_from(rate: float, cfg: Config) -> Rates:
@@ -56,16 +58,12 @@ def measured_rates(cfg: Config, classes: int) -> Rates:
     Training steps are those of `utils.training.engine.fit`, with a header of `classes` identities. The trained weights
     are discarded.
     """
-    on_gpu = device_of(cfg).type == "cuda"
-    # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
-    cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if on_gpu else 0.0)
     setup(cfg)
     rates = {}
     for network in dict.fromkeys((cfg.network, cfg.student_network)):
-        rates[TRAIN, network] = _training(network, cfg, classes)
-        rates[INFER, network] = _inference(network, cfg if on_gpu else replace(cfg, infer_batch_size=32))
-    rates[ADAPT, ""] = _adaptor(cfg, classes)
-    return rates
+        rates[TRAIN, network] = teacher_rate(network, cfg, classes)
+        rates[INFER, network] = inference_rate(network, cfg)
+    return {**rates, (ADAPT, ""): adaptor_rate(cfg, classes)}
 
 
 @functools.cache
@@ -86,18 +84,27 @@ class _Clock:
     """Measures the rate of steps of `size` images or rows, without the first ones, in which libraries autotune."""
 
     def __init__(self, device: torch.device, size: int):
-        self._device, self._size, self._steps = device, size, 0
-        self._warm = 10 if device.type == "cuda" else 1
-        self.rate = 0.0  # images or rows per second
+        self._device, self._size = device, size
+        self._step = -10 if device.type == "cuda" else -1
+        self._rates: list[float] = []
+
+    @property
+    def rate(self) -> float:
+        """Images or rows per second: the median of the windows."""
+        return statistics.median(self._rates)
 
     def tick(self) -> None:
         """Must be called before each step. Raises _Measured after SECONDS, with at least one step measured."""
-        if self._steps == self._warm:
-            self._started = self._now()
-        elif self._steps > self._warm and time.perf_counter() - self._started > SECONDS:
-            self.rate = (self._steps - self._warm) * self._size / (self._now() - self._started)
-            raise _Measured
-        self._steps += 1
+        if self._step == 0:
+            self._begun = self._started = self._now()
+            self._first = 0
+        elif self._step > 0 and time.perf_counter() - self._started > SECONDS / WINDOWS:
+            now = self._now()
+            self._rates.append((self._step - self._first) * self._size / (now - self._started))
+            if now - self._begun > SECONDS:
+                raise _Measured
+            self._started, self._first = now, self._step
+        self._step += 1
 
     def _now(self) -> float:
         """Returns the time in seconds after the device has finished all steps."""
@@ -107,13 +114,13 @@ class _Clock:
 
 
 class _EndlessFaces(Faces):
-    """A training set that repeats one batch of random rows in an endless epoch."""
+    """A training set that repeats one batch in an endless epoch."""
 
     def __init__(self, cfg: Config, columns: dict[str, np.ndarray], clock: _Clock):
         self.cfg, self.flip, self._clock = cfg, True, clock
         self.sources, self.identities = {}, ()
         self.columns = {name: Column((values,)) for name, values in columns.items()}
-        self.rows = np.arange(len(columns["label"]))
+        self.rows = np.arange(cfg.batch_size)
 
     def __len__(self) -> int:
         return self.cfg.batch_size << 20
@@ -124,41 +131,51 @@ class _EndlessFaces(Faces):
             yield self.rows, self.rows % 2 == 0
 
 
-def _training(network: str, cfg: Config, classes: int) -> float:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (cfg.batch_size, 112, 112, 3), np.uint8)
-    backbone, header = build_backbone(network, cfg.embedding_size), ElasticArcFace(cfg.embedding_size, classes)
-
-    def losses(image, label):
-        return {"margin": margin_loss(header, F.normalize(backbone(image)), label)}
-
-    return _rate_of_fit(losses, "teacher", {"image": images}, cfg, classes, backbone, header)
-
-
-def _adaptor(cfg: Config, classes: int) -> float:
-    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(cfg.embedding_size, classes)
-    width = len(cfg.teachers) * cfg.embedding_size
-    rows = np.random.default_rng(0).normal(size=(cfg.batch_size, width)).astype(np.float32)
-
-    def losses(embedding, label):
-        return {"eaf": margin_loss(header, F.normalize(adaptor(embedding)), label)}
-
-    return _rate_of_fit(losses, "SL", {"embedding": rows}, cfg, classes, adaptor, header)
-
-
-def _rate_of_fit(
-    losses: Callable, kind: str, columns: dict, cfg: Config, classes: int, *modules: torch.nn.Module
+def training_rate(
+    losses: Callable, kind: str, columns: dict[str, np.ndarray], cfg: Config, *modules: torch.nn.Module
 ) -> float:
-    """Returns the rate of training by `fit`, which is ended before it writes anything."""
-    columns["label"] = np.random.default_rng(1).integers(0, classes, cfg.batch_size)
+    """Measures the rows per second of training by `fit`, which is ended before it writes anything.
+
+    `columns` hold the rows of one batch, by the parameters of `losses`.
+    """
+    # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
+    cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if device_of(cfg).type == "cuda" else 0.0)
     clock = _Clock(device_of(cfg), cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Measured):
         fit(losses, _EndlessFaces(cfg, columns, clock), Path(folder) / "measured", cfg, *modules, kind=kind)
     return clock.rate
 
 
-def _inference(network: str, cfg: Config) -> float:
-    backbone, size = build_backbone(network, cfg.embedding_size), cfg.infer_batch_size
+def teacher_rate(network: str, cfg: Config, classes: int) -> float:
+    """Measures the images per second of training a teacher."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (cfg.batch_size, 112, 112, 3), np.uint8)
+    columns: dict[str, np.ndarray] = {"image": images, "label": random.integers(0, classes, cfg.batch_size)}
+    backbone, header = build_backbone(network, cfg.embedding_size), ElasticArcFace(cfg.embedding_size, classes)
+
+    def losses(image, label):
+        return {"margin": header.loss(F.normalize(backbone(image)), label)}
+
+    return training_rate(losses, "teacher", columns, cfg, backbone, header)
+
+
+def adaptor_rate(cfg: Config, classes: int) -> float:
+    """Measures the rows per second of training the SL adaptor."""
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(cfg.batch_size, len(cfg.teachers) * cfg.embedding_size)).astype(np.float32)
+    columns: dict[str, np.ndarray] = {"embedding": rows, "label": random.integers(0, classes, cfg.batch_size)}
+    adaptor, header = build_adaptor("SL", cfg), ElasticArcFace(cfg.embedding_size, classes)
+
+    def losses(embedding, label):
+        return {"eaf": header.loss(F.normalize(adaptor(embedding)), label)}
+
+    return training_rate(losses, "SL", columns, cfg, adaptor, header)
+
+
+def inference_rate(network: str, cfg: Config) -> float:
+    """Measures the images per second of embedding; on a CPU in small batches, which take less time."""
+    size = cfg.infer_batch_size if device_of(cfg).type == "cuda" else 32
+    cfg, backbone = replace(cfg, num_workers=0, infer_batch_size=size), build_backbone(network, cfg.embedding_size)
     images = np.random.default_rng(0).integers(0, 256, (size, 112, 112, 3), np.uint8)
     clock = _Clock(device_of(cfg), size)
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from backbones import build_adaptor, build_backbone
-from config.config import ADAPTORS, Config
+from config.config import Config
+from config.registry import ADAPTORS
 from utils.data.faces import left_out
 from utils.data.index import scan
 from utils.data.pairs import read_bin

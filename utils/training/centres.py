@@ -5,27 +5,28 @@ import torch
 import torch.nn.functional as F
 
 from config.config import Config
+from config.registry import ADA_LOSSES, class_of
 from utils.data.faces import Faces
 from utils.errors import InputError
-from utils.losses import AdaDistill, ArcDistill, CosDistill, spread
+from utils.losses import build_header
+from utils.losses.adadistill import FrozenDistill
+from utils.losses.margin import Header
 from utils.weights import load_centres, need_weights
 
 LOOKED_AT = 1000  # identities whose targets are compared with their centres
 
 
-def build_distiller(cfg: Config, faces: Faces) -> tuple[AdaDistill, dict[str, str]]:
+def build_distiller(cfg: Config, faces: Faces) -> tuple[Header, dict[str, str]]:
     """The header that `ada_loss` names for the classes of `faces`, and what it adds to the sources of the run.
 
     That is the SHA-256 of the header whose centres it has, if they are to stay. Raises InputError where the centres of
     the students' source are not there, or not those of these classes.
     """
-    shape, (m, _) = (cfg.embedding_size, faces.num_classes), cfg.margin(cfg.ada_method)
-    frozen = {"ArcDistill": ArcDistill, "CosDistill": CosDistill}.get(cfg.ada_loss)
-    if frozen is None:
-        margin = "arc" if cfg.ada_loss == "AdaArcDistill" else "cos"
-        kind = spread(AdaDistill, cfg.header_sharding)
-        return kind(*shape, cfg.s, m, margin, cfg.ada_weighted), {}
-    header = spread(frozen, cfg.header_sharding)(*shape, cfg.s, m)
+    is_frozen = issubclass(class_of(ADA_LOSSES[cfg.ada_loss]), FrozenDistill)
+    options = {} if is_frozen else {"weighted": cfg.ada_weighted}
+    header = build_header(cfg.ada_loss, faces.num_classes, cfg, cfg.ada_method, **options)
+    if not is_frozen:
+        return header, {}
     centres, digest = _centres_of_source(cfg, faces)
     header.set_centres(centres)
     return header, {"centres": digest}

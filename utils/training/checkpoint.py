@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from config.config import Config
-from config.published import ADA_MARGINS, scaled_milestones
+from config.published import scaled_milestones
+from config.registry import ADA_LOSSES
 from utils.distributed.collectives import on_first
 from utils.distributed.world import is_first, total_batch, world_size
 from utils.environment import versions
@@ -184,7 +185,7 @@ def _completed(stored: dict, now: dict, defaults: Config) -> dict:
         if settings.get(name) == []:
             chosen[name] = list(scaled_milestones(settings[epochs]))
     if settings.get("ada_m") == -1:
-        chosen["ada_m"] = ADA_MARGINS[chosen["ada_loss"]]
+        chosen["ada_m"] = ADA_LOSSES[chosen["ada_loss"]].m
     return {**stored, "kind": now["kind"], "settings": chosen}
 
 

@@ -1,4 +1,4 @@
-"""Networks: published names and shapes, the published computation, strict loading."""
+"""Networks: published names and shapes, published outputs, strict loading."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ PUBLISHED = json.loads((Path(__file__).parents[2] / "published_state_dicts.json"
 UNUSED = ("attention.", "key_vector", "value_vector")
 
 both_ways = pytest.mark.parametrize("load", [backbones.load_weights, load_weights])
-"""Of any state dict, and of one whose SHA-256 is checked."""
+"""Loaders of any state dict, and of one with a SHA-256, which is checked."""
 
 
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
@@ -80,7 +80,7 @@ def test_only_iresnet50_trains_with_dropout():
 
 
 def with_random_statistics(module: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter and buffer gets its own numbers, so that a swapped layer shows."""
+    """Fills every parameter and buffer with different numbers, so that a swapped layer changes the output."""
     generator = torch.Generator().manual_seed(0)
     for name, value in module.state_dict().items():
         if value.is_floating_point():
@@ -95,7 +95,7 @@ def batch_norm(state, name, x):
 
 
 def plain_iresnet18(state: dict, x: torch.Tensor) -> torch.Tensor:
-    """The published network, written out."""
+    """Computes the published network in plain functions."""
     x = F.prelu(batch_norm(state, "bn1", F.conv2d(x, state["conv1.weight"], padding=1)), state["prelu.weight"])
     for block in [f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)]:
         stride = 2 if block.endswith("0") else 1
@@ -119,7 +119,7 @@ def test_iresnet_computes_the_published_function():
 
 
 def plain_mobilefacenet(state: dict, x: torch.Tensor) -> torch.Tensor:
-    """The published network, written out; the number of groups is that of the output channels where it is depthwise."""
+    """Computes the published network in plain functions; a depthwise layer has as many groups as output channels."""
 
     def block(name, x, stride=1, padding=0):
         weight = state[f"{name}.conv.weight"]
@@ -147,7 +147,7 @@ def test_mobilefacenet_computes_the_published_function():
 
 
 def test_the_tiny_network_trains_in_channels_last():
-    """Under 16 channels the strided 1x1 shortcut ends the process on some versions of torch (FACTS 7)."""
+    """With fewer than 16 channels, the strided 1x1 shortcut crashes the process on some versions of torch."""
     network = build_backbone("iresnet_tiny", 32).to(memory_format=torch.channels_last)
     assert all(m.in_channels >= 16 or m.in_channels == 3 for m in network.modules() if isinstance(m, torch.nn.Conv2d))
     network(torch.randn(4, 3, 112, 112).to(memory_format=torch.channels_last)).square().sum().backward()
@@ -168,7 +168,7 @@ def test_dual_layer_adaptor_drops_before_its_activation():
     assert torch.allclose(seen[1][~dropped], kept[~dropped])
 
 
-def test_multi_teacher_feeds_unit_length_embeddings_in_order():
+def test_multi_teacher_passes_unit_length_embeddings_to_the_adaptor_in_order():
     torch.manual_seed(0)
     teachers = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)) for _ in range(3)]
     adaptor = SingleLayerAdaptor(12, 5)
@@ -225,7 +225,7 @@ class Gadget:
         return (Path.touch, (Path("executed"),))
 
 
-def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeypatch):
+def test_files_without_weights_are_refused_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network = build_backbone("iresnet_tiny", 16)
     torch.save({"fc.weight": Gadget()}, "gadget.pth")
@@ -271,7 +271,7 @@ def test_an_unknown_network_is_refused():
         (lambda: torch.nn.Conv2d(3, 4, 3), "It looks like none of the networks here."),
     ],
 )
-def test_weights_of_another_network_are_told_what_they_look_like(made, sentence, tmp_path):
+def test_the_message_names_the_network_that_the_weights_look_like(made, sentence, tmp_path):
     torch.save(made().state_dict(), tmp_path / "weights.pth")
     with pytest.raises(InputError) as error:
         load_weights(build_backbone("iresnet34"), tmp_path / "weights.pth")

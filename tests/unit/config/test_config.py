@@ -1,4 +1,4 @@
-"""Settings: schedules as published, every wrong value refused in one sentence, nothing that can be stale."""
+"""Settings: published schedules, refusal of wrong values, derived values that are never stale."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests.runs import ROOT
 from utils.errors import InputError
 from utils.process import run
 
-# Learning rate of each epoch as a power of ten below the first, from FACTS 1.2: a drop at m once m - 1 epochs are done.
+# Exponent of ten by which the learning rate of each epoch is divided: milestone m takes effect after m - 1 epochs.
 PUBLISHED_52 = [0] * 15 + [1] * 12 + [2] * 12 + [3] * 10 + [4] * 3
 PUBLISHED_26 = [0] * 7 + [1] * 6 + [2] * 6 + [3] * 5 + [4] * 2
 
@@ -42,7 +42,7 @@ def test_published_schedules_for_every_epoch(epochs, drops):
         ("DuL", {"num_epoch": 60, "num_epoch_fc": 13, "milestones_fc": (2,)}, 13, (2,)),
     ],
 )
-def test_epochs_are_as_published_for_what_is_trained(kind, settings, epochs, milestones):
+def test_epochs_are_as_published_for_each_kind_of_run(kind, settings, epochs, milestones):
     schedule = Config(**settings).schedule(kind)
     assert (schedule.epochs, schedule.milestones) == (epochs, milestones)
 
@@ -100,11 +100,11 @@ def test_no_loss_trains_with_the_margin_of_another(kind, settings, margin):
         ),
     ],
 )
-def test_values_in_use_are_printed_for_what_is_trained(kind, settings, line):
+def test_values_in_use_are_printed_for_each_kind_of_run(kind, settings, line):
     assert Config(**settings).described(kind) == f"In use for {kind}: {line}."
 
 
-def test_a_setting_takes_part_in_the_comparison_unless_it_is_listed():
+def test_a_setting_is_compared_at_resume_unless_it_is_listed():
     @dataclasses.dataclass(frozen=True)
     class Extended(Config):
         label_smoothing: float = 0.0
@@ -121,7 +121,7 @@ def test_a_setting_takes_part_in_the_comparison_unless_it_is_listed():
     assert READ_BY.keys() <= {field.name for field in dataclasses.fields(Config)}
 
 
-def test_settings_that_a_script_does_not_read_are_named_with_those_that_read_them(monkeypatch, capsys):
+def test_settings_that_a_script_does_not_read_are_named_with_the_scripts_that_read_them(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["some/where/train.py"])
     Config.from_args(["--lr_fc", "3", "--lr", "0.2", "--num_epoch_fc=2", "--loss_lambda", "1", "--report"])
     assert capsys.readouterr().out == (
@@ -137,12 +137,12 @@ def test_settings_that_a_script_does_not_read_are_named_with_those_that_read_the
     assert "(not read by fc_EArc.py, but by train.py)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_page_of_all_settings_is_that_of_the_code():
+def test_the_page_of_all_settings_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == PAGE + table(Config), "write it anew: python -m config.arguments > docs/configuration.md"
 
 
-def test_a_teacher_of_the_baseline_belongs_to_a_group():
+def test_a_baseline_teacher_is_assigned_to_a_group():
     baseline = Config(is_teacher_baseline=True)
     assert [*map(baseline.group_of, baseline.teachers)] == ["African", "Asian", "Caucasian", "Indian"]
     other = Config(is_teacher_baseline=True, ethnicities=("X", "Indian", "African"))
@@ -157,9 +157,9 @@ def test_learning_rate_follows_the_batch_size():
     assert Config(lr_fc=2.0).schedule("SL").lr(0, 64) == pytest.approx(0.25)
 
 
-def test_other_lengths_are_scaled():
+def test_milestones_are_scaled_to_other_numbers_of_epochs():
     assert scaled_milestones(13) == (4, 7, 10, 13)
-    assert scaled_milestones(60) == (40, 48, 52)  # published, of CASIA-WebFace
+    assert scaled_milestones(60) == (40, 48, 52)  # published for CASIA-WebFace
     assert scaled_milestones(65) == (20, 35, 50, 63)
     assert scaled_milestones(104) == (32, 56, 80, 100)
     assert scaled_milestones(2) == (2,)
@@ -236,7 +236,7 @@ def test_bad_settings_are_refused_in_one_sentence(argv, sentence, capsys):
     assert error.count("\n") == 1
 
 
-def test_wrong_types_are_refused_in_code_too():
+def test_wrong_types_are_refused_by_the_constructor_too():
     with pytest.raises(InputError, match="batch_size = 1.5 must be of type int"):
         Config(batch_size=1.5)
     with pytest.raises(InputError, match="has_dropout = 1 must be of type bool"):
@@ -247,7 +247,7 @@ def test_wrong_types_are_refused_in_code_too():
         Config(lr=None)
 
 
-def test_a_config_cannot_be_changed_after_paths_were_built_from_it():
+def test_a_config_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().network = "iresnet50"
 
@@ -280,7 +280,7 @@ def test_teachers_and_groups_are_selected_by_ethnicity():
         _ = Config(ethnicity="quarter1").selected_ethnicities
 
 
-def test_dropout_without_a_dual_layer_names_no_adaptor():
+def test_dropout_needs_the_dual_layer_adaptor():
     assert Config(is_dual_layer=True, has_dropout=True).adaptor == "DLDPO"
     with pytest.raises(InputError, match="has_dropout = True must be False for the single-layer adaptor"):
         _ = Config(has_dropout=True).adaptor

@@ -1,4 +1,4 @@
-"""Average, STD and SER on published rows, and where they have a limit."""
+"""Average, STD and SER of published rows and in edge cases."""
 
 import warnings
 
@@ -20,7 +20,7 @@ PAPER = {
     "3, baseline EAF-KD SL": ((91.43, 92.68, 95.10, 93.53), 93.19, 1.54, 1.75),
 }
 DDOF_1 = {
-    # FACTS 4.1 (CIFP, CVPR 2021, Table 3): STD as printed; averages and SER computed from the printed accuracies.
+    # CIFP, CVPR 2021, Table 3: STD as printed; averages and SER computed from the printed accuracies.
     "CosFace-R34": ((92.93, 92.98, 95.12, 93.93), 93.74, 1.03, 1.45),
     "PFE-R34": ((95.17, 94.27, 96.38, 94.60), 95.11, 0.93, 1.58),
     "CIFP-R34": ((95.95, 95.17, 96.78, 96.38), 96.07, 0.69, 1.50),
@@ -30,10 +30,10 @@ DDOF_1 = {
     "CIFP-R100": ((97.03, 95.65, 97.60, 96.82), 96.78, 0.82, 1.81),
 }
 DDOF_0 = {
-    # STD as printed. The same table mixes both: these two rows of it have ddof 0 (FACTS 4.1, WARNING).
+    # STD as printed. The same table mixes both conventions: these two rows have ddof 0.
     "DebFace-R34": ((93.67, 94.33, 95.95, 94.78), 0.83),
     "GAC-R34": ((94.65, 94.93, 96.23, 95.12), 0.60),
-    # Later code of MST-KD's laboratory (FACTS 4.4, FairnessOCFR).
+    # FairnessOCFR, later code of MST-KD's laboratory.
     "Balanced-R34": ((92.48, 92.67, 95.18, 93.63), 1.07),
     "Balanced-R50": ((93.52, 93.07, 95.63, 94.57), 0.99),
 }
@@ -46,8 +46,8 @@ def test_published_rows(name):
 
 
 @pytest.mark.parametrize("name", DDOF_0)
-def test_rows_that_were_printed_with_ddof_0_are_converted_by_a_factor(name):
-    """The factor of docs/evaluation.md for four groups."""
+def test_a_factor_converts_rows_printed_with_ddof_0(name):
+    """Checks the factor that docs/evaluation.md gives for four groups."""
     accuracies, printed = DDOF_0[name]
     assert summary(accuracies)[1] == pytest.approx(1.1547 * printed, abs=0.0061)
     assert summary(accuracies)[1] > printed + 0.05
@@ -71,6 +71,6 @@ def test_a_single_group_has_no_std_and_gives_no_warning():
     assert np.isnan(spread)
 
 
-def test_perfect_groups_have_a_defined_error_ratio():
+def test_groups_without_errors_have_a_defined_ser():
     assert summary((100, 100)) == (100.0, 0.0, 1.0)
     assert summary((100, 99))[2] == float("inf")

@@ -1,4 +1,4 @@
-"""IJB-B and IJB-C: pooling and TAR against plain loops, the whole command on drawn images, and bad input."""
+"""IJB-B and IJB-C: pooling and TAR against plain loops, the command on generated images, and bad input."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from utils.training import extract
 
 
 def plain_templates(features, detector_score, norm, template, media):
-    """The published protocol, written out: {template id: unit-length embedding}."""
+    """Computes the published protocol in plain loops; returns {template id: unit-length embedding}."""
     found = {}
     for one in sorted(set(template.tolist())):
         total = np.zeros(features.shape[1])
@@ -48,7 +48,7 @@ def test_templates_equal_the_plain_loop(norm, scored, monkeypatch):
     monkeypatch.setattr(ijb, "COLUMNS", 5)
     random = np.random.default_rng(0)
     features = (random.normal(size=(200, 12)) * random.uniform(0.1, 30, (200, 1))).astype(np.float32)
-    template, media = random.integers(0, 40, 200) * 3 + 5, random.integers(0, 4, 200)  # in no order, ids with gaps
+    template, media = random.integers(0, 40, 200) * 3 + 5, random.integers(0, 4, 200)  # unsorted, ids with gaps
     score = random.uniform(0.5, 1, 200) if scored else None
     found = normalize(pool(features, image_weights(features, score, norm), template, media))
     expected = plain_templates(features, score, norm, template, media)
@@ -71,13 +71,13 @@ SCORES, TEMPLATE_ID, MEDIA = np.array([0.5, 1.0, 0.2]), np.array([7, 7, 7]), np.
     ],
 )
 def test_a_template_computed_by_hand(score, norm, expected):
-    """Every switch changes the result; frames of one media are averaged, media are summed."""
+    """Each option changes the result; frames of one media are averaged, media are summed."""
     found = pool(FEATURES, image_weights(FEATURES, score, norm), TEMPLATE_ID, MEDIA)
-    assert np.allclose(found, [expected], rtol=0, atol=1e-7)  # 0.2 is no float32
+    assert np.allclose(found, [expected], rtol=0, atol=1e-7)  # float32 cannot represent 0.2
 
 
 def test_frames_of_a_video_count_as_one_photograph():
-    """A thousand equal frames weigh no more than one; the same media id in the next template is another media."""
+    """A thousand equal frames have the weight of one; the same media id in another template is another media."""
     features = np.array([[1.0, 0.0], *[[0.0, 1.0]] * 1000, [1.0, 0.0]])
     template, media = np.array([1, *[1] * 1000, 2]), np.array([5, *[6] * 1000, 6])
     assert np.allclose(pool(features, np.ones(1002), template, media), [[1, 1], [1, 0]], rtol=0, atol=1e-12)
@@ -109,7 +109,7 @@ def test_scores_are_cosines_of_the_pairs(monkeypatch):
 
 
 def plain_tar(genuine, impostors, far):
-    """Every threshold that can matter is tried, lowest first; shares are fractions, nothing is rounded."""
+    """Tries every relevant threshold, lowest first, with exact fractions."""
     scores = np.unique(np.concatenate([genuine, impostors]))
     for threshold in sorted({*scores, *np.nextafter(scores, np.inf)}):
         if Fraction(int(np.sum(impostors >= threshold)), len(impostors)) <= Fraction(far):
@@ -120,7 +120,7 @@ def plain_tar(genuine, impostors, far):
 @pytest.mark.parametrize("decimals", [1, 2, 17])
 @pytest.mark.parametrize("count", [30, 37, 300, 399])
 def test_tar_equals_the_plain_loop(count, decimals):
-    """Few decimals make ties among impostors, and between them and genuine pairs."""
+    """Rounded scores give ties among impostors, and between impostors and genuine pairs."""
     random = np.random.default_rng(count)
     genuine, impostors = random.normal(0.5, 0.3, 60).round(decimals), random.normal(0, 0.3, count).round(decimals)
     found = tar_at_far(genuine, impostors)
@@ -130,23 +130,23 @@ def test_tar_equals_the_plain_loop(count, decimals):
             assert (point["tar"], point["threshold"]) == plain_tar(genuine, impostors, far)
 
 
-def test_a_case_of_ties_computed_by_hand():
+def test_tar_with_ties_computed_by_hand():
     """Three of 30 impostors may be accepted at FAR 0.1."""
     genuine = np.array([0.95, 0.9, 0.8, 0.7])
     without = np.array([0.9, 0.8, 0.7, *[0.1] * 27])
     assert tar_at_far(genuine, without)["1e-1"] == {"tar": 1.0, "threshold": np.nextafter(0.1, 1)}
-    tied = np.array([0.9, 0.8, 0.7, 0.7, *[0.1] * 26])  # 0.7 would accept a fourth
+    tied = np.array([0.9, 0.8, 0.7, 0.7, *[0.1] * 26])  # threshold 0.7 would accept four
     assert tar_at_far(genuine, tied)["1e-1"] == {"tar": 0.75, "threshold": np.nextafter(0.7, 1)}
-    everywhere = np.full(30, 0.9)  # all or none
+    everywhere = np.full(30, 0.9)  # accepts all or none
     assert tar_at_far(genuine, everywhere)["1e-1"]["tar"] == 0.25
 
 
 @pytest.mark.parametrize(("far", "one_in"), FARS.items())
-def test_a_rate_is_resolved_from_three_over_far_impostors_on(far, one_in):
+def test_a_rate_needs_three_over_far_impostors(far, one_in):
     genuine = np.array([0.5, 1.5])
     assert tar_at_far(genuine, np.zeros(3 * one_in - 1))[far] is None
     impostors = np.zeros(3 * one_in)
-    impostors[:3] = 1  # exactly as many as may be accepted
+    impostors[:3] = 1  # exactly the allowed number
     assert tar_at_far(genuine, impostors)[far]["tar"] == 1
     impostors[3] = 1
     assert tar_at_far(genuine, impostors)[far]["tar"] == 0.5
@@ -166,7 +166,7 @@ def test_the_table_shows_a_dash_and_a_note_only_where_a_rate_is_not_resolved():
     assert "below 1.0e-01 (rule of three)" in part
 
 
-def test_a_printed_row_stands_below_its_checkpoint():
+def test_the_printed_row_follows_its_checkpoint():
     about = {"benchmark": "IJB-C", "detector score": True, "norm": True, "images": 1000, "templates": 9}
     about |= {"genuine pairs": 4, "impostor pairs": 30, "row": "AdaArcDistill m=0.45"}
     points = {far: {"tar": 0.9, "threshold": 0.1} for far in FARS} | {"1e-5": None}
@@ -179,13 +179,13 @@ def test_a_printed_row_stands_below_its_checkpoint():
 # The whole command ----------------------------------------------------------------------------------------------------
 
 COUNT = 20
-OF_IMAGE = [(100 + k % 8, k // 4) for k in range(COUNT)]  # template and media: two identities' templates in turn
+OF_IMAGE = [(100 + k % 8, k // 4) for k in range(COUNT)]  # template and media: templates of two identities alternate
 PAIR_LINES = [(100 + a, 100 + b, int(a // 2 == b // 2)) for a in range(8) for b in range(8) if a != b]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """8 templates of 20 drawn images, 8 genuine and 48 impostor pairs, in the layout of IJB-C."""
+    """Writes 8 templates of 20 generated images, 8 genuine and 48 impostor pairs, in the layout of IJB-C."""
     folder, random = tmp_path / "IJBC", np.random.default_rng(0)
     (folder / "meta").mkdir(parents=True)
     (folder / "loose_crop").mkdir()
@@ -210,7 +210,7 @@ def write(folder, name, lines):
 
 
 def change(folder, name, number, line):
-    """Line `number` of a file, from 1 on, becomes `line`, or is left out."""
+    """Replaces line `number` of a file, counted from 1, or removes it if `line` is None."""
     lines = path_of(folder, name).read_text().splitlines()
     lines[number - 1 : number] = [] if line is None else [line]
     write(folder, name, lines)
@@ -232,7 +232,7 @@ def run(folder, *more):
     return next((place / "out" / "ijb").iterdir())
 
 
-def test_the_command_gives_what_a_plain_evaluation_gives(folder, network, capsys):
+def test_the_command_equals_a_plain_evaluation(folder, network, capsys):
     result = run(folder)
     assert result.name.startswith(f"IJB-C-{folder.parent.name}-net-")
     assert {path.name for path in result.iterdir()} == {"features.npy", "features.json", "tar.json", "tar.md"}
@@ -247,7 +247,7 @@ def test_the_command_gives_what_a_plain_evaluation_gives(folder, network, capsys
         score.append(float(numbers[10]))
     features = np.load(result / "features.npy")
     assert np.allclose(features, expected, rtol=0, atol=1e-4)
-    assert np.ptp(features, axis=0).max() > 0.01  # not all the same
+    assert np.ptp(features, axis=0).max() > 0.01  # the features differ
 
     of_image = np.array(OF_IMAGE)
     embedding = plain_templates(features, np.array(score), True, *of_image.T)
@@ -264,7 +264,7 @@ def test_the_command_gives_what_a_plain_evaluation_gives(folder, network, capsys
     assert f"{100 * tar:.2f} |" in table
 
 
-def test_features_are_kept_and_results_made_again_without_the_network(folder, network, monkeypatch):
+def test_cached_features_give_the_results_again_without_the_network(folder, network, monkeypatch):
     result = run(folder)
     first = (result / "tar.json").read_bytes()
     for name in ("tar.json", "tar.md"):
@@ -283,11 +283,11 @@ def test_features_are_kept_and_results_made_again_without_the_network(folder, ne
     assert other["at FAR"]["1e-1"]["threshold"] != json.loads(first)["at FAR"]["1e-1"]["threshold"]
     assert (result / "tar.json").read_bytes() == first
     change(folder, "name_5pts_score", 20, path_of(folder, "name_5pts_score").read_text().splitlines()[19] + "1")
-    with pytest.raises(AssertionError, match="the network ran"):  # another landmarks file
+    with pytest.raises(AssertionError, match="the network ran"):  # the landmarks file has changed
         run(folder)
 
 
-def test_a_run_that_stopped_in_the_middle_goes_on_there(folder, network, monkeypatch, capsys):
+def test_an_interrupted_run_resumes(folder, network, monkeypatch, capsys):
     monkeypatch.setattr(extract, "BLOCK", 8)
     image = folder / "loose_crop" / "19.jpg"
     whole = image.read_bytes()
@@ -330,11 +330,11 @@ def test_a_row_is_compared_with_one_checkpoint(folder, network, capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_in_a_sentence_that_says_how_to_go_on(folder, network, monkeypatch, capsys):
+def test_ctrl_c_prints_the_command_that_resumes(folder, network, monkeypatch, capsys):
     calls = itertools.count()
 
     def read_image(_):
-        if next(calls) == 3:  # once: another one after the command has ended would end the tests
+        if next(calls) == 3:  # only once: a later one would stop pytest
             os.kill(os.getpid(), signal.SIGINT)
         return noise(0)
 
@@ -367,7 +367,7 @@ def test_ctrl_c_ends_in_a_sentence_that_says_how_to_go_on(folder, network, monke
         ("template_pair_label", 9, "108 100 1", "pair_label.txt, line 9: a template that is not in"),
     ],
 )
-def test_lines_that_do_not_fit_are_named(name, number, line, sentence, folder):
+def test_malformed_lines_are_named(name, number, line, sentence, folder):
     change(folder, name, number, line)
     with pytest.raises(InputError, match=sentence):
         load_benchmark(folder)
@@ -414,7 +414,7 @@ def test_missing_files_are_named_in_one_sentence(folder, tmp_path):
         load_benchmark(tmp_path / "nowhere")
 
 
-def test_the_set_is_known_by_its_files(folder):
+def test_the_set_is_recognised_by_its_files(folder):
     assert load_benchmark(folder).name == "IJB-C"
     for path in sorted((folder / "meta").iterdir()):
         path.rename(path.with_name(path.name.replace("ijbc", "ijbb")))
@@ -433,8 +433,8 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(folder, netw
     assert "unknown setting --ntwork: did you mean --network?" in capsys.readouterr().err
 
 
-def test_scores_that_are_all_zero_accept_nobody():
-    """The number above zero is a denormal one, which a process that has called `setup` takes for zero."""
+def test_scores_that_are_all_zero_give_tar_zero():
+    """The smallest number above zero is denormal; a process that has called `setup` rounds it to zero."""
     torch.set_flush_denormal(True)
     try:
         assert tar_at_far(np.zeros(10), np.zeros(100))["1e-1"]["tar"] == 0

@@ -1,4 +1,4 @@
-"""The papers' printed results: whether they hold together, and how models here are compared with them."""
+"""The papers' printed results: their consistency, and the comparison of trained models with them."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ CFG = Config(data="no data", pairs="no pairs")
 
 
 def scored(key, accuracies, sets=GROUPS):
-    """A model with these accuracies; its distances are not looked at."""
+    """Returns a model with these accuracies; its distances are not used."""
     return Scored(*key, dict.fromkeys(sets, np.zeros(0)), {}, tuple(accuracies), ("0" * 64,))
 
 
@@ -38,7 +38,7 @@ def compared(models, cfg=CFG, notes=()):
 
 
 def conclusions(models):
-    """{(conclusion, of): (printed, here)} of the iresnet34 teachers and their students."""
+    """Returns {(conclusion, model): (printed, here)} of the iresnet34 teachers and their students."""
     table = compared(models).tables()["paper: conclusions"]
     return {(row[0], row[2]): row[3:] for row in table.rows if row[1] == "iresnet34"}
 
@@ -74,7 +74,7 @@ def test_rows_of_adadistill_follow_from_their_accuracies():
     assert "calfw" not in rows["SFTN"].accuracies
 
 
-def test_the_stand_in_is_checked_too():
+def test_published_rows_of_standalone_networks_are_read():
     rows = fairness_ocfr()
     assert [row.average for row in rows.values()] == [93.80, 94.53]
 
@@ -103,7 +103,7 @@ def test_an_edited_file_is_refused_by_name_and_line(read, name, line, before, af
         read(path)
 
 
-def test_a_row_that_stands_twice_and_a_missing_column_are_refused(tmp_path):
+def test_a_duplicate_row_and_a_missing_column_are_refused(tmp_path):
     text = (published.FOLDER / "mst_kd.csv").read_text()
     (tmp_path / "twice.csv").write_text(text + text.splitlines()[-1] + "\n")
     with pytest.raises(InputError, match="twice.csv, line 47: EAF-KD DLDPO iresnet50 baseline stands twice"):
@@ -114,7 +114,7 @@ def test_a_row_that_stands_twice_and_a_missing_column_are_refused(tmp_path):
 
 
 def test_no_printed_difference_in_std_is_larger_than_its_noise():
-    """What the caution in the table of conclusions says, by the delta method: d STD / d a = (a - average) / (3 STD)."""
+    """Checks the note of the table of conclusions by the delta method: d STD / d a = (a - average) / (3 STD)."""
     averages, stds = [], []
     for row in mst_kd().values():
         other = mst_kd().get(row.name.replace("specialized", "baseline"))
@@ -191,7 +191,7 @@ def test_a_group_without_errors_gives_no_division_by_zero():
     assert lines[4][2] is False
 
 
-def test_conclusions_hold_fail_and_are_left_open():
+def test_conclusions_hold_fail_or_lack_a_model():
     rows = [row for row in mst_kd().values() if row.key[1] == "iresnet34"]
     holds = conclusions([as_printed(row) for row in rows])
     assert len(holds) == 1 + 6 + 4 + 6
@@ -223,7 +223,7 @@ def test_conclusions_that_fail_in_the_printed_numbers():
     assert any("in all twelve printed comparisons" in note for note in table.notes)
 
 
-def test_what_the_paper_does_not_print_is_named():
+def test_models_that_the_paper_does_not_print_are_named():
     standalone = scored(("standalone", "iresnet34", "teacher", "All"), (92, 93, 95, 94))
     adaptor = scored(("specialized", "iresnet34", "adaptor", "SL"), (92, 93, 95, 94))
     notes = " ".join(compared([as_printed(mst_kd()[STUDENT]), standalone, adaptor]).notes)
@@ -234,7 +234,7 @@ def test_what_the_paper_does_not_print_is_named():
     assert compared([as_printed(mst_kd()[STUDENT]), other]).notes[-1].endswith("on all identities without teachers.")
 
 
-def test_models_without_a_row_are_compared_with_nothing():
+def test_models_without_a_row_are_not_compared():
     assert compared([scored(("specialized", "iresnet34", "adaptor", "SL"), (92, 93, 95, 94))]) is None
     assert compared([scored(("specialized", "iresnet34", "a-KD", "Asian iresnet34"), (92, 93, 95, 94))]) is None
     assert compared([scored(("", "iresnet34", "checkpoint", "x.pth iresnet34"), (92, 93, 95, 94))]) is None
@@ -250,14 +250,14 @@ def test_models_without_a_row_are_compared_with_nothing():
         {**RFW, "Other": 6000},
     ],
 )
-def test_other_sets_are_compared_with_nothing(pairs):
+def test_other_sets_are_not_compared(pairs):
     assert paper.comparable(CFG, pairs) == {}
     with pytest.raises(InputError, match=r"is printed for African \(6,000 pairs\), .*, not .* set pairs"):
         paper.comparable(replace(CFG, checkpoint="x.pth", row=STUDENT), pairs)
 
 
 @pytest.mark.parametrize("which", ["data", "pairs"])
-def test_generated_faces_are_compared_with_nothing(which, tmp_path):
+def test_generated_faces_are_not_compared(which, tmp_path):
     (tmp_path / MARKER).touch()
     cfg = replace(CFG, **{which: str(tmp_path)})
     assert paper.comparable(cfg, RFW) == {}
@@ -268,7 +268,7 @@ def test_generated_faces_are_compared_with_nothing(which, tmp_path):
 # A named row ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_named_row_is_that_of_the_checkpoint():
+def test_a_checkpoint_is_compared_with_the_named_row():
     cfg = replace(CFG, checkpoint="x.pth", row="teacher BT-1 iresnet34 baseline")
     paper.check(cfg)
     found = compared([scored(("", "iresnet34", "checkpoint", "x.pth iresnet34"), (85, 87, 90, 88))], cfg)
@@ -302,7 +302,7 @@ def test_a_row_with_printed_gaps_has_dashes(tmp_path):
     assert [line[5:] for line in table.rows] == [(None,) * 3, (95.5, 90.0, pytest.approx(95.2)), *[(None,) * 3] * 3]
 
 
-def test_a_row_that_is_in_no_table_lists_those_that_are():
+def test_an_unknown_row_is_refused_with_the_list_of_rows():
     cfg = replace(CFG, checkpoint="x.pth", row="EAF-KD SL iresnet34")
     with pytest.raises(InputError, match="row = 'EAF-KD SL iresnet34' is in no table. Set row to one of: ") as error:
         paper.check(cfg)
@@ -311,7 +311,7 @@ def test_a_row_that_is_in_no_table_lists_those_that_are():
         paper.check(replace(cfg, pairs_sets=("lfw",)))
 
 
-def test_a_row_goes_with_the_file_of_a_network_only():
+def test_a_row_needs_a_single_checkpoint():
     with pytest.raises(InputError, match="needs checkpoint"):
         paper.check(replace(CFG, row=STUDENT))
     with pytest.raises(InputError, match="print no results of adaptors"):
@@ -323,7 +323,7 @@ def test_a_row_goes_with_the_file_of_a_network_only():
 
 @pytest.fixture
 def as_if_rfw(monkeypatch, printed_for_tiny):
-    """Takes generated sets of 20 pairs for RFW."""
+    """Treats generated sets of 20 pairs as RFW."""
     monkeypatch.setitem(PAIRS, "MST-KD", dict.fromkeys(GROUPS, 20))
 
 
@@ -357,7 +357,7 @@ def test_the_evaluation_writes_tables_picture_and_report(trained, tmp_path, as_i
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_a_comparison_goes_with_the_models_that_it_was_of(trained, tmp_path, monkeypatch, as_if_rfw):
+def test_an_evaluation_without_a_row_removes_the_old_comparison(trained, tmp_path, monkeypatch, as_if_rfw):
     cfg, given = trained
     student = str(cfg.network_dir / "students" / "iresnet_tiny" / "SL-a-KD" / "best_backbone.pth")
     command = [*given, "--output", str(tmp_path), "--checkpoint", student]
@@ -369,7 +369,7 @@ def test_a_comparison_goes_with_the_models_that_it_was_of(trained, tmp_path, mon
     assert not list(folder.glob("paper*"))
 
 
-def test_bad_rows_end_the_command_in_one_sentence(trained, tmp_path, capsys):
+def test_bad_rows_are_refused_in_one_sentence(trained, tmp_path, capsys):
     cfg, given = trained
     student = str(cfg.network_dir / "students" / "iresnet_tiny" / "SL-a-KD" / "best_backbone.pth")
     command = [*given, "--output", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Error rates at shared thresholds and the measures made of them: by hand, and against plain loops."""
+"""Error rates at shared thresholds, and measures of fairness: by hand, and against plain loops."""
 
 import tracemalloc
 from itertools import product
@@ -30,7 +30,7 @@ def pairs(genuine, impostors):
 
 
 def random_groups(seed, sizes=(40, 70, 25)):
-    """Distances with two decimals, so that many are equal, genuine and impostors in random order."""
+    """Returns distances with two decimals, so that many are equal; genuine and impostors in random order."""
     random = np.random.default_rng(seed)
     groups = {}
     for name, size in zip("ABC", sizes, strict=True):
@@ -44,7 +44,7 @@ def together(groups):
 
 
 GROUPS = {"A": pairs([0.2, 0.5, 0.9], [0.5, 0.8, 0.8, 1.0]), "B": pairs([0.3, 1.1], [0.7, 0.9, 1.2, 1.3, 1.4, 1.5])}
-"""Impostors together: 0.5 0.7 0.8 0.8 0.9 1.0 1.2 1.3 1.4 1.5."""
+"""The impostors of all groups: 0.5 0.7 0.8 0.8 0.9 1.0 1.2 1.3 1.4 1.5."""
 
 
 # Thresholds and rates -------------------------------------------------------------------------------------------------
@@ -54,13 +54,13 @@ def test_threshold_at_fmr_by_hand():
     assert threshold_at_fmr(GROUPS, 0.4) == 0.9  # accepts 0.5, 0.7, 0.8 and 0.8: four of ten
     assert threshold_at_fmr(GROUPS, 0.49) == 0.9
     assert threshold_at_fmr(GROUPS, 0.5) == 1.0
-    assert threshold_at_fmr(GROUPS, 0.3) == 0.8  # accepts two: the third has an equal, with which it would be four
+    assert threshold_at_fmr(GROUPS, 0.3) == 0.8  # accepts two: the third and fourth are equal
     assert threshold_at_fmr(GROUPS, 0.29) is None
 
 
 @pytest.mark.parametrize("fmr", [1e-2, 1e-3, 0.03, 0.3])
 def test_rule_of_three_at_its_boundary(fmr):
-    """3 / fmr impostors, of all groups together, are enough; one less is not."""
+    """3 / fmr impostors, over all groups, are enough; one fewer is not."""
     enough = round(3 / fmr)
     groups = {"A": pairs([0.1], np.arange(enough - 4) + 1.0), "B": pairs([0.1], [0.2, 0.4, 0.6, 0.8])}
     assert threshold_at_fmr(groups, fmr) == 0.8
@@ -68,7 +68,7 @@ def test_rule_of_three_at_its_boundary(fmr):
     assert threshold_at_fmr(groups, fmr) is None
 
 
-def test_a_rate_that_is_met_exactly_is_not_lost_to_rounding():
+def test_rounding_does_not_reject_an_exactly_met_rate():
     """0.29 * 100 is 28.999999999999996, but 29 of 100 impostors are no more than 0.29."""
     for count in range(3, 100):
         assert threshold_at_fmr({"A": pairs([0.5], np.arange(100.0))}, count / 100) == count
@@ -90,7 +90,7 @@ def test_threshold_at_fmr_equals_the_plain_search(seed, fmr):
 
 
 def test_threshold_of_best_accuracy_by_hand():
-    # Right of 15 pairs: 10 at 0.2, 11 at 0.3, 12 at 0.5, where genuine 0.5 gains what impostor 0.5 loses, 12 at 0.7.
+    # Correct of 15 pairs: 10 at 0.2, 11 at 0.3, 12 at 0.5 and at 0.7: genuine 0.5 and impostor 0.5 cancel.
     assert threshold_of_best_accuracy(GROUPS) == (0.5, 12 / 15)
     assert threshold_of_best_accuracy({"A": pairs([0.5, 0.6], [0.4])})[1] == 2 / 3
     threshold, accuracy = threshold_of_best_accuracy({"A": pairs([0.5, 0.6, 0.6], [0.4])})
@@ -110,7 +110,7 @@ def test_best_accuracy_equals_the_plain_search(seed):
 
 @pytest.fixture
 def no_denormals():
-    """As in a process that has called `utils.process.setup`."""
+    """Flushes denormals to zero, as a process does that has called `utils.process.setup`."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
@@ -122,7 +122,7 @@ def test_a_model_that_maps_all_faces_to_one_point_has_defined_thresholds_and_rat
     assert threshold_of_best_accuracy(groups) == (0.0, 10 / 15)
     assert error_rates(groups, 0.0) == {"A": ErrorRates(Rate(0, 10), Rate(5, 5))}
     assert [list(part) for part in roc(*groups["A"])[1:]] == [[0, 1], [1, 0]]
-    for seed in range(20):  # |a|^2 + |b|^2 - 2 ab of equal embeddings is rounded to below zero for some of them
+    for seed in range(20):  # |a|^2 + |b|^2 - 2 ab of equal embeddings can be rounded to below zero
         point = units(1, seed, 64).repeat(3, 0)
         assert impostor_matrix({"A": point, "B": point}, {"A": np.zeros(3), "B": np.zeros(3)}, 0.0)[0][1] == Rate(0, 9)
 
@@ -150,7 +150,7 @@ def test_error_rates_and_roc_equal_the_plain_loop(seed):
             assert error_rates({name: (distance, same)}, threshold) == {name: expected}
 
 
-def test_roc_by_hand_runs_from_nothing_to_everything_accepted():
+def test_roc_by_hand_runs_from_no_pair_to_all_pairs_accepted():
     thresholds, fmr, fnmr = roc(*pairs([0.2, 0.5], [0.5, 0.5, 0.8, 1.0]))
     assert thresholds.tolist() == [0.2, 0.5, 0.8, 1.0, np.nextafter(1, 2)]
     assert fmr.tolist() == [0, 0, 0.5, 0.75, 1]
@@ -172,7 +172,7 @@ def test_roc_by_hand_runs_from_nothing_to_everything_accepted():
         (Rate(2, 2), "unknown"),
     ],
 )
-def test_a_rate_below_what_its_pairs_resolve_is_not_printed(rate, text):
+def test_a_rate_that_its_pairs_cannot_resolve_is_printed_as_a_bound(rate, text):
     assert rate.text() == text
     assert rate.resolved == (rate.value >= 3 / rate.of)
     assert rate.resolved == (text[0] in "01")
@@ -182,7 +182,7 @@ def test_a_rate_below_what_its_pairs_resolve_is_not_printed(rate, text):
 
 
 def of(fmr, fnmr):
-    """Groups with these errors in 1,000 impostor and 100 genuine pairs."""
+    """Returns groups with these numbers of errors in 1,000 impostor and 100 genuine pairs."""
     return {k: ErrorRates(Rate(a, 1000), Rate(b, 100)) for k, (a, b) in enumerate(zip(fmr, fnmr, strict=True))}
 
 
@@ -208,8 +208,8 @@ def test_equal_groups_are_fair_by_every_measure():
 
 
 @pytest.mark.parametrize("others", [1, 3, 7])
-def test_garbe_comes_near_one_where_one_group_bears_all_errors(others):
-    """For any number of groups, which is what n / (n - 1) is for."""
+def test_garbe_is_near_one_if_one_group_has_all_errors(others):
+    """The factor n / (n - 1) makes this true for any number of groups."""
     some, all_of_them = Rate(3, 10**9), Rate(10**9, 10**9)
     groups = {"worst": ErrorRates(all_of_them, all_of_them)} | {k: ErrorRates(some, some) for k in range(others)}
     assert garbe(groups) == pytest.approx(1, abs=1e-6)
@@ -220,13 +220,13 @@ def test_average_minus_std_by_hand():
     assert np.isnan(average_minus_std((95.5,)))
 
 
-def test_one_group_has_nothing_to_be_compared_with():
+def test_a_single_group_has_no_fairness_measure():
     assert [measure(of((10,), (10,))) for measure in MEASURES] == [None] * 4
 
 
 @pytest.mark.parametrize("errors", [0, 2])
-def test_no_ratio_is_made_of_a_rate_that_is_not_resolved(errors):
-    """FDR, made of differences, is still defined."""
+def test_ratios_of_unresolved_rates_are_not_given(errors):
+    """FDR uses differences, so it is still defined."""
     low_fmr = of((errors, 40, 20), (9, 4, 36))
     assert [measure(low_fmr) for measure in MEASURES[1:]] == [None] * 3
     assert fdr(low_fmr) == pytest.approx(1 - 0.5 * (0.04 - errors / 1000) - 0.5 * 0.32)
@@ -250,7 +250,7 @@ def units(count, seed, dimensions=4):
 def test_impostor_matrix_equals_the_plain_loop(block, monkeypatch):
     monkeypatch.setattr(rates, "BLOCK", block)
     embeddings = {"A": units(7, 0), "B": units(5, 1), "C": units(6, 2)}
-    embeddings["B"][3] = 0  # what is left of an image whose feature has length zero: at squared distance 1 to all
+    embeddings["B"][3] = 0  # the embedding of a feature of length zero: squared distance 1 to all others
     own = {name: np.array([0.5, 1.5, 1.5, 2.0]) for name in embeddings} | {"B": np.array([0.1, 3.0])}
     matrix = impostor_matrix(embeddings, own, 1.5)
     for (i, one), (j, other) in product(enumerate("ABC"), repeat=2):
@@ -263,14 +263,14 @@ def test_impostor_matrix_equals_the_plain_loop(block, monkeypatch):
 
 
 def test_impostor_matrix_by_hand():
-    """East and north against east, north-east and west: squared distances 0, 0.586, 4 and 2, 0.586, 2."""
+    """Compares east and north with east, north-east and west: squared distances 0, 0.586, 4 and 2, 0.586, 2."""
     half = 0.5**0.5
     embeddings = {"A": np.array([[1.0, 0], [0, 1]]), "B": np.array([[1.0, 0], [half, half], [-1, 0]])}
     own = {"A": np.array([2.0]), "B": np.array([0.6, 4.0])}
     assert impostor_matrix(embeddings, own, 1.0) == [[Rate(0, 1), Rate(3, 6)], [Rate(3, 6), Rate(1, 2)]]
 
 
-def test_impostor_matrix_stays_small_in_memory():
+def test_impostor_matrix_needs_little_memory():
     embeddings = {name: units(2000, k, 512) for k, name in enumerate("AB")}
     tracemalloc.start()
     impostor_matrix(embeddings, {name: np.ones(10) for name in "AB"}, 1.5)

@@ -1,4 +1,4 @@
-"""The tables of results, cell by cell from hand-made distances, and what is left out where it cannot be said."""
+"""The tables of results, checked cell by cell on hand-made distances, and what they omit for other sets."""
 
 import numpy as np
 import pytest
@@ -32,11 +32,11 @@ def results():
 
 
 def cells(table):
-    """Per model {column: cell}."""
+    """Returns {column: cell} for each model."""
     return {row[table.names - 1]: dict(zip(table.header, row, strict=True)) for row in table.rows}
 
 
-def test_every_table_has_its_figures_in_their_columns(results):
+def test_every_table_has_the_right_numbers_in_its_columns(results):
     tables = results.tables()
     assert list(tables) == [
         "accuracy",
@@ -82,7 +82,7 @@ def test_every_table_has_its_figures_in_their_columns(results):
     assert row[0] == results.models[int(np.argmax(averages))].title
     assert isinstance(row[2], Estimate)
     assert row[2].value == pytest.approx(max(averages) - min(averages))
-    assert row[5] is True  # one is fair, the other is not
+    assert row[5] is True  # one model is fair, the other is not
     impostors = [row for row in tables["impostors"].rows if row[0] == results.models[1].title]
     assert [row[2] for row in impostors] == list(GROUPS)
     assert impostors[0][4] == impostors[1][3]
@@ -96,7 +96,7 @@ def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
     assert list(results.tables()) == ["accuracy", "intervals", "chance"]
 
 
-def test_sets_that_are_no_groups_have_no_spread():
+def test_sets_that_are_not_groups_have_no_std():
     results = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], SAME, False)
     tables = results.tables()
     assert list(tables) == ["accuracy", "intervals"]

@@ -1,4 +1,4 @@
-"""Intervals against plain resampling, and the figures of chance against those that were simulated elsewhere."""
+"""Intervals against plain resampling, and the spread by chance against an independent simulation."""
 
 import warnings
 
@@ -28,7 +28,7 @@ def test_resampling_is_ten_fold_verification_of_pairs_drawn_within_fold_and_labe
         part = iter(uniform[r])
         drawn = [members[int(next(part) * len(members))] for members in strata for _ in members]
         for m, model in enumerate(models):
-            # In the order of the folds, as `ten_fold_of` cuts them.
+            # In the order of the folds, as in `ten_fold_of`.
             wanted = 100 * ten_fold_of(model["A"][drawn], SAME[drawn]).accuracy.mean()
             assert samples[r, m, 0] == pytest.approx(wanted, abs=1e-9)
     assert fewest(labels) == 30
@@ -41,7 +41,7 @@ def test_sets_whose_size_the_folds_do_not_divide_are_resampled_within_their_fold
     assert (resampled([{"A": sure}], {"A": same}, resamples=20) == 100).all()
 
 
-def test_an_interval_is_as_wide_as_that_of_a_binomial_share():
+def test_an_interval_has_the_width_of_a_binomial_share():
     """Accuracy about 0.8 on 600 pairs: a standard error of 1.6 points."""
     one = {"A": distances(1, 0.5)}
     samples = resampled([one], {"A": SAME}, resamples=400)[:, 0, 0]
@@ -53,7 +53,7 @@ def test_an_interval_is_as_wide_as_that_of_a_binomial_share():
 
 
 def test_differences_are_paired():
-    """Of a model with itself nothing is left; of two that err on the same pairs, less than of two that do not."""
+    """A model does not differ from itself; models with errors on the same pairs have a narrower interval."""
     labels = {"A": SAME, "B": SAME}
     first = {"A": distances(1, 0.6), "B": distances(2, 0.6)}
     alike = {name: values + np.where(np.arange(600) % 50 == 0, 0.2, 0.0) for name, values in first.items()}
@@ -71,7 +71,7 @@ def test_differences_are_paired():
 
 
 def test_the_variance_that_resampling_adds_is_subtracted():
-    """True STD 2 with noise of standard deviations 0.5 to 3: what is left in the squares is 4 on average."""
+    """With a true STD of 2 and noise of standard deviations 0.5 to 3, the corrected variance is 4 on average."""
     random = np.random.default_rng(0)
     apart = np.array([-1.0, 1.0, -1.0, 1.0]) * np.sqrt(3)
     assert apart.std(ddof=1) == pytest.approx(2)
@@ -90,8 +90,8 @@ def test_a_single_set_has_no_std_and_gives_no_warning():
     assert np.isnan([found.std, *found.std_interval]).all()
 
 
-def test_a_fair_model_looks_as_unfair_as_was_simulated_elsewhere():
-    """FACTS.md 7: 200,000 simulations of four groups of 6,000 pairs; rounding gives 0.005, simulating here 0.001."""
+def test_std_and_ser_by_chance_equal_an_independent_simulation():
+    """Expected: 200,000 simulations of four groups of 6,000 pairs. Errors: 0.005 by rounding, 0.001 by simulation."""
     at_95, at_90 = by_chance(95.0, (6000,) * 4), by_chance(90.0, (6000,) * 4)
     assert (at_95.std_mean, at_95.std_95) == pytest.approx((0.26, 0.45), abs=0.006)
     assert at_95.ser_95 == pytest.approx(1.23, abs=0.006)
@@ -99,14 +99,14 @@ def test_a_fair_model_looks_as_unfair_as_was_simulated_elsewhere():
     assert at_90.ser_95 == pytest.approx(1.15, abs=0.006)
 
 
-def test_what_lies_within_chance_is_told_from_what_does_not():
+def test_within_chance_needs_std_and_ser_below_their_limits():
     assert is_within_chance((95.2, 94.8, 95.1, 95.0), (6000,) * 4)
     assert not is_within_chance((96.2, 93.8, 95.1, 95.0), (6000,) * 4)
     assert is_within_chance((96.2, 93.8, 95.1, 95.0), (300,) * 4)
     assert is_within_chance((100.0, 100.0), (50, 50))
 
 
-def test_where_a_group_may_be_without_error_an_infinite_ser_is_within_chance():
+def test_an_infinite_ser_is_within_chance_if_a_group_may_have_no_error():
     assert by_chance(99.0, (300,) * 4).ser_95 == np.inf
     assert is_within_chance((99.0, 99.0, 99.0, 99.0), (300,) * 4)
     assert is_within_chance((100.0, 98.7, 99.0, 98.3), (300,) * 4)
@@ -114,8 +114,8 @@ def test_where_a_group_may_be_without_error_an_infinite_ser_is_within_chance():
 
 
 @pytest.mark.parametrize("others", [95.0, 80.0])
-def test_the_difference_of_std_between_fair_models_is_seldom_sure(others):
-    """Drawn from normal distributions instead of pairs: 400 times two fair models, four groups of 6,000 pairs."""
+def test_the_difference_in_std_of_fair_models_is_rarely_sure(others):
+    """Draws from normal distributions instead of pairs: 400 times two fair models, four groups of 6,000 pairs."""
     random = np.random.default_rng(0)
     spread = [100 * np.sqrt(share * (1 - share) / 6000) for share in (0.95, others / 100)]
     sure = 0

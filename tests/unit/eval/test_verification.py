@@ -1,4 +1,4 @@
-"""Ten-fold verification against the plain published loop, and sets that hold an image several times."""
+"""Ten-fold verification against the plain published loop, and sets with repeated images."""
 
 import pickle
 from dataclasses import replace
@@ -22,7 +22,7 @@ from utils.storage.arrays import write
 
 
 def plain_loop(embeddings, same, folds=10):
-    """FACTS 1.3, written out: all pairs again for every threshold of every fold."""
+    """Computes the published protocol in plain loops: all pairs for every threshold of every fold."""
     return plain_loop_of(np.sum(np.square(embeddings[0::2] - embeddings[1::2]), 1), same, folds)
 
 
@@ -58,8 +58,8 @@ def test_ten_fold_equals_the_plain_loop(pairs, noise_level):
     assert np.allclose(result.fpr, fpr, rtol=0, atol=1e-12)
 
 
-def test_distances_exactly_on_a_threshold_are_not_below_it():
-    """A distance of 1.0 is accepted from threshold 1.01 on, as `distance < threshold` says."""
+def test_a_distance_equal_to_a_threshold_is_not_accepted():
+    """A distance of 1.0 is accepted at threshold 1.01 and above: `distance < threshold`."""
     embeddings = np.zeros((40, 2))
     embeddings[0::2, 0] = 1  # squared distance exactly 1 for all 20 pairs
     same = np.ones(20, bool)
@@ -70,8 +70,8 @@ def test_distances_exactly_on_a_threshold_are_not_below_it():
     assert result.threshold.tolist() == plain_loop(embeddings, same)[1]
 
 
-def test_a_case_computed_by_hand():
-    """Ten folds of a genuine and an impostor pair, at distances 0 and 2; in the first fold the other way round."""
+def test_ten_fold_computed_by_hand():
+    """Ten folds of a genuine and an impostor pair, at distances 0 and 2; in the first fold, they are swapped."""
     east, north = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     pairs = [(east, east), (east, north)] * 10
     pairs[0], pairs[1] = (east, north), (east, east)  # both of the first fold are decided wrongly
@@ -114,7 +114,7 @@ def test_views_are_the_features_of_the_image_and_its_mirror_image():
         assert np.allclose(result[:, view], network(x).detach().numpy(), atol=1e-4)
 
 
-def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
+def test_the_best_epoch_is_decided_by_one_group_or_by_the_average(cfg):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
     sets = load_pairs(cfg)
     scores, value = validator(network, sets, cfg)()
@@ -126,11 +126,11 @@ def test_the_best_epoch_is_that_of_one_group_or_of_the_average(cfg):
 # Sets with repeated images --------------------------------------------------------------------------------------------
 
 PLACES = [0, 1, 2, 0, 3, 3, 1, 4, 5, 0] * 8
-"""Which image each of 80 is: one is paired with itself, others are in several pairs."""
+"""The distinct image at each of 80 places: one is paired with itself, others are in several pairs."""
 
 
 class Counting(torch.nn.Module):
-    """A small network that counts the images it is given."""
+    """A small network that counts its input images."""
 
     def __init__(self):
         super().__init__()
@@ -145,14 +145,14 @@ class Counting(torch.nn.Module):
 
 @pytest.fixture
 def repeated(cfg) -> tuple[Config, Path]:
-    """A set of 40 pairs from 6 distinct images, the only set of `cfg`."""
+    """Writes a set of 40 pairs from 6 distinct images, the only set of the settings."""
     cfg = replace(cfg, ethnicities=("A",), infer_batch_size=4)
     same = [k // 2 % 2 == 0 for k in range(len(PLACES) // 2)]
     path = put(cfg.pairs_file("A"), pickle.dumps(([encode(noise(place)) for place in PLACES], same), protocol=2))
     return cfg, path
 
 
-def test_an_image_of_several_pairs_is_held_once(repeated, monkeypatch):
+def test_an_image_in_several_pairs_is_stored_once(repeated, monkeypatch):
     cfg, path = repeated
     decoded = []
     plain = store.decode
@@ -164,7 +164,7 @@ def test_an_image_of_several_pairs_is_held_once(repeated, monkeypatch):
     assert len(decoded) == 2 * 6
 
 
-def test_repeated_images_are_embedded_once_and_score_as_if_each_were_embedded(repeated):
+def test_repeated_images_are_embedded_once_with_equal_results(repeated):
     cfg, path = repeated
     network, pairs = Counting(), load_bin(path)
     each = squared_distances(embed(views(network, pairs.images, cfg, "each")))
@@ -172,7 +172,7 @@ def test_repeated_images_are_embedded_once_and_score_as_if_each_were_embedded(re
     once = pair_distances(views(network, pairs.distinct, cfg, "once"), pairs.rows)
     assert network.seen == 2 * 6  # both views
     assert np.allclose(once, each, rtol=0, atol=1e-6)
-    assert once[2] == 0  # an image and itself
+    assert once[2] == 0  # an image paired with itself
     assert accuracy(once, pairs.same) == accuracy(each, pairs.same)
     network.seen = 0
     scores, value = validator(network, load_pairs(cfg), cfg)()
@@ -181,7 +181,7 @@ def test_repeated_images_are_embedded_once_and_score_as_if_each_were_embedded(re
 
 
 def test_scores_and_samples_are_those_of_all_images(repeated, tmp_path):
-    """The sample is of the images of the pairs, repetitions included, by a network and by a fusing adaptor."""
+    """The sample is drawn from the images of the pairs, including repetitions, for a network and for an adaptor."""
     cfg, _ = repeated
     cfg = replace(cfg, embedding_size=16)
     network, pairs = Counting(), load_pairs(cfg)
@@ -208,8 +208,8 @@ def test_without_repetitions_nothing_changes(cfg):
     assert pair_distances(features, pairs.rows).tolist() == squared_distances(embed(features)).tolist()
 
 
-def test_a_cache_of_all_images_is_used_only_where_none_is_repeated(repeated, cfg, capsys):
-    """Earlier versions cached all 2P images of a set, made from its digest."""
+def test_an_old_cache_of_all_images_is_used_only_without_repetitions(repeated, cfg, capsys):
+    """Earlier versions cached all 2P images of a set under its digest."""
     for path in (repeated[1], cfg.pairs_file("B")):
         plain, cache = load_bin(path), Path(cfg.cache)
         load_bin(path, cache)

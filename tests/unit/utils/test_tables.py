@@ -1,4 +1,4 @@
-"""Tables in each form, on one that has every kind of cell."""
+"""Tables in each output format, with every kind of cell."""
 
 import csv
 
@@ -19,7 +19,7 @@ TABLE = Table(
 )
 
 
-def test_markdown_is_aligned():
+def test_markdown_columns_are_aligned():
     assert TABLE.markdown().splitlines() == [
         "## Rates & more",
         "",
@@ -65,7 +65,7 @@ def test_latex_is_for_booktabs_and_escaped():
     assert r"third 50\%" in lines[9]
 
 
-def test_json_has_what_can_be_said():
+def test_json_has_all_values_as_plain_types():
     first, second, third = TABLE.as_dict()["rows"]
     assert first["Interval"] == {"value": 1.0, "low": -0.5, "high": 2.25}
     assert (first["FMR"], first["A_1"]) == ({"errors": 30, "of": 3000}, 93.456)
@@ -79,6 +79,6 @@ def test_html_is_escaped():
     assert page.count("<tr>") == 4
 
 
-def test_a_row_of_another_length_is_a_mistake():
+def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="zip"):
         Table("short", ("A", "B"), [("only",)], 1).markdown()

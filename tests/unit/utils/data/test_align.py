@@ -1,4 +1,4 @@
-"""Alignment by five landmarks against transforms that are known and solutions that are written out."""
+"""Alignment by five landmarks against known transforms and plain solutions."""
 
 import cv2
 import numpy as np
@@ -10,7 +10,7 @@ from utils.errors import InputError
 
 
 def transform(angle, scale, shift):
-    """(2, 3): rotation by `angle` degrees, scale, shift."""
+    """Returns the matrix (2, 3) of a rotation by `angle` degrees, a scale and a shift."""
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     return np.array([[scale * cos, -scale * sin, shift[0]], [scale * sin, scale * cos, shift[1]]])
 
@@ -20,7 +20,7 @@ def apply(matrix, points):
 
 
 def least_squares(source, target):
-    """x' = a x - b y + c, y' = b x + a y + d, solved as a linear system in a, b, c, d."""
+    """Solves x' = a x - b y + c, y' = b x + a y + d as a linear system in a, b, c, d."""
     rows, values = [], []
     for (x, y), (u, v) in zip(source, target, strict=True):
         rows += [[x, -y, 1, 0], [y, x, 0, 1]]
@@ -30,7 +30,7 @@ def least_squares(source, target):
 
 
 def umeyama(source, target):
-    """Equations 40 to 42 of Umeyama (1991), by singular values."""
+    """Computes equations 40 to 42 of Umeyama (1991) by singular values."""
     x, y = source - source.mean(0), target - target.mean(0)
     u, d, vt = np.linalg.svd(y.T @ x / len(x))
     sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
@@ -54,7 +54,7 @@ def test_the_transform_is_the_least_squares_solution(seed):
     assert np.allclose(found, umeyama(source, TEMPLATE), rtol=0, atol=1e-10)
 
 
-def test_a_mirrored_arrangement_is_not_reflected():
+def test_mirrored_landmarks_give_no_reflection():
     mirrored = np.array([112, 0]) + np.array([-1, 1]) * TEMPLATE
     found = similarity(mirrored, TEMPLATE)
     assert np.linalg.det(found[:, :2]) > 0
@@ -64,11 +64,11 @@ def test_a_mirrored_arrangement_is_not_reflected():
 
 def test_an_aligned_face_is_unchanged():
     assert np.array_equal(align(noise(0), TEMPLATE), noise(0))
-    assert np.array_equal(align(noise(0)[..., ::-1], TEMPLATE), noise(0)[..., ::-1])  # a view with negative strides
+    assert np.array_equal(align(noise(0)[..., ::-1], TEMPLATE), noise(0)[..., ::-1])  # the input has negative strides
 
 
-def test_landmarks_come_to_lie_on_the_template():
-    """A dot of another colour at each landmark of a turned, enlarged face is found at the landmark's place."""
+def test_landmarks_are_moved_to_the_template():
+    """Coloured dots at the landmarks of a rotated, enlarged face are found at the landmarks of the template."""
     landmarks = apply(transform(20, 2.0, (60, 20)), TEMPLATE)
     image = np.zeros((300, 300, 3), np.uint8)
     colours = np.array([(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)])

@@ -1,4 +1,4 @@
-"""Columns: which rows, labels and targets a stage sees, and that foreign embeddings are refused."""
+"""Columns: rows, labels and targets of a stage, and the refusal of embeddings with another provenance."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.storage.tensors import save
 
 
-def test_labels_count_the_identities_of_the_set(cfg):
+def test_labels_number_the_identities_of_the_set(cfg):
     assert Faces(cfg).num_classes == 5
     faces = Faces(cfg, teacher="B")
     assert faces.identities == ("B/b1", "B/b2")
@@ -34,7 +34,7 @@ def test_a_quarter_holds_its_share_of_every_group(cfg):
         assert len(faces) == 4 * faces.num_classes
 
 
-def test_an_image_that_cannot_be_used_is_in_no_set(cfg, monkeypatch):
+def test_a_bad_image_is_in_no_set(cfg, monkeypatch):
     for k in range(4):
         (Path(cfg.data) / "A" / "a2" / f"{k}.jpg").write_bytes(b"")
     monkeypatch.setattr("utils.data.store.MAX_BAD_SHARE", 0.5)
@@ -44,7 +44,7 @@ def test_an_image_that_cannot_be_used_is_in_no_set(cfg, monkeypatch):
     assert faces.columns["label"].arrays[0][faces.rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
-def test_each_epoch_has_its_own_order_without_the_incomplete_batch(cfg):
+def test_each_epoch_has_another_order_and_drops_the_incomplete_batch(cfg):
     faces = Faces(replace(cfg, batch_size=6), flip=True)
     first, again, second = (list(faces.batches(epoch, 0)) for epoch in (0, 0, 1))
     rows = [np.concatenate([batch[0] for batch in epoch]) for epoch in (first, again, second)]
@@ -84,10 +84,10 @@ def test_a_flipped_image_gets_the_flipped_target():
     rows, flips = np.array([2, 0, 3]), np.array([True, False, True])
     assert column.gather(rows, flips)[:, 0].tolist() == [1, 0, 1]
     assert column.gather(rows, None).sum() == 0
-    assert Column((plain,)).gather(rows, flips).sum() == 0  # as published: the target of the image as it is
+    assert Column((plain,)).gather(rows, flips).sum() == 0  # as published: the target of the unflipped image
 
 
-def test_image_and_target_are_of_the_same_view():
+def test_image_and_target_have_the_same_view():
     images = np.stack([noise(k) for k in range(6)])
     plain, mirrored = np.arange(6, dtype=np.float32)[:, None], np.arange(6, dtype=np.float32)[:, None] + 100
     columns = {"image": Column((images,)), "target": Column((plain,), (mirrored,))}
@@ -154,7 +154,7 @@ def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
         Faces(cfg, inputs=cfg.teachers)
 
 
-def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
+def test_targets_of_retrained_teachers_are_refused(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
     faces = Faces(cfg, inputs=cfg.teachers)
@@ -167,7 +167,7 @@ def test_targets_of_teachers_that_were_trained_anew_are_refused(cfg):
         Faces(cfg, target=True)
 
 
-def test_what_is_missing_is_said_before_an_image_is_decoded(cfg):
+def test_missing_files_are_reported_before_an_image_is_decoded(cfg):
     for refused in (
         {"inputs": cfg.teachers},
         {"target": "DLDPO"},
@@ -201,7 +201,7 @@ def columns_of_every_kind():
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
+def test_cached_and_streamed_columns_give_equal_batches(monkeypatch, workers):
     monkeypatch.setattr("utils.data.columns.PART", 7 * 112 * 112 * 3)  # seven images at once
     device, columns, random = torch.device("cpu"), columns_of_every_kind(), np.random.default_rng(1)
     rows = np.sort(random.permutation(40)[:30])
@@ -215,7 +215,7 @@ def test_cached_columns_give_the_batches_of_streamed_ones(monkeypatch, workers):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_by_default_half_of_what_a_gpu_has_free_is_taken(monkeypatch, capsys):
+def test_the_cache_takes_half_of_the_free_gpu_memory_by_default(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 80_000))
     loaded = []
     monkeypatch.setattr(
@@ -226,18 +226,18 @@ def test_by_default_half_of_what_a_gpu_has_free_is_taken(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_does_not_fit_is_streamed_the_widest_first(capsys):
+def test_the_widest_columns_are_streamed_if_the_cache_is_too_small(capsys):
     columns, rows = columns_of_every_kind(), np.arange(40)
     kept = cache(columns, rows, torch.device("cpu"), 3e-6)  # 3,000 bytes: labels take 320, targets 1,280
     assert [name for name, column in kept.items() if isinstance(column, Cached)] == ["label", "target"]
-    assert cache(columns, rows, torch.device("cpu"), None) == columns  # on a CPU
+    assert cache(columns, rows, torch.device("cpu"), None) == columns  # nothing is cached on a CPU
     assert capsys.readouterr().out == ""
     kept = cache(columns, rows, torch.device("cpu"), 1e9)
     assert "device_cache_gb = 1e+09 is more than is free:" in capsys.readouterr().out
     assert all(isinstance(column, Cached) for column in kept.values())
 
 
-def test_identities_and_images_that_are_listed_are_left_out(cfg, tmp_path):
+def test_listed_identities_and_images_are_left_out(cfg, tmp_path):
     listed = tmp_path / "leave_out.txt"
     listed.write_text("A/a2\n\nB/b1/3.jpg\nB/b1/0.jpg\n")
     one, whole = Faces(replace(cfg, leave_out=str(listed))), Faces(cfg)
@@ -255,7 +255,7 @@ def test_identities_and_images_that_are_listed_are_left_out(cfg, tmp_path):
     cold = replace(cfg, cache=str(tmp_path / "cold"), leave_out=str(write_list(listed, "A/a9\n")))
     with pytest.raises(InputError, match="names 'A/a9'"):
         Faces(cold)
-    assert not list((tmp_path / "cold").rglob("images*"))  # it was refused before the images were decoded
+    assert not list((tmp_path / "cold").rglob("images*"))  # refused before the images were decoded
     everything = "\n".join(whole.store.index.identities)
     with pytest.raises(InputError, match="leaves out every image of .*: shorten it"):
         Faces(replace(cfg, leave_out=str(write_list(listed, everything))))

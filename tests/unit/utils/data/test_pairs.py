@@ -1,7 +1,5 @@
-"""Verification sets: .bin files of every kind, and the cache of their decoded images."""
+"""Verification sets: all variants of .bin files, and the cache of their decoded images."""
 
-import errno
-import os
 import pickle
 import struct
 import tracemalloc
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import encode, noise, write_pairs
+from tests.conftest import encode, full_disk, noise, write_pairs
 from utils.data import store
 from utils.data.pairs import Pairs, _DType, _latin1, load_bin, load_pairs
 from utils.errors import InputError
@@ -20,7 +18,7 @@ SAME = [True, False]
 ARRAYS = [np.frombuffer(image, np.uint8) for image in IMAGES]
 
 
-def test_a_bad_image_is_named_by_its_place_in_the_file(tmp_path):
+def test_a_bad_image_is_named_by_its_index_in_the_file(tmp_path):
     images = [IMAGES[0], IMAGES[0], IMAGES[1], b"x"]
     (tmp_path / "x.bin").write_bytes(pickle.dumps((images, SAME)))
     with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
@@ -28,7 +26,7 @@ def test_a_bad_image_is_named_by_its_place_in_the_file(tmp_path):
 
 
 def python2_pickle(images: list[bytes], same: list[bool]) -> bytes:
-    """The opcodes that Python 2 writes for a tuple of a list of str and a list of bool, protocol 2."""
+    """Returns the pickle that Python 2 writes with protocol 2 for a tuple of a list of str and a list of bool."""
 
     def string(value: bytes) -> bytes:
         return b"T" + len(value).to_bytes(4, "little") + value
@@ -75,7 +73,7 @@ class Gadget:
         Gadget(__import__("os").system, "touch executed"),
         Gadget(getattr, __import__("os"), "system"),
         Gadget(np.load, "executed", "r"),
-        Gadget(np.ndarray, (4,), np.dtype("O"), b"A" * 32),  # pointers of the file's choice
+        Gadget(np.ndarray, (4,), np.dtype("O"), b"A" * 32),  # arbitrary pointers
         np.array([Path("x")], dtype=object),
     ],
     ids=["touch", "eval", "exec", "system", "getattr", "numpy", "ndarray", "objects"],
@@ -84,7 +82,7 @@ def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         content = pickle.dumps(([gadget, *IMAGES[1:]], SAME), protocol=2)
-    except (pickle.PicklingError, TypeError):  # a module as an argument: name it by hand
+    except (pickle.PicklingError, TypeError):  # a module cannot be pickled: write its name
         content = b"cos\nsystem\n(S'touch executed'\ntR."
     Path("x.bin").write_bytes(content)
     with pytest.raises(InputError, match="x.bin is damaged or no set of pairs"):
@@ -92,8 +90,8 @@ def test_a_bin_file_cannot_run_code(gadget, tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
-def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
-    """BUILD sets attributes of what is on the stack: here, of a function that the reader knows."""
+def test_a_bin_file_cannot_change_the_reader(tmp_path):
+    """The opcode BUILD sets attributes of the object on the stack: here, of a function that the reader allows."""
     before = (_latin1.__doc__, _latin1.__defaults__, vars(_latin1).copy())
     for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy.core.multiarray\nscalar\n"):
         changed = name + b"(N}V__doc__\nVchanged\nsV__defaults__\n(VO\ntstb"
@@ -109,7 +107,7 @@ def test_a_bin_file_cannot_change_what_reads_it(tmp_path):
     "content", [b"\x80\x02]r" + struct.pack("<I", 1 << 24) + b".", b"\x80\x05\x96" + struct.pack("<Q", 1 << 28) + b"."]
 )
 def test_a_small_file_takes_little_memory(content, tmp_path):
-    """A few bytes that ask for a place far away in the memo, or are said to be a large bytearray."""
+    """The file has a few bytes, with a very large index into the memo, or the header of a large bytearray."""
     (tmp_path / "x.bin").write_bytes(content)
     tracemalloc.start()
     try:
@@ -138,7 +136,7 @@ def test_a_small_file_takes_little_memory(content, tmp_path):
         (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
     ],
 )
-def test_foreign_bin_files_are_refused(content, sentence, tmp_path):
+def test_other_files_are_refused(content, sentence, tmp_path):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         load_bin(tmp_path / "x.bin")
@@ -163,7 +161,7 @@ def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
     plain = load_bin(path)
     assert isinstance(load_bin(path, cache).distinct, np.memmap)
     stored = next(cache.glob("*.npy"))
-    with open(stored, "r+b") as file:  # in the last of three blocks
+    with open(stored, "r+b") as file:  # damages the last of three blocks
         file.seek(-1000, 2)
         file.write(bytes(100))
     decoded = []
@@ -180,7 +178,7 @@ def test_pairs_are_decoded_once_into_the_cache(tmp_path, monkeypatch, capsys):
     assert [*cache.glob("*.npy")] == [stored]
 
 
-def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypatch, capsys):
+def test_pairs_are_kept_in_memory_if_the_disk_is_full(tmp_path, monkeypatch, capsys):
     path, cache = tmp_path / "x.bin", tmp_path / "cache"
     path.write_bytes(pickle.dumps((IMAGES, SAME)))
     cache.write_text("a file where the folder should be")
@@ -188,17 +186,14 @@ def test_pairs_that_the_cache_cannot_hold_are_held_in_memory(tmp_path, monkeypat
     said = f"could not be written (File exists). The images of {path} are decoded into memory instead, each time."
     assert said in capsys.readouterr().out
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("utils.storage.arrays._take_room", full)
+    monkeypatch.setattr("utils.storage.arrays._take_room", full_disk)
     pairs = load_bin(path, tmp_path / "full")
     assert "(No space left on device). The images" in capsys.readouterr().out
     assert np.array_equal(pairs.images, load_bin(path).images)
     assert not list((tmp_path / "full").iterdir())
 
 
-def test_a_bad_image_leaves_nothing_in_the_cache(tmp_path):
+def test_a_bad_image_leaves_no_file_in_the_cache(tmp_path):
     (tmp_path / "x.bin").write_bytes(pickle.dumps(([*IMAGES[:3], b"x"], SAME)))
     with pytest.raises(InputError, match="image 3 is no JPEG, PNG or WebP image"):
         load_bin(tmp_path / "x.bin", tmp_path / "cache")

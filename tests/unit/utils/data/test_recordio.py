@@ -1,4 +1,4 @@
-"""RecordIO files against a plain reader and MXNet, of every layout; whatever else a file may be is refused."""
+"""RecordIO files of every layout, against a plain reader and MXNet, and the refusal of damaged files."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from utils.errors import InputError, NotWritten
 MAGIC = bytes.fromhex("0a23d7ce")
 FACES = [(b"\xff\xd8one\xff\xd9", 0, -1), (b"\xff\xd8second\xff\xd9", 0, -1), (b"\xff\xd8the third\xff\xd9", 2, -1)]
 GROUPED = [(image, identity, 3 * k) for k, (image, identity, _) in enumerate(FACES)]
-CUT = {  # images, and into how many parts the magic number in them cuts a record
+CUT = {  # images, and the number of parts into which their magic numbers divide a record
     "no magic": (b"\xff\xd8abcdefgh\xff\xd9", 1),
     "aligned": (b"abcd" + MAGIC + b"efg", 2),
     "unaligned": (b"abc" + MAGIC + b"defg", 1),
@@ -46,7 +46,7 @@ def content(image: bytes, *labels: float, key: int = 0, vector: bool = True, unu
 
 
 def write(folder: Path, contents: dict[int, bytes], index: bool = True) -> Path:
-    """Whole records, in this order."""
+    """Writes complete records, in this order."""
     data, lines = b"", ""
     for key, value in contents.items():
         lines += f"{key}\t{len(data)}\n"
@@ -59,7 +59,7 @@ def write(folder: Path, contents: dict[int, bytes], index: bool = True) -> Path:
 
 
 def insightface(faces: list, header_first: bool = True, unused: int = 77) -> dict[int, bytes]:
-    """Of three identities, the second without an image."""
+    """Returns records in insightface's layout of three identities, the second without an image."""
     images = {}
     for key, (image, identity, group) in enumerate(faces, 1):
         labels = (identity,) if group < 0 else (identity, group)
@@ -81,11 +81,11 @@ def faces_of(records: Records) -> list[tuple[bytes, int, int]]:
     return list(zip(images, records.identity.tolist(), records.group.tolist(), strict=True))
 
 
-# Plain readers, written out -------------------------------------------------------------------------------------------
+# Plain readers --------------------------------------------------------------------------------------------------------
 
 
 def plain_record(data: bytes, offset: int) -> tuple[bytes, int]:
-    """The content of a record, and where the next begins."""
+    """Returns the content of a record, and the offset of the next one."""
     parts, kind = [], None
     while kind not in (0, 3):
         magic, word = struct.unpack_from("<4sI", data, offset)
@@ -99,7 +99,7 @@ def plain_record(data: bytes, offset: int) -> tuple[bytes, int]:
 
 
 def plain_read(folder: Path) -> list[tuple[int, bytes, int, int]]:
-    """Key, image, identity and group of all images."""
+    """Returns key, image, identity and group of all images."""
     data, found, offset = (folder / "train.rec").read_bytes(), {}, 0
     if (folder / "train.idx").exists():
         for line in (folder / "train.idx").read_text().splitlines():
@@ -132,7 +132,7 @@ def plain_unpacked(record: bytes) -> tuple[int, bytes, tuple[float, ...], bool]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 16])
 @pytest.mark.parametrize("index", [True, False])
-def test_what_is_written_is_read(tmp_path, monkeypatch, chunk, index):
+def test_records_are_read_as_they_were_written(tmp_path, monkeypatch, chunk, index):
     monkeypatch.setattr(recordio, "CHUNK", chunk)
     random = np.random.default_rng(0)
     faces = [(random.bytes(k % 13), k // 5, k % 3 - 1) for k in range(40)]
@@ -162,7 +162,7 @@ def test_files_are_in_insightfaces_layout_to_the_byte(tmp_path, faces):
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("header_first", [True, False])
 @pytest.mark.parametrize("faces", [FACES, GROUPED])
-def test_identity_records_are_no_images(tmp_path, faces, header_first, index):
+def test_identity_records_are_not_images(tmp_path, faces, header_first, index):
     write(tmp_path, insightface(faces, header_first), index)
     records = read_index(tmp_path)
     assert records.keys.tolist() == [1, 2, 3]
@@ -170,8 +170,8 @@ def test_identity_records_are_no_images(tmp_path, faces, header_first, index):
 
 
 @pytest.mark.parametrize("labels", [(4,), (4, 9), (4, 9, 0.5, -1)])
-def test_without_a_header_record_all_are_images(tmp_path, labels):
-    """Also where key 0 has a vector label, as a header record has."""
+def test_without_a_header_record_all_records_are_images(tmp_path, labels):
+    """This holds also if key 0 has a vector label, like a header record."""
     write(tmp_path, {key: content(b"image %d" % key, *labels) for key in (7, 0, 3)})
     records = read_index(tmp_path)
     assert records.keys.tolist() == [0, 3, 7]
@@ -179,7 +179,7 @@ def test_without_a_header_record_all_are_images(tmp_path, labels):
     assert faces_of(records) == [(b"image 0", 4, group), (b"image 3", 4, group), (b"image 7", 4, group)]
 
 
-def test_an_empty_image_is_no_header_record_but_at_key_0_with_a_vector_label(tmp_path):
+def test_only_an_empty_image_at_key_0_with_a_vector_label_is_a_header_record(tmp_path):
     write(tmp_path, {0: content(b"", 2, vector=False), 1: content(b"one", 1, vector=False)})
     assert faces_of(read_index(tmp_path)) == [(b"", 2, -1), (b"one", 1, -1)]
     write(tmp_path, {1: content(b"", 2, 3), 2: content(b"two", 1, 3)})
@@ -195,7 +195,7 @@ def test_an_empty_image_is_no_header_record_but_at_key_0_with_a_vector_label(tmp
         ((3, 1 << 63, 4), [0, 1, 2], [0, 1, 2]),
     ],
 )
-def test_without_an_index_the_keys_are_the_ids_where_these_are_keys(tmp_path, ids, keys, places):
+def test_without_an_index_valid_ids_are_the_keys(tmp_path, ids, keys, places):
     contents = {place: content(b"%d" % place, place, key=key) for place, key in enumerate(ids)}
     records = read_index(write(tmp_path, contents, index=False))
     assert records.keys.tolist() == keys
@@ -203,7 +203,7 @@ def test_without_an_index_the_keys_are_the_ids_where_these_are_keys(tmp_path, id
 
 
 @pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), str.rstrip])
-def test_lines_may_end_as_on_windows_and_the_last_not_at_all(tmp_path, change):
+def test_index_lines_may_end_with_crlf_and_the_last_without_newline(tmp_path, change):
     index = write(tmp_path, insightface(FACES)) / "train.idx"
     index.write_bytes(change(index.read_text()).encode())
     assert faces_of(read_index(tmp_path)) == FACES
@@ -215,18 +215,18 @@ def test_an_index_may_name_some_of_the_records(tmp_path):
     assert faces_of(read_index(tmp_path)) == [(b"image 1", 1, -1), (b"image 3", 3, -1)]
 
 
-# Keys that a label does not hold exactly ------------------------------------------------------------------------------
+# Keys that a label cannot represent exactly ---------------------------------------------------------------------------
 
 
 @pytest.fixture
 def half(monkeypatch):
-    """Labels hold whole numbers below 2^11 only, as float16 does: a file of more images is still a small one."""
+    """Makes labels exact only below 2^11, as in float16, so that small files reach inexact labels."""
     monkeypatch.setattr(recordio, "LABEL", np.float16)
     monkeypatch.setattr(recordio, "EXACT", 1 << 11)
 
 
 def large(end: int, group: int = -1) -> dict[int, bytes]:
-    """Images of the keys below `end`, four of each identity, in insightface's layout; keys in labels are rounded."""
+    """Returns images with keys below `end`, four per identity, in insightface's layout, with rounded keys in labels."""
     bounds = [*range(1, end, 4), end]
     labels = {key: ((key - 1) // 4, group)[: 1 + (group >= 0)] for key in range(1, end)}
     images = {key: content(b"%d" % key, *label, key=key, vector=group >= 0) for key, label in labels.items()}
@@ -236,7 +236,7 @@ def large(end: int, group: int = -1) -> dict[int, bytes]:
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 2**23, 2**24 - 1, 2**24, 2**24 + 1, 2**24 + 4, 2**25, 2**26, 42_474_558])
-def test_the_numbers_that_float32_holds_alike(number):
+def test_the_numbers_with_equal_float32(number):
     said = float(np.float32(number))
     found = [near for near in range(number - 20, number + 20) if np.float32(near) == said]
     assert recordio._integers_rounded_to(said) == (found[0], found[-1])
@@ -245,7 +245,7 @@ def test_the_numbers_that_float32_holds_alike(number):
 
 
 def test_webface42m_would_be_read_two_keys_too_far():
-    """Its 42,474,557 images end before a key that float32 does not hold."""
+    """Its 42,474,557 images end before a key that float32 cannot represent."""
     assert int(np.float32(42_474_558)) == 42_474_560
     assert recordio._integers_rounded_to(42_474_560.0) == (42_474_558, 42_474_562)
 
@@ -253,7 +253,7 @@ def test_webface42m_would_be_read_two_keys_too_far():
 @pytest.mark.parametrize("group", [-1, 2])
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("end", [2047, 2048, 2049, 2050, 2051, 4096, *range(4098, 4107), 4201])
-def test_images_end_where_the_records_say_so(tmp_path, half, end, index, group):
+def test_the_records_decide_where_images_end(tmp_path, half, end, index, group):
     write(tmp_path, large(end, group=group), index)
     records = read_index(tmp_path)
     assert records.keys.tolist() == [*range(1, end)]
@@ -261,13 +261,13 @@ def test_images_end_where_the_records_say_so(tmp_path, half, end, index, group):
     assert faces_of(records)[-1] == (b"%d" % (end - 1), (end - 2) // 4, group)
 
 
-def test_an_image_of_one_label_without_content_stands_before_the_identities(tmp_path, half):
+def test_an_empty_image_with_one_label_precedes_the_identities(tmp_path, half):
     write(tmp_path, large(4104) | {4103: content(b"", 7, vector=False)})
     assert faces_of(read_index(tmp_path))[-2:] == [(b"4102", 1025, -1), (b"", 7, -1)]
 
 
 def test_files_of_im2rec_are_read_to_the_last_key(tmp_path, half):
-    """All records are images with one label, in any order, and key 0 is one of them."""
+    """All records are images with one label, in any order, including key 0."""
     keys = np.random.default_rng(0).permutation(3000).tolist()
     write(tmp_path, {key: content(b"%d" % key, key % 1000, key=key, vector=False) for key in keys})
     assert faces_of(read_index(tmp_path)) == [(b"%d" % key, key % 1000, -1) for key in range(3000)]
@@ -278,7 +278,7 @@ def test_files_of_im2rec_are_read_to_the_last_key(tmp_path, half):
 
 @pytest.mark.parametrize("group", [-1, 1])
 @pytest.mark.parametrize("name", CUT)
-def test_records_are_cut_where_the_magic_number_is_aligned(tmp_path, name, group):
+def test_records_are_divided_at_aligned_magic_numbers(tmp_path, name, group):
     image, parts = CUT[name]
     write_records(tmp_path, [(image, 0, group), (b"next", 1, group)], num_classes=2)
     records = read_index(tmp_path)
@@ -293,8 +293,8 @@ def test_records_are_cut_where_the_magic_number_is_aligned(tmp_path, name, group
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_labels_are_found_behind_magic_numbers(tmp_path, index):
-    """Both halves of the id and the second of id2 are one."""
+def test_labels_with_magic_numbers_are_read(tmp_path, index):
+    """Both halves of id, and the second half of id2, are magic numbers."""
     plain = struct.pack("<If", 2, 77) + MAGIC * 2 + bytes(4) + MAGIC + struct.pack("<2f", 4, 1) + b"abcd" + MAGIC + b"e"
     cut = part(1, plain[:8]) + part(2, b"") + part(2, plain[16:20]) + part(2, plain[24:36]) + part(3, b"e")
     assert plain_record(cut, 0) == (plain, len(cut))
@@ -315,11 +315,11 @@ def test_a_part_of_any_length_is_padded():
 # MXNet ----------------------------------------------------------------------------------------------------------------
 
 
-# In a process of its own: what it loads must not be what other tests run with.
+# In a separate process, so that the libraries that MXNet loads do not affect other tests.
 MXNET = """
 import pickle, sys
 import numpy
-numpy.bool = numpy.bool_  # MXNet 1.9 still asks for it
+numpy.bool = numpy.bool_  # MXNet 1.9 uses this removed name
 from mxnet import recordio
 
 folder, contents, other = pickle.load(sys.stdin.buffer)
@@ -339,7 +339,7 @@ with open(other + "/read", "wb") as out:
 
 
 def many_faces(seed: int = 0, count: int = 60) -> list[tuple[bytes, int, int]]:
-    """Four of each identity, with magic numbers in most."""
+    """Returns four images per identity, most of them with magic numbers."""
     random = np.random.default_rng(seed)
     pieces = [MAGIC, MAGIC, MAGIC[:2], b"a", b"bcde", random.bytes(50)]
     return [
@@ -350,7 +350,7 @@ def many_faces(seed: int = 0, count: int = 60) -> list[tuple[bytes, int, int]]:
 
 @pytest.fixture(scope="module")
 def mxnet(tmp_path_factory):
-    """What is to be written, as {key: (image, label)}; folders that we and MXNet wrote; what MXNet read of ours."""
+    """Returns {key: (image, label)} to write, the folders that we and MXNet wrote, and what MXNet read from ours."""
     if find_spec("mxnet") is None:
         pytest.skip("MXNet is not installed")
     ours, theirs = (tmp_path_factory.mktemp(name) for name in ("ours", "theirs"))
@@ -372,7 +372,7 @@ def test_mxnet_writes_the_same_bytes(mxnet):
     assert faces_of(read_index(theirs)) == many_faces()
 
 
-def test_mxnet_reads_what_is_written(mxnet):
+def test_mxnet_reads_our_files(mxnet):
     contents, _, _, (found, in_sequence) = mxnet
     assert found == contents
     assert in_sequence == len(contents) == 77
@@ -427,7 +427,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         ("0\t0\n1\t48\n0\t100\n", "holds key 0 twice"),
     ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path, text, reason):
+def test_an_invalid_index_is_refused(tmp_path, text, reason):
     write(tmp_path, insightface(FACES))
     (tmp_path / "train.idx").write_bytes(text.encode())
     assert refusal(tmp_path) == f"train.idx {reason}: get it again, or delete it to have train.rec walked through."
@@ -445,7 +445,7 @@ def test_an_index_that_is_none_is_refused(tmp_path, text, reason):
         (40, "is in train.idx twice"),
     ],
 )
-def test_offsets_that_lead_to_no_record_are_refused(tmp_path, offset, reason):
+def test_invalid_offsets_are_refused(tmp_path, offset, reason):
     write(tmp_path, {0: content(b"", 3, 3), 1: content(b"12345678", 0), 2: content(b"123456789", 0)})
     assert (tmp_path / "train.rec").stat().st_size == 40 + 44 + 48
     (tmp_path / "train.idx").write_text(f"0\t0\n1\t40\n2\t{offset}\n")
@@ -453,7 +453,7 @@ def test_offsets_that_lead_to_no_record_are_refused(tmp_path, offset, reason):
 
 
 IMAGES = {1: content(b"12345678", 0, key=1), 2: content(b"12345678", 1, key=2), 3: content(b"12345678", 2, key=3)}
-"""Three records of 44 bytes."""
+"""Offsets in a file of three records of 44 bytes."""
 
 
 TOO_SHORT = "is a record too short for its labels"
@@ -479,7 +479,7 @@ TOO_SHORT = "is a record too short for its labels"
         (52, 0xFFFFFFFF, 44, TOO_SHORT, 44, TOO_SHORT),
     ],
 )
-def test_records_that_are_none_are_refused(tmp_path, at, word, place, reason, place_walked, reason_walked):
+def test_invalid_records_are_refused(tmp_path, at, word, place, reason, place_walked, reason_walked):
     write(tmp_path, IMAGES)
     change(tmp_path / "train.rec", at, struct.pack("<I", word))
     assert refusal(tmp_path) == f"train.rec: what lies at byte {place} {reason}{AGAIN}"
@@ -487,8 +487,8 @@ def test_records_that_are_none_are_refused(tmp_path, at, word, place, reason, pl
     assert refusal(tmp_path) == f"train.rec: what lies at byte {place_walked} {reason_walked}{AGAIN}"
 
 
-def test_a_record_must_not_reach_over_the_next(tmp_path):
-    """Which the index tells, and nothing else does."""
+def test_a_record_must_not_overlap_the_next(tmp_path):
+    """Only the index shows the overlap."""
     write(tmp_path, IMAGES)
     change(tmp_path / "train.rec", 4, struct.pack("<I", 80))
     assert refusal(tmp_path) == f"train.rec: what lies at byte 0 is a record that reaches into the next{AGAIN}"
@@ -496,7 +496,7 @@ def test_a_record_must_not_reach_over_the_next(tmp_path):
     assert read_index(tmp_path).keys.tolist() == [1, 3]
 
 
-def test_a_record_must_be_followed_by_another_also_where_the_index_does_not_name_it(tmp_path):
+def test_a_record_must_be_followed_by_another_even_if_it_is_not_in_the_index(tmp_path):
     write(tmp_path, IMAGES)
     (tmp_path / "train.idx").write_text("1\t0\n3\t88\n")
     change(tmp_path / "train.rec", 48, struct.pack("<I", 2 << 29 | 36))
@@ -504,7 +504,7 @@ def test_a_record_must_be_followed_by_another_also_where_the_index_does_not_name
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_a_file_cut_anywhere_is_refused(tmp_path, index):
+def test_a_truncated_file_is_refused(tmp_path, index):
     data = (write(tmp_path, IMAGES, index) / "train.rec").read_bytes()
     for size in range(1, len(data)):
         if index or size % 44:
@@ -515,7 +515,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, index):
         assert AGAIN in refusal(tmp_path)
 
 
-def test_a_record_of_many_parts_must_be_whole(tmp_path):
+def test_a_record_of_many_parts_must_be_complete(tmp_path):
     first, last = part(1, content(b"", 3)), part(3, b"end")
     for parts in (first, first + first + last, first + part(2, b"") + part(0, b"") + last, first + part(2, b"")):
         for index in (True, False):
@@ -526,7 +526,7 @@ def test_a_record_of_many_parts_must_be_whole(tmp_path):
 
 @pytest.mark.parametrize("value", [-1.0, 0.5, -0.25, 2.0**24, 1e30, np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("name", ["identity", "identity in a vector", "group"])
-def test_labels_that_are_no_whole_numbers_are_refused(tmp_path, name, value):
+def test_labels_that_are_not_whole_numbers_are_refused(tmp_path, name, value):
     labels = (1, value) if name == "group" else (value,)
     bad = content(b"image", *labels, vector=name != "identity")
     write(tmp_path, {5: content(b"image", 2), 9: bad})
@@ -534,7 +534,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(tmp_path, name, value):
     assert refusal(tmp_path) == f"{expected} 16,777,215."
 
 
-def test_a_signalling_nan_is_no_label(tmp_path):
+def test_a_signalling_nan_is_refused_as_a_label(tmp_path):
     write(tmp_path, {5: struct.pack("<IIQQ", 0, 0x7F800001, 0, 0)})
     assert "key 5 has nan for its identity" in refusal(tmp_path)
 
@@ -562,17 +562,17 @@ IMAGE = content(b"image", 3, vector=False)
 @pytest.mark.parametrize(
     ("missing", "more"),
     [
-        (range(4104, 6000), {}),  # no identity is there
-        (range(4104, 4107), {}),  # none of those that may be the first
-        ([4104], {}),  # the first, which may have been an image
-        ([4103], {}),  # the last image, which may have been an identity
+        (range(4104, 6000), {}),  # all identities are missing
+        (range(4104, 4107), {}),  # all possible first identities are missing
+        ([4104], {}),  # the first identity, which could be an image
+        ([4103], {}),  # the last image, which could be an identity
         ([], {4105: IMAGE}),  # an image among the identities
-        ([], {4104: IMAGE, 4105: IMAGE, 4106: IMAGE}),  # more images than the header record can mean
-        ([], {4105: content(b"", 9, 3)}),  # keys that end before they begin
-        ([], {4103: content(b"", 500, 3)}),  # an image without content, or that
+        ([], {4104: IMAGE, 4105: IMAGE, 4106: IMAGE}),  # more images than the header record allows
+        ([], {4105: content(b"", 9, 3)}),  # keys that end before their start
+        ([], {4103: content(b"", 500, 3)}),  # an empty image, or an identity
     ],
 )
-def test_images_of_which_the_end_is_not_known_are_refused(tmp_path, half, missing, more):
+def test_an_ambiguous_end_of_the_images_is_refused(tmp_path, half, missing, more):
     write(tmp_path, {key: value for key, value in (large(4104) | more).items() if key not in missing})
     assert refusal(tmp_path) == (
         "train.rec: its header record says that images end at a key from 4,102 to 4,106, and the records of these keys "
@@ -581,7 +581,7 @@ def test_images_of_which_the_end_is_not_known_are_refused(tmp_path, half, missin
 
 
 @pytest.mark.parametrize("key", [1, 2000, 4101, 4102])
-def test_an_image_that_is_missing_before_a_rounded_end_is_noticed(tmp_path, half, key):
+def test_an_image_missing_before_a_rounded_end_is_detected(tmp_path, half, key):
     write(tmp_path, {k: value for k, value in large(4104).items() if k != key})
     said = (
         "train.rec: 4,102 of the 4,103 images of its header record are there: get the file again, with its train.idx."
@@ -611,7 +611,7 @@ def test_an_image_that_is_missing_before_a_rounded_end_is_noticed(tmp_path, half
         (part(0, b""), "is a record too short for its labels"),
     ],
 )
-def test_bytes_that_are_no_record_hold_no_image(record, reason):
+def test_invalid_record_bytes_are_refused(record, reason):
     with pytest.raises(ValueError) as caught:
         image_of(record)
     assert str(caught.value) == reason
@@ -640,7 +640,7 @@ def test_images_that_cannot_be_written_are_refused(tmp_path, monkeypatch, faces,
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == left
 
 
-def test_labels_that_float32_does_not_hold_are_not_written(tmp_path, monkeypatch):
+def test_labels_beyond_float32_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(recordio, "EXACT", 6)
     write_records(tmp_path, FACES[:2], num_classes=3)
     assert faces_of(read_index(tmp_path)) == FACES[:2]
@@ -649,7 +649,7 @@ def test_labels_that_float32_does_not_hold_are_not_written(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
-def test_a_write_that_ends_between_its_files_leaves_no_wrong_index(tmp_path, monkeypatch, renamed):
+def test_a_write_interrupted_between_its_files_leaves_no_wrong_index(tmp_path, monkeypatch, renamed):
     write_records(tmp_path, FACES, num_classes=3)
     replace, calls = os.replace, []
 
@@ -670,7 +670,7 @@ def test_a_write_that_ends_between_its_files_leaves_no_wrong_index(tmp_path, mon
 
 EXTREMES = (0, 1, 3, 4, 7, 8, 28, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xCED7230A, 0xFFFFFFFF)
 NUMBERS = (b"", b"-1", b"0", b"1", b"4", b"x", b"1.5", b"99999999", b"9" * 18, b"9" * 19, b"9" * 400, b"\xff")
-CASES = 1500  # of each layout
+CASES = 1500  # per layout
 
 
 def mutated(random: np.random.Generator, data: bytes) -> bytes:
@@ -681,7 +681,7 @@ def mutated(random: np.random.Generator, data: bytes) -> bytes:
             return data[:at]
         case 1:
             return data[:at] + random.bytes(size) + data[at:]
-        case 2:  # a piece again, elsewhere
+        case 2:  # copies a piece to another place
             return data[:to] + data[at : at + size] + data[to:]
         case 3:
             return data[: min(at, more)] + data[max(at, more) :]
@@ -706,7 +706,7 @@ def mutated_index(random: np.random.Generator, text: bytes) -> bytes:
 
 
 def outcome(folder: Path) -> str:
-    """Whether the files are refused; if they are not, what is read of them is what the plain reader reads."""
+    """Returns refused or read; asserts that what is read equals the result of the plain reader."""
     try:
         records = read_index(folder)
     except InputError as error:
@@ -719,7 +719,7 @@ def outcome(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("layout", ["insightface", "no header record"])
-def test_a_mutated_file_is_refused_or_read_as_it_is(tmp_path, layout):
+def test_a_mutated_file_is_refused_or_read_as_the_plain_reader_does(tmp_path, layout):
     faces = many_faces(seed=2, count=9)
     write_records(tmp_path, faces, num_classes=4)
     if layout == "no header record":
@@ -734,7 +734,7 @@ def test_a_mutated_file_is_refused_or_read_as_it_is(tmp_path, layout):
     outcomes, failures = {"refused": 0, "read": 0}, []
     for case in range(CASES):
         random = np.random.default_rng([case, len(layout)])
-        kind = case % 3  # of the mutated file: records with an index, records without one, index
+        kind = case % 3  # mutates records with an index, records without one, or the index
         (tmp_path / "train.rec").write_bytes(data if kind == 2 else mutated(random, data))
         (tmp_path / "train.idx").write_bytes(mutated_index(random, text) if kind == 2 else text)
         if kind == 1:
@@ -751,7 +751,7 @@ def read_offsets(path: Path) -> list[int]:
     return [int(line.split("\t")[1]) for line in path.read_text().splitlines()]
 
 
-def test_a_corrupt_number_costs_no_memory(tmp_path):
+def test_a_corrupted_number_allocates_no_memory(tmp_path):
     write_records(tmp_path, many_faces(seed=3, count=9), num_classes=4)
     data = (tmp_path / "train.rec").read_bytes()
     tracemalloc.start()

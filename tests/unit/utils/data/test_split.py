@@ -1,4 +1,4 @@
-"""The baseline's split: sizes as published, seeded, independent of the order of the file system."""
+"""The baseline's split: published sizes, seeded, independent of the order of the file system."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_sizes(count, sizes):
     assert sorted(name for part in parts for name in part) == names
 
 
-def test_dealing_is_random_seeded_and_blind_to_order():
+def test_the_split_is_random_seeded_and_independent_of_the_input_order():
     names = [f"m.{k}" for k in range(100)]
     one = deal(names, 4, np.random.default_rng(0))
     assert one == deal(names[::-1], 4, np.random.default_rng(0))
@@ -37,7 +37,7 @@ def test_one_group_at_a_time_equals_all_at_once(cfg):
     assert {g: write_split(alone, g, names[g]) for g in "BA"} == together
 
 
-def test_another_split_is_not_written_over(cfg):
+def test_an_existing_split_of_another_seed_is_not_overwritten(cfg):
     names = [f"A/{k}" for k in range(40)]
     first = write_split(cfg, "A", names)
     assert write_split(cfg, "A", names) == first
@@ -57,7 +57,7 @@ def test_later_stages_name_the_groups_that_are_missing(cfg):
         read_quarter(cfg, "quarter1", index)
 
 
-def test_a_list_cannot_lead_out_of_the_data_folder(cfg):
+def test_a_split_cannot_name_files_outside_the_data_folder(cfg):
     cfg = replace(cfg, is_teacher_baseline=True)
     index = scan(Path(cfg.data), cfg.ethnicities)
     for group in cfg.ethnicities:

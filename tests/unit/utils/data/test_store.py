@@ -1,4 +1,4 @@
-"""Index and decoded images: labels from names alone, nothing trusted that changed, every bad image named."""
+"""Index and decoded images: labels from names, detection of changed files, a list of all bad images."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from utils.data.store import ImageStore, decode
 from utils.errors import InputError
 
 
-def test_the_index_is_sorted_whatever_the_file_system_lists(tmp_path, monkeypatch):
+def test_the_index_is_sorted_for_any_listing_order(tmp_path, monkeypatch):
     write_images(tmp_path, {"B": {"b": 2}, "A": {"z": 1, "a10": 1, "a2": 12}})
     plain = scan(tmp_path, ("B", "A"))
     assert plain.identities == ("A/a10", "A/a2", "A/z", "B/b")
@@ -65,7 +65,7 @@ def test_an_unchanged_folder_is_not_decoded_again(cfg, capsys):
     assert np.array_equal(second.images, first.images)
 
 
-def test_the_cost_on_disk_is_said_before_decoding(cfg, capsys):
+def test_the_disk_space_is_printed_before_decoding(cfg, capsys):
     ImageStore(cfg)
     assert "once: 0.8 MB in" in capsys.readouterr().out
 
@@ -126,7 +126,7 @@ def damage_the_sidecar(cfg):
     ],
     ids=lambda change: change.__name__,
 )
-def test_a_cache_that_no_longer_matches_is_made_anew(cfg, capsys, change):
+def test_a_cache_that_no_longer_matches_is_made_again(cfg, capsys, change):
     first = ImageStore(cfg)
     first_digest = first.digest
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_all_bad_images_are_named(cfg):
     ):
         assert f"{Path(cfg.data) / name} {reason}" in text
         assert f"{name} {reason}" in (cfg.cache_dir / "bad_images.txt").read_text()
-    with pytest.raises(InputError, match="4 of 20 images"):  # the cached verdict is the same
+    with pytest.raises(InputError, match="4 of 20 images"):  # the cached result is the same
         ImageStore(cfg)
 
 
@@ -188,14 +188,14 @@ def test_bad_images_are_skipped_only_if_they_are_few(cfg, monkeypatch, capsys):
     assert "4 of 20 images" in capsys.readouterr().err
 
 
-def test_a_truncated_png_is_noticed():
+def test_a_truncated_png_is_refused():
     content = encode(noise(0), ".png")
     assert decode(content).shape == (112, 112, 3)
     with pytest.raises(ValueError, match="is a truncated PNG"):
         decode(content[:-2000])
 
 
-def test_a_full_disk_is_noticed_before_decoding(cfg, monkeypatch):
+def test_a_full_disk_is_detected_before_decoding(cfg, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("utils.data.store.shutil.disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"0.0 MB free of 0.8 MB: set cache to a larger disk"):
@@ -214,13 +214,13 @@ def test_missing_and_empty_folders_are_refused(cfg):
         scan(data, ("A", "C"))
 
 
-def test_a_link_that_leads_nowhere_is_a_bad_image(cfg):
+def test_a_broken_link_is_a_bad_image(cfg):
     (Path(cfg.data) / "A" / "a1" / "zz.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(InputError, match=r"zz.jpg cannot be read \(No such file or directory\)"):
         ImageStore(cfg)
 
 
-def test_names_of_files_need_not_be_text(cfg):
+def test_file_names_need_not_be_valid_unicode(cfg):
     folder = Path(cfg.data) / "A" / "a1"
     (folder / "0.jpg").rename(folder / os.fsdecode(b"\xff \n.jpg"))
     first = ImageStore(cfg)
@@ -238,7 +238,7 @@ def test_an_impossible_size_in_a_header_is_a_bad_image(cfg):
 
 
 def test_two_processes_share_one_cache(cfg):
-    """Teachers are trained side by side: whoever comes second waits and reads."""
+    """Two teachers are trained in parallel: the second process waits, then reads the cache of the first."""
     code = (
         f"from config.config import Config; from utils.data.store import ImageStore; print(ImageStore({cfg!r}).digest)"
     )
@@ -249,7 +249,7 @@ def test_two_processes_share_one_cache(cfg):
     assert sum("Decoding" in line for lines in outputs for line in lines) == 1
 
 
-def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
+def test_interrupted_decoding_resumes(cfg, monkeypatch, capsys):
     whole = ImageStore(cfg)
     images, digest = np.array(whole.images), whole.digest
     monkeypatch.setattr("utils.data.store.BLOCK", 4)
@@ -270,7 +270,7 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
     assert not (cfg.cache_dir / "images.npy").exists()
     with open(cfg.cache_dir / "images.npy.partial", "rb+") as file:
         file.seek(1000)
-        file.write(b"x" * 9)  # of the first block, which therefore cannot be trusted
+        file.write(b"x" * 9)  # damages the first block
     again = ImageStore(cfg)
     assert "Decoding 12 of 20 images" in capsys.readouterr().out
     assert np.array_equal(again.images, images)
@@ -280,11 +280,11 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
     assert ImageStore(replace(cfg, cache=cfg.cache + "4")).digest == digest
 
 
-def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
+def test_a_saved_index_is_used_until_something_changes(cfg, monkeypatch):
     scans, plain = [], index.scan
     monkeypatch.setattr(index, "scan", lambda *given: scans.append(1) or plain(*given))
     first = find_images(cfg)
-    assert not (cfg.cache_dir / "index.npz").exists()  # the folders have only just been written
+    assert not (cfg.cache_dir / "index.npz").exists()  # the folders are too recent
     monkeypatch.setattr(index, "SETTLED", 0.0)
     find_images(cfg)
     (Path(cfg.data) / "A" / "empty").mkdir()
@@ -299,7 +299,7 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
     assert not is_read_back()
     assert is_read_back()
     assert find_images(cfg).digest == first.digest  # an empty folder changes no image
-    monkeypatch.setattr(index, "EXTENSIONS", (*index.EXTENSIONS, ".bmp"))  # as of a later version
+    monkeypatch.setattr(index, "EXTENSIONS", (*index.EXTENSIONS, ".bmp"))  # as a later version might
     assert not is_read_back()
     assert is_read_back()
     for change in (
@@ -307,7 +307,7 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
         lambda: image_of(cfg, "A/empty/first.jpg").write_bytes(encode(noise(9))),
         lambda: image_of(cfg, "A/a1/new.jpg").unlink(),
         lambda: image_of(cfg, "A/a2/0.jpg").rename(image_of(cfg, "A/a2/00.jpg")),
-        lambda: image_of(cfg, "B/b1/0.jpg").write_bytes(encode(noise(8))),  # in place
+        lambda: image_of(cfg, "B/b1/0.jpg").write_bytes(encode(noise(8))),  # overwritten in place
         lambda: os.utime(image_of(cfg, "B/b1/0.jpg"), (1, 1)),
         lambda: image_of(cfg, "B/b3").mkdir(),
         lambda: image_of(cfg, "B/b1/gone.jpg").symlink_to("nowhere.jpg"),
@@ -319,8 +319,8 @@ def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
         find_images(replace(cfg, ethnicities=("A", "B", "C")))
 
 
-def test_a_mended_image_is_noticed_among_any_number(cfg, monkeypatch):
-    """Written over in place, where only a few files are looked at."""
+def test_a_replaced_image_is_detected_among_many(cfg, monkeypatch):
+    """The image is overwritten in place, and only a few files are checked."""
     monkeypatch.setattr(index, "SETTLED", 0.0)
     monkeypatch.setattr(index, "LOOKED_AT", 2)
     bad = image_of(cfg, "A/a2/1.jpg")
@@ -332,7 +332,7 @@ def test_a_mended_image_is_noticed_among_any_number(cfg, monkeypatch):
     assert ImageStore(cfg).usable.all()
 
 
-def test_an_index_that_cannot_be_kept_costs_nothing_else(cfg, monkeypatch):
+def test_an_index_that_cannot_be_saved_is_not_an_error(cfg, monkeypatch):
     monkeypatch.setattr(index, "SETTLED", 0.0)
 
     def read_only(*_):
@@ -342,7 +342,7 @@ def test_an_index_that_cannot_be_kept_costs_nothing_else(cfg, monkeypatch):
     assert len(find_images(cfg).paths) == 20
 
 
-def test_a_damaged_index_is_made_anew(cfg, monkeypatch, capsys):
+def test_a_damaged_index_is_made_again(cfg, monkeypatch, capsys):
     monkeypatch.setattr(index, "SETTLED", 0.0)
     first = find_images(cfg)
     path = cfg.cache_dir / "index.npz"

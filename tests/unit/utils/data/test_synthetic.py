@@ -1,4 +1,4 @@
-"""Generated faces: the same for the same seed, and groups that differ in nothing but what identity means."""
+"""Generated faces: equal for equal seeds; groups differ only in the attributes that define identity."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from utils.data.synthetic import ATTRIBUTES, MARKER, NAMES, draw_face, generate,
 from utils.errors import InputError
 
 
-def test_four_attributes_of_each_group_are_fixed_and_none_is_shared():
+def test_each_group_has_four_identity_attributes_and_none_is_shared():
     assert len(NAMES) == len(set(NAMES)) == 16
     for group, attributes in enumerate(ATTRIBUTES):
         people = [identity_parameters(group, np.random.default_rng(k)) for k in range(300)]
@@ -21,7 +21,7 @@ def test_four_attributes_of_each_group_are_fixed_and_none_is_shared():
         assert (between[~carries] < 0.5 * within[~carries]).all()
 
 
-def test_a_face_is_drawn_from_its_seed():
+def test_a_face_depends_on_its_seed():
     parameters = identity_parameters(0, np.random.default_rng(1))
     one, again, other = (draw_face(*parameters, np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert one.shape == (112, 112, 3)
@@ -31,7 +31,7 @@ def test_a_face_is_drawn_from_its_seed():
     assert 20 < one.mean() < 235
 
 
-def test_the_same_seed_writes_the_same_files_and_another_one_others(tmp_path):
+def test_equal_seeds_write_equal_files_and_other_seeds_others(tmp_path):
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         generate(tmp_path / name, ("A", "B"), identities=2, images=2, pairs=20, seed=seed)
 
@@ -46,7 +46,7 @@ def test_the_same_seed_writes_the_same_files_and_another_one_others(tmp_path):
     assert all(content != contents("other")[name] for name, content in contents("one").items())
 
 
-def test_files_are_those_that_the_stages_read(tmp_path):
+def test_the_stages_can_read_the_files(tmp_path):
     generate(tmp_path / "x", ("A", "B"), identities=3, images=2, pairs=40)
     index = scan(tmp_path / "x" / "train", ("A", "B"))
     assert len(index.paths) == 12
@@ -57,7 +57,7 @@ def test_files_are_those_that_the_stages_read(tmp_path):
     assert "generated" in (tmp_path / "x" / "pairs" / MARKER).read_text()
 
 
-def test_a_folder_is_drawn_once_and_a_foreign_one_is_not_touched(tmp_path):
+def test_a_folder_is_generated_once_and_another_folder_is_not_overwritten(tmp_path):
     generate(tmp_path / "x", ("A",), identities=2, images=2, pairs=20)
     image = next((tmp_path / "x").rglob("*.jpg"))
     time = image.stat().st_mtime_ns

@@ -1,14 +1,16 @@
 """Several processes under torchrun, with gloo on the CPU, against one."""
 
+import io
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +35,8 @@ from tests.worlds import (
     train,
     train_and_stop,
 )
-from utils.distributed import collectives
-from utils.distributed.batchnorm import _SharedBatchNorm, share_statistics
-from utils.distributed.launch import Ended, Meeting
+from utils.distributed import collectives, launch
+from utils.distributed.batchnorm import CpuSyncBatchNorm, share_statistics
 from utils.distributed.world import launcher, share_of_cores
 from utils.errors import InputError
 from utils.process import Interrupted
@@ -138,14 +139,14 @@ def test_a_run_goes_on_after_processes_were_killed(by_two, faces, tmp_path):
     assert difference(by_two / base, tmp_path / base) == ""
 
 
-def test_the_death_of_a_process_is_said_while_all_others_wait(faces, tmp_path):
-    """As for a GPU, which may wait for another one for long."""
+def test_a_rank_that_waited_for_a_gpu_says_that_another_was_killed(faces, tmp_path):
+    """It handles torchrun's SIGTERM late. `make soak` has a wait so long that torchrun kills the rank."""
     given = [*arguments(faces, tmp_path), *DIVIDED, "--ethnicity", "Asian", "--checkpoint_minutes", "0"]
-    status, said = torchrun(2, "tests.worlds", "waits", *given)
+    status, said = torchrun(2, "tests.worlds", "waits", "3", *given)
     assert status == 1
     lines = [line for line in said.splitlines() if line.startswith("train.py")]
     assert len(lines) == 1
-    assert re.match(r"train.py: another process of this run has ended \(.*by peer.*\); ", lines[0])
+    assert re.match(r"train.py: another process of this run has ended \(.*by peer.*\); what was saved", lines[0])
     assert weights(tmp_path / "specialized/iresnet_tiny/teachers/Asian", "checkpoint")["epoch"] == 1
 
 
@@ -276,93 +277,84 @@ def test_what_differs_between_processes_is_refused_by_all(worlds):
         assert re.fullmatch(pattern, line)
 
 
-# Meeting -------------------------------------------------------------------------------------------------------------
+# Start and end of the process group -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def meet(monkeypatch) -> Callable[..., Meeting]:
-    """A function that makes the meeting of a rank, of so many processes; the store is that of those before."""
-    store = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 0)]))
+def connect(monkeypatch) -> Iterator[Callable[..., dist.Store]]:
+    """A function that connects a rank and returns its store; the server is the same for all, as torchrun's is."""
+    server, opened = dist.HashStore(), []
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
 
-    def made(rank: int, processes: int, machine: str = "0") -> Meeting:
-        for name, value in {"RANK": rank, "WORLD_SIZE": processes, "GROUP_RANK": machine}.items():
-            monkeypatch.setenv(name, str(value))
-        return Meeting()
+    def connected(rank: int = 0, **environment: str) -> dist.Store:
+        monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(server, rank, 3)]))
+        for name, value in {"RANK": str(rank), "WORLD_SIZE": "3", **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(launch, "_store", None)
+        monkeypatch.setattr(launch, "_connections", itertools.count())
+        launch.connect()
+        opened.extend([sys.stdout] if rank else [])
+        return launch._store
 
-    return made
-
-
-def complete(meetings: list[Meeting]) -> list[BaseException | None]:
-    """What each of them raises, all together."""
-    with ThreadPoolExecutor() as pool:
-        return [future.exception() for future in [pool.submit(one.complete) for one in meetings]]
-
-
-def test_processes_meet_again_where_others_have_met(meet):
-    """Whatever those before, some of which are gone in the middle of meeting, have left in the store."""
-    stores = []
-    for _ in range(3):
-        meet(2, 3)  # one that is gone
-        gone = meet(0, 3)
-        assert gone._name_of_all() is None
-        meetings = [meet(rank, 3) for rank in (1, 2, 0)]
-        assert complete(meetings) == [None] * 3
-        meetings[0].store.set("x", str(len(stores)))
-        assert {one.store.get("x").decode() for one in meetings} == {str(len(stores))}
-        assert not gone._get(f"{gone._name} is complete")
-        stores.append(meetings[0].store)
-    assert [store.get("x").decode() for store in stores] == ["0", "1", "2"]
+    yield connected
+    for stream in opened:
+        stream.close()
 
 
-def test_who_waits_for_one_that_has_ended_ends_too(meet, monkeypatch):
-    monkeypatch.setattr("utils.distributed.launch.RESTART", 0.3)
-    meetings = [meet(rank, 3) for rank in range(3)]
-    assert meetings[1].speaks()
-    raised = complete([meetings[0], meetings[2]])
-    assert [type(one) for one in raised] == [Ended, Ended]
+def test_ranks_that_do_not_start_are_named(connect, monkeypatch):
+    monkeypatch.setattr(launch, "START_TIMEOUT", timedelta(seconds=0.1))
+    for rank, missing in ((1, "0, 2"), (0, "2")):
+        with pytest.raises(InputError, match=f"^Process {missing} has not started: see what torchrun says of it.$"):
+            launch._wait_for_start(connect(rank), rank, 3)
+    launch._wait_for_start(connect(2), 2, 3)
 
 
-def test_one_that_has_ended_may_be_started_again(meet, monkeypatch):
-    monkeypatch.setattr("utils.distributed.launch.RESTART", 0.3)
-    meetings = [meet(rank, 2) for rank in range(2)]
-    assert meetings[1].speaks()
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(meetings[0].complete)
-        time.sleep(0.1)
-        again = meet(1, 2)
-        assert pool.submit(again.complete).exception() is first.exception() is None
+def test_a_rank_does_not_wait_for_one_that_has_ended(connect):
+    connect(1)
+    assert launch.is_first_to_end()
+    with pytest.raises(SystemExit):
+        launch._wait_for_start(connect(0), 0, 3)
 
 
-def test_who_does_not_come_is_named(meet, monkeypatch):
-    meet(1, 3)  # of an earlier attempt
-    monkeypatch.setattr("utils.distributed.launch.ARRIVAL", 0.2)
-    for rank, missing in ((1, "0, 2"), (0, "1, 2"), (2, "0")):
-        (raised,) = complete([meet(rank, 3)])
-        assert isinstance(raised, InputError)
-        assert str(raised) == f"Process {missing} has not come: see what torchrun says of it."
+def test_a_restart_sees_no_keys_of_killed_ranks(connect):
+    connect(1).set("started 1", "")
+    assert connect(0).check(["started 1"])
+    assert not connect(0, TORCHELASTIC_RESTART_COUNT="1").check(["started 1"])
 
 
-def test_a_store_that_is_gone_leaves_everybody_to_speak(meet, monkeypatch):
-    meeting = meet(1, 2)
+def test_restarts_on_several_machines_need_a_new_store(connect):
+    connect(1, GROUP_WORLD_SIZE="2", TORCHELASTIC_RESTART_COUNT="1").set("x", "")  # machines count failures apart
+    assert connect(0, TORCHELASTIC_RESTART_COUNT="0").check(["x"])
+    connect(0, TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="False")
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        connect(0, TORCHELASTIC_USE_AGENT_STORE="True")
 
-    def gone(*_):
+
+def test_only_rank_0_prints_and_shows_progress(connect, capsys):
+    connect(1)
+    print("a result")
+    assert capsys.readouterr().out == ""
+    assert not sys.stderr.isatty()
+
+
+def test_the_first_rank_that_ends_prints_why(connect, monkeypatch):
+    assert [connect(rank) and launch.is_first_to_end() for rank in (2, 0, 1)] == [True, False, False]
+    monkeypatch.setattr(launch, "_store", None)  # before the store is reached, the first rank of each machine does
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launch.is_first_to_end()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not launch.is_first_to_end()
+
+
+def test_a_rank_whose_store_is_gone_prints_why(connect, monkeypatch):
+    connect(1)
+
+    def fail(*_):
         raise dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
 
-    for name in ("set", "compare_set"):
-        monkeypatch.setattr(dist.PrefixStore, name, gone)
-    assert meeting.speaks()
-
-
-def test_one_of_all_speaks_and_before_all_have_met_one_of_each_machine(meet, monkeypatch):
-    before = []
-    for machine in ("0", "1"):
-        meetings = [meet(rank, 4, machine) for rank in (range(2) if machine == "0" else range(2, 4))]
-        before += [one.speaks() for one in meetings]
-    assert before == [True, False, True, False]
-    meetings = [meet(rank, 4) for rank in range(4)]
-    assert complete(meetings) == [None] * 4
-    assert [one.speaks() for one in reversed(meetings)] == [True, False, False, False]
+    monkeypatch.setattr(dist.PrefixStore, "add", fail)
+    assert launch.is_first_to_end()
 
 
 # Alone ----------------------------------------------------------------------------------------------------------------
@@ -378,7 +370,9 @@ def test_a_port_that_is_in_use_is_said(monkeypatch, capsys, faces, tmp_path):
             monkeypatch.setenv(name, value)
         run_script("train.py", arguments(faces, tmp_path), expect=2)
     said = capsys.readouterr().err
-    assert said.startswith(f"train.py: Processes cannot meet at 127.0.0.1:{port} (")
+    assert said.startswith(
+        f"train.py: The store at 127.0.0.1:{port} through which processes connect cannot be reached ("
+    )
     assert said.rstrip().endswith("give torchrun another --master_port, or --standalone.")
 
 
@@ -443,8 +437,10 @@ def test_shared_batch_normalisation_of_one_process_is_pytorchs(shape, affine):
     torch.manual_seed(0)
     kind = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
     plain, shared = (nn.Sequential(kind(5, affine=affine).double(), nn.PReLU().double()) for _ in range(2))
+    before = {**dict(shared.named_parameters()), **dict(shared.named_buffers())}
     share_statistics(shared)
-    assert isinstance(shared[0], _SharedBatchNorm)
+    assert isinstance(shared[0], CpuSyncBatchNorm)
+    assert {**dict(shared.named_parameters()), **dict(shared.named_buffers())} == before  # the same tensors
     for _ in range(2):
         x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
         inputs = [x.clone().requires_grad_() for _ in range(2)]

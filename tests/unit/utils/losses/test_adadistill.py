@@ -1,4 +1,4 @@
-"""AdaDistill: the loss against frozen numbers, the script against a teacher that runs online, and refused centres."""
+"""AdaDistill: the loss against frozen numbers, the script against a teacher on every batch, and refused centres."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def header_in_float64(name: str) -> AdaDistill:
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_three_steps_are_those_of_the_formula(name):
+def test_three_steps_equal_the_formula(name):
     header = header_in_float64(name)
     for student, teacher, label, golden in zip(*steps_inputs(), STEP_LABELS, GOLDEN[name], strict=True):
         student = torch.from_numpy(student).requires_grad_()
@@ -56,7 +56,7 @@ def test_three_steps_are_those_of_the_formula(name):
         assert torch.allclose(student.grad, wanted["gradient"], rtol=0, atol=2e-6)
 
 
-def test_the_golden_steps_reach_both_ends_of_alpha_and_its_middle():
+def test_the_golden_steps_have_alpha_0_1_and_between():
     student, teacher = (torch.from_numpy(np.concatenate(one)) for one in steps_inputs())
     agreement = F.cosine_similarity(student, teacher)
     assert (agreement < 0).sum() == 3
@@ -66,7 +66,7 @@ def test_the_golden_steps_reach_both_ends_of_alpha_and_its_middle():
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("classes", [1, 3, 40])
-def test_a_batch_is_the_sequence_of_its_samples(weighted, classes):
+def test_a_batch_equals_its_samples_one_after_another(weighted, classes):
     torch.manual_seed(classes)
     whole, single = (AdaDistill(8, classes, weighted=weighted).double() for _ in range(2))
     single.kernel.copy_(whole.kernel)
@@ -78,7 +78,7 @@ def test_a_batch_is_the_sequence_of_its_samples(weighted, classes):
     assert torch.allclose(whole.kernel, single.kernel, rtol=0, atol=1e-12)
 
 
-def test_centres_move_in_training_only_and_get_no_gradient():
+def test_centres_change_in_training_only_and_get_no_gradient():
     torch.manual_seed(0)
     header = AdaDistill(8, 5)
     student, teacher, label = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.tensor([0, 1, 1, 4])
@@ -93,8 +93,8 @@ def test_centres_move_in_training_only_and_get_no_gradient():
     assert student.grad.norm() > 0
 
 
-def test_a_student_that_is_the_teacher_leaves_centres_that_it_has_reached():
-    """alpha is 1 where student, teacher and centre are one; 0 puts the centre on the teacher (Eq. 6)."""
+def test_centres_stay_if_student_teacher_and_centre_are_equal():
+    """alpha is 1 if student, teacher and centre are equal; alpha 0 moves the centre to the teacher (Eq. 6)."""
     teacher = F.normalize(torch.randn(1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     header, label = AdaDistill(8, 2).double(), torch.tensor([1])
     header.kernel[:, 1] = 3 * teacher[0]
@@ -107,7 +107,7 @@ def test_a_student_that_is_the_teacher_leaves_centres_that_it_has_reached():
 
 
 @pytest.mark.parametrize(("frozen", "plain", "m"), [(ArcDistill, ArcFace, 0.45), (CosDistill, CosFace, 0.35)])
-def test_frozen_centres_give_the_plain_margin_loss_and_stay(frozen, plain, m):
+def test_frozen_centres_give_the_plain_margin_loss_and_do_not_change(frozen, plain, m):
     torch.manual_seed(2)
     header, other = frozen(8, 5), plain(8, 5, m=m)
     header.kernel.copy_(other.kernel.detach())
@@ -119,14 +119,14 @@ def test_frozen_centres_give_the_plain_margin_loss_and_stay(frozen, plain, m):
 
 
 def means_of_targets(cfg: Config) -> torch.Tensor:
-    """Centres (32, 16) that a teacher which has learned something would have."""
+    """Returns centres (32, 16) like those of a well-trained teacher: the mean target of each identity."""
     faces = Faces(cfg, target=True)
     target, label = (faces.columns[name].gather(faces.rows, None) for name in ("target", "label"))
     return torch.stack([target[label == k].mean(0) for k in range(faces.num_classes)], 1)
 
 
 def write_header(path: Path, kernel: torch.Tensor, identities: list[str]) -> None:
-    """With the identities of its classes as we write it, or without them as it is released."""
+    """Writes a header with the identities of its classes, as ours, or without them, as a released one."""
     state = torch.nn.ParameterDict({"kernel": kernel}).state_dict()
     if identities:
         state._metadata[""]["identities"] = identities
@@ -138,7 +138,7 @@ def write_header(path: Path, kernel: torch.Tensor, identities: list[str]) -> Non
 
 @pytest.fixture
 def moved(trained, tmp_path) -> tuple[Config, list[str]]:
-    """All that is trained, without students, in a folder of the test's own."""
+    """Copies the trained models except the students into the test's folder."""
     cfg, given = trained
     shutil.copytree(cfg.output, tmp_path / "output", ignore=shutil.ignore_patterns("students", "evaluation"))
     given = [*given, "--output", str(tmp_path / "output")]
@@ -146,8 +146,8 @@ def moved(trained, tmp_path) -> tuple[Config, list[str]]:
 
 
 @pytest.mark.parametrize("source", ["adaptor", "teacher"])
-def test_extracted_views_are_a_teacher_that_runs_online(moved, source):
-    """The student, its centres and the log after two epochs, but for the rounding of other batches."""
+def test_extracted_views_equal_a_teacher_on_every_batch(moved, source):
+    """Compares the student, its centres and the log after two epochs, up to rounding."""
     given = moved[1] + (["--ada_source", "teacher", "--ethnicity", "Asian"] if source == "teacher" else [])
     cfg = Config.from_args(given).for_adadistill
     run_script("KD_AdaDistill.py", given)
@@ -188,7 +188,7 @@ def test_extracted_views_are_a_teacher_that_runs_online(moved, source):
         assert 0 < one["measures"]["alpha"] < 1
 
 
-def test_a_student_that_is_stopped_goes_on_with_its_centres(moved, monkeypatch):
+def test_a_stopped_student_resumes_with_its_centres(moved, monkeypatch):
     cfg, given = moved
     whole = [*given, "--output", cfg.output + "2"]
     shutil.copytree(cfg.output, cfg.output + "2")
@@ -197,7 +197,7 @@ def test_a_student_that_is_stopped_goes_on_with_its_centres(moved, monkeypatch):
 
     def interrupted(self, *inputs):
         calls.append(1)
-        if len(calls) == 11:  # in the second epoch of eight steps
+        if len(calls) == 11:  # in the second epoch; an epoch has eight steps
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *inputs)
 
@@ -210,7 +210,7 @@ def test_a_student_that_is_stopped_goes_on_with_its_centres(moved, monkeypatch):
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_each_loss_has_a_folder_of_its_own_and_a_row(moved):
+def test_each_loss_has_a_run_folder_and_a_row(moved):
     _, given = moved
     short = [*given, "--num_epoch", "1"]
     run_script("KD_AdaDistill.py", [*short, "--ada_weighted", "False"])
@@ -233,7 +233,7 @@ def test_each_loss_has_a_folder_of_its_own_and_a_row(moved):
 
 @pytest.mark.parametrize("loss", ADA_LOSSES)
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_header_is_the_one_that_the_settings_name(moved, loss, weighted):
+def test_the_settings_choose_the_header(moved, loss, weighted):
     cfg = replace(moved[0], ada_loss=loss, ada_weighted=weighted).for_adadistill
     faces = Faces(cfg, target=True)
     header, sources = build_distiller(cfg, faces)
@@ -252,12 +252,14 @@ def test_the_header_is_the_one_that_the_settings_name(moved, loss, weighted):
         assert torch.equal(header.kernel, torch.load(centres, weights_only=True)["kernel"])
 
 
-def test_other_settings_or_another_source_do_not_go_on_with_a_run(moved, capsys):
+def test_a_run_is_not_resumed_with_other_settings_or_another_source(moved, capsys):
     cfg, given = moved
     short = [*given, "--num_epoch", "1"]
     for options in (["--ada_weighted", "False"], ["--ada_loss", "ArcDistill"]):
         run_script("KD_AdaDistill.py", [*short, *options])
-        run_script("KD_AdaDistill.py", [*short, *options, "--std", "0.1", "--loss_lambda", "1"])  # of other methods
+        run_script(
+            "KD_AdaDistill.py", [*short, *options, "--std", "0.1", "--loss_lambda", "1"]
+        )  # settings of other methods
         run_script("KD_AdaDistill.py", [*short, *options, "--ada_m", "0.3"], expect=2)
         assert "ada_m was 0.45, now 0.3" in capsys.readouterr().err
     path = cfg.adaptor_dir("SL") / "best_header.pth"
@@ -268,8 +270,8 @@ def test_other_settings_or_another_source_do_not_go_on_with_a_run(moved, capsys)
     assert "centres changed" in capsys.readouterr().err
 
 
-def test_a_released_student_is_used_as_it_is(moved, capsys):
-    """Without anything that training it would have needed."""
+def test_a_released_student_is_not_trained(moved, capsys):
+    """The inputs of its training are not needed."""
     cfg, given = moved
     for script, method in (("KD_alone.py", "a-KD"), ("KD_CEL.py", "EAF-KD"), ("KD_AdaDistill.py", "CosDistill")):
         folder = cfg.student_dir(method)
@@ -279,7 +281,7 @@ def test_a_released_student_is_used_as_it_is(moved, capsys):
         assert "MFN_backbone.pth and no checkpoint of a run: used as it is" in capsys.readouterr().out
 
 
-def test_a_checkpoint_from_before_there_were_measures_is_finished(moved):
+def test_an_old_checkpoint_without_measures_is_resumed(moved):
     cfg, given = moved
     path = cfg.adaptor_dir("SL") / "checkpoint.pth"
     state = torch.load(path, weights_only=True)
@@ -310,7 +312,7 @@ def test_one_teacher_of_all_groups(moved, capsys):
         assert "teacher" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
+def test_wrong_headers_are_refused_before_the_first_step(moved, capsys):
     cfg, given = moved
     frozen = [*given, "--ada_loss", "ArcDistill"]
     asian = ["--ada_source", "teacher", "--ethnicity", "Asian"]
@@ -330,9 +332,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
     with_header(state["kernel"].flip(1), names[::-1])
     refused("KD_AdaDistill.py", frozen, f"has {names[-1]} as class 0, data {names[0]}: set data to what the source was")
     learned = means_of_targets(cfg)
-    with_header(learned.flip(1), [])  # a released header does not say whose centres it has
+    with_header(learned.flip(1), [])  # a released header does not name its identities
     refused("KD_AdaDistill.py", frozen, "are closer to another class, first ")
-    with_header(torch.cat([learned[:, :12], learned[:, 12:].roll(1, 1)], 1), [])  # most are in place
+    with_header(torch.cat([learned[:, :12], learned[:, 12:].roll(1, 1)], 1), [])  # most centres are at their identity
     refused("KD_AdaDistill.py", frozen, "does not say which identities its classes are, and of data")
     with_header(learned, [])
     run_script("KD_AdaDistill.py", [*frozen, "--num_epoch", "1"])
@@ -365,7 +367,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(moved, capsys):
 
 @pytest.fixture(params=["folders", "records"])
 def groupless(request, trained, tmp_path) -> list[str]:
-    """The command line on the same faces without their groups, as folders or as records, with two verification sets."""
+    """Returns a command line for the same faces without groups, as folders or records, with two verification sets."""
     cfg, given = trained
     data = tmp_path / "data"
     identities = sorted(path for group in GROUPS for path in Path(cfg.data, group).iterdir())
@@ -386,7 +388,7 @@ def groupless(request, trained, tmp_path) -> list[str]:
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_one_teacher_and_its_students_on_data_without_groups(groupless, tmp_path, capsys):
-    """Also with the teacher's files named as released ones, of another folder."""
+    """Also tests files of the teacher that are named as released ones, in another output folder."""
     run_script("train.py", [*groupless, "--loss", "ArcFace"])
     cfg = Config.from_args(groupless)
     assert cfg.teacher_dir("All") == tmp_path / "output" / "standalone" / "iresnet_tiny" / "teachers" / "All"
@@ -395,7 +397,7 @@ def test_one_teacher_and_its_students_on_data_without_groups(groupless, tmp_path
     assert "Next: python KD_AdaDistill.py" in capsys.readouterr().out
     distil = [*groupless, "--ada_source", "teacher"]
     cfg = Config.from_args(distil)
-    learned = means_of_targets(cfg)  # two epochs teach the header nothing
+    learned = means_of_targets(cfg)  # two epochs are too few to train the header
     write_header(cfg.teacher_dir("All") / "best_header.pth", learned, [*Faces(cfg).identities])
     run_script("KD_AdaDistill.py", distil)
     run_script("KD_AdaDistill.py", [*distil, "--ada_loss", "ArcDistill"])
@@ -455,7 +457,7 @@ def test_records_and_folders_give_the_same_labels_and_images(trained, tmp_path):
         Faces(replace(records, ethnicities=("Caucasian", "Indian")))
 
 
-def test_an_index_of_records_is_kept_until_they_change(trained, tmp_path, monkeypatch):
+def test_a_saved_index_of_records_is_used_until_they_change(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.index.SETTLED", 0.0)
     cfg, _ = trained
     path = next(Path(cfg.data).rglob("*.jpg"))
@@ -466,7 +468,7 @@ def test_an_index_of_records_is_kept_until_they_change(trained, tmp_path, monkey
         patch.setattr("utils.data.index.scan", None)
         assert find_images(settings).digest == first.digest
     other = cv2.imencode(".jpg", np.zeros((112, 112, 3), np.uint8))[1].tobytes().ljust(len(path.read_bytes()), b"x")
-    write_records(tmp_path, [(other, 0, -1)], 1)  # of the same size, name and place
+    write_records(tmp_path, [(other, 0, -1)], 1)  # with the same size, name and folder
     again = find_images(settings)
     assert again.stamps.tolist() == first.stamps.tolist()
     assert again.digest != first.digest

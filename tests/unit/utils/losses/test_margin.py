@@ -1,4 +1,4 @@
-"""Margin heads against frozen numbers from the formulae, and at the boundary where arc cosine has no slope."""
+"""Margin headers against frozen numbers from the formulas, and at +-1, where the slope of arc cosine is infinite."""
 
 import json
 import math
@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config.config import Config
+from config.registry import LOSSES
 from tests.make_golden import LABEL, MARGINS, S, inputs
 from utils import losses
 from utils.errors import InputError
@@ -20,7 +22,7 @@ MARGIN = {"ElasticArcFace": 0.5, "ElasticCosFace": 0.35, "ArcFace": 0.5, "CosFac
 
 
 def head_in_float64(name: str) -> torch.nn.Module:
-    """The head with the golden kernel; elastic heads get the golden margins instead of drawn ones."""
+    """Returns the header with the golden kernel; elastic headers get the golden margins instead of random ones."""
     _, kernel = inputs()
     head = getattr(losses, name)(5, 6, s=S).double()
     head.kernel.data = torch.from_numpy(kernel)
@@ -30,7 +32,7 @@ def head_in_float64(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_logits_loss_and_gradients_are_those_of_the_formula(name):
+def test_logits_loss_and_gradients_equal_the_formula(name):
     embeddings = torch.from_numpy(inputs()[0]).requires_grad_()
     label = torch.tensor(LABEL)
     head = head_in_float64(name)
@@ -98,8 +100,8 @@ def test_published_defaults():
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_the_head_in_place_is_the_plain_formula_to_rounding(name):
-    """Against normalised copies and autograd, at the width of a real head; labels repeat, one centre is short."""
+def test_the_in_place_header_equals_the_plain_formula_up_to_rounding(name):
+    """Compares with normalised copies and autograd, for many classes; labels repeat, and one centre is short."""
     torch.manual_seed(4)
     head = getattr(losses, name)(64, 3000).double().train()
     head.kernel.data[:, 7] *= 1e-4
@@ -129,7 +131,9 @@ def test_the_head_in_place_is_the_plain_formula_to_rounding(name):
     (loss, given, kernel), (plain_loss, plain_given, plain_kernel) = found
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-12)
     assert (given - plain_given).norm() <= 1e-12 * plain_given.norm()
-    difference = (kernel - plain_kernel).norm(dim=0)  # class by class: the short one's is by far the largest
+    difference = (kernel - plain_kernel).norm(
+        dim=0
+    )  # per class, since the gradient of the short centre is by far the largest
     assert (difference <= 1e-12 * plain_kernel.norm(dim=0)).all()
 
 
@@ -142,7 +146,7 @@ def test_a_frozen_kernel_gets_no_gradient():
     assert embeddings.grad.norm() > 0
 
 
-def test_plus_gives_harder_samples_larger_margins():
+def test_plus_headers_give_harder_samples_larger_margins():
     torch.manual_seed(1)
     head = losses.ElasticArcFace(4, 3, std=0.1, plus=True)
     target = torch.rand(64, 1) * 2 - 1
@@ -150,7 +154,7 @@ def test_plus_gives_harder_samples_larger_margins():
     assert (by_difficulty.diff() < 0).all()
 
 
-def test_without_spread_the_elastic_heads_are_the_plain_ones():
+def test_elastic_headers_without_spread_equal_the_plain_ones():
     torch.manual_seed(2)
     embeddings, label = torch.randn(8, 16), torch.randint(5, (8,))
     for elastic, plain in (("ElasticArcFace", "ArcFace"), ("ElasticCosFace", "CosFace")):
@@ -159,7 +163,7 @@ def test_without_spread_the_elastic_heads_are_the_plain_ones():
         assert torch.equal(one(embeddings, label), other(embeddings, label))
 
 
-def test_curricular_mean_moves_in_training_only():
+def test_curricular_mean_changes_in_training_only():
     torch.manual_seed(3)
     head = losses.CurricularFace(16, 5)
     embeddings, label = torch.randn(8, 16), torch.randint(5, (8,))
@@ -170,17 +174,25 @@ def test_curricular_mean_moves_in_training_only():
     assert head.t.item() == pytest.approx(0.01 * target.item(), rel=1e-5)
 
 
-def test_curricular_target_falls_linearly_beyond_pi_minus_m():
+def test_curricular_target_is_linear_beyond_pi_minus_m():
     head = losses.CurricularFace(4, 3, m=0.5)
     target = torch.tensor([[-0.95]], dtype=torch.float64)
     assert head.target_logit(target).item() == pytest.approx(-0.95 - 0.5 * math.sin(0.5))
 
 
-def test_headers_are_built_by_the_name_of_the_setting():
-    header = build_header("ElasticCosFace+", 8, 3, s=30.0, m=0.2, std=0.02)
+def test_headers_are_built_by_name():
+    cfg = Config(loss="ElasticCosFace+", embedding_size=8, s=30.0, m=0.2)
+    header = build_header(cfg.loss, 3, cfg, "teacher")
     assert isinstance(header, losses.ElasticCosFace)
     assert (header.s, header.m, header.std, header.plus) == (30.0, 0.2, 0.02, True)
-    assert isinstance(build_header("CurricularFace", 8, 3, 30.0, 0.2, 0.0), losses.CurricularFace)
-    for name in ("ArcFace+", "SphereFace"):
-        with pytest.raises(InputError, match=r"loss = .* must be one of"):
-            build_header(name, 8, 3, 30.0, 0.2, 0.0)
+    assert header.kernel.shape == (8, 3)
+    with pytest.raises(InputError, match=r"no loss 'ArcFace\+': choose ElasticArcFace, .*config/registry.py"):
+        build_header("ArcFace+", 3, cfg, "teacher")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_in_the_registry_trains_with_its_own_margin(name):
+    header = build_header(name, 3, Config(loss=name, embedding_size=8), "teacher")
+    assert header.m == LOSSES[name].m and getattr(header, "std", 0.0) == LOSSES[name].std
+    header.loss(torch.eye(8)[:3], torch.arange(3)).backward()
+    assert header.kernel.grad.abs().sum() > 0

@@ -1,8 +1,8 @@
-"""Sharded headers on 1, 2 and 3 processes against the dense one on the whole batch, which the test itself computes.
+"""Sharded headers on 1, 2 and 3 processes against the dense header on the whole batch.
 
-All processes of a world size are started once and go through every case; what they found lies in a file of each. After
-its own three steps each world takes the third once more from what the world before it, before the first the dense
-header, had saved after two.
+All processes of a world size are started once, run every case and save their results to one file each. After its own
+three steps, each world also takes the third step from the state that the next smaller world saved after two; world 1
+uses the state of the dense header.
 """
 
 import functools
@@ -28,13 +28,12 @@ from utils.losses import (
     CurricularFace,
     ElasticArcFace,
     ElasticCosFace,
-    margin_loss,
 )
 from utils.losses.sharded import ShardedHeader, columns_of, sharded
 
 
 class Harder(CosFace):
-    """A header that the project does not have: negatives above their target count more."""
+    """A header that only this test has: negatives above their target get a larger weight."""
 
     def adjusted(self, logits, column, target):
         return logits + (logits > self.s * target).scatter(1, column, False)
@@ -59,7 +58,9 @@ KINDS = {
     "CosDistill": functools.partial(CosDistill),
 }
 CASES = [(name, CLASSES, dtype) for name in KINDS for dtype in (torch.float32, torch.float64)]
-CASES += [(name, 4, torch.float32) for name in ("ArcFace", "CurricularFace", "AdaDistill arc")]  # none for a third rank
+CASES += [
+    (name, 4, torch.float32) for name in ("ArcFace", "CurricularFace", "AdaDistill arc")
+]  # the third rank has no class
 RESUMED = [case for case in CASES if case[2] == torch.float64]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -71,7 +72,7 @@ def build(name: str, classes: int, dtype: torch.dtype, as_kind: Callable[[type],
 
 
 def batches(name: str, classes: int, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-    """Embeddings, the teacher's if it is asked for, and labels of all ranks; a class comes in each third of a batch."""
+    """Yields embeddings, the teacher's if the header needs them, and labels of all ranks, with repeated classes."""
     random = torch.Generator().manual_seed(2)
     for _ in range(STEPS):
         teacher = torch.randn(BATCH, WIDTH, generator=random, dtype=dtype)
@@ -82,7 +83,7 @@ def batches(name: str, classes: int, dtype: torch.dtype) -> Iterator[list[torch.
 
 
 class Training:
-    """A header and its optimizer, and what is found in each step, with whole tensors on rank 0."""
+    """A header, its optimizer, and the results of each step, gathered on rank 0."""
 
     def __init__(self, header: nn.Module):
         self.header, self.found = header, []
@@ -94,7 +95,7 @@ class Training:
         student, *others = (one.chunk(ranks)[rank] for one in batch)
         student = student.clone().requires_grad_()
         torch.manual_seed(seed)
-        loss = margin_loss(self.header, student, *others)
+        loss = self.header.loss(student, *others)
         loss.backward()
         found = {"loss": loss.detach(), "gradient": student.grad / ranks}
         if self.optimizer:
@@ -109,7 +110,7 @@ class Training:
         return self.header.gather(columns) if isinstance(self.header, ShardedHeader) else columns.clone()
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """What a checkpoint holds, on rank 0."""
+        """Returns the content of a checkpoint on rank 0, None on other ranks."""
         is_sharded = isinstance(self.header, ShardedHeader)
         state = deepcopy(self.header.dense_state_dict() if is_sharded else self.header.state_dict())
         momentum = self.optimizer and self.whole(self.optimizer.state[self.header.kernel]["momentum_buffer"])
@@ -125,12 +126,12 @@ class Training:
 
 
 def place(header: nn.Module) -> tuple[int, int]:
-    """Which part of the batch a header gets, and of how many."""
+    """Returns the index of the part of the batch that a header gets, and the number of parts."""
     return (dist.get_rank(), dist.get_world_size()) if isinstance(header, ShardedHeader) else (0, 1)
 
 
 def train(training: Training, case: tuple) -> dict:
-    """Three steps, and the states that are saved after two and at the end."""
+    """Takes three steps; returns their results, and the states after two steps and at the end."""
     for step, batch in enumerate(batches(*case)):
         before = training.state() if step == STEPS - 1 else None
         training.step(batch, step)
@@ -138,7 +139,7 @@ def train(training: Training, case: tuple) -> dict:
 
 
 def resume(training: Training, state: dict | None, case: tuple) -> dict | None:
-    """The state after a third step from that after two."""
+    """Restores the state after two steps, and returns the state after the third."""
     training.restore(state)
     *_, batch = batches(*case)
     training.step(batch, STEPS - 1)
@@ -146,7 +147,7 @@ def resume(training: Training, state: dict | None, case: tuple) -> dict | None:
 
 
 def work(rank: int, world: int, folder: Path) -> None:
-    """What each process of a world does."""
+    """Runs all cases on one rank, and saves its results in `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store {world}", rank=rank, world_size=world)
     saved = torch.load(folder / f"{world - 1} 0.pt") if rank == 0 else None
@@ -162,7 +163,7 @@ def work(rank: int, world: int, folder: Path) -> None:
 
 
 def averaged() -> torch.Tensor:
-    """The gradient of a backbone that DistributedDataParallel has averaged, with a second loss beside the margin's."""
+    """Returns a backbone's gradient, averaged by DistributedDataParallel, with a second loss beside the margin loss."""
     return gradient_of_backbone(DistributedDataParallel, build("ArcFace", CLASSES, torch.float64, sharded))
 
 
@@ -173,12 +174,12 @@ def gradient_of_backbone(wrap: Callable, header: nn.Module) -> torch.Tensor:
     layer = nn.Linear(WIDTH, WIDTH).double()
     backbone = wrap(layer)
     embedding = F.normalize(backbone(image))
-    (margin_loss(header, embedding, label) + F.mse_loss(embedding, target)).backward()
+    (header.loss(embedding, label) + F.mse_loss(embedding, target)).backward()
     return layer.weight.grad
 
 
 def built() -> list[tuple[torch.Tensor | None, torch.Tensor]]:
-    """Wide kernels as they are built, and the generator's state behind them."""
+    """Returns newly built kernels with many classes, and the state of the random generator after that."""
     found = []
     for kind in (ArcFace, AdaDistill):
         torch.manual_seed(4)
@@ -189,7 +190,7 @@ def built() -> list[tuple[torch.Tensor | None, torch.Tensor]]:
 
 
 class Widths(TorchDispatchMode):
-    """Notes the size of the last dimension of every matrix that comes up."""
+    """Records the size of the last dimension of every matrix that is computed."""
 
     def __init__(self):
         super().__init__()
@@ -203,23 +204,23 @@ class Widths(TorchDispatchMode):
 
 
 def widest() -> tuple[int, torch.Size]:
-    """Of the matrices of a step of CurricularFace with 100 classes; and the shape of the kernel."""
+    """Returns the largest matrix width in a step of CurricularFace with 100 classes, and the kernel's shape."""
     header = build("CurricularFace", 100, torch.float32, sharded)
     rank, ranks = place(header)
     embeddings, label = (one.chunk(ranks)[rank] for one in next(batches("", 100, torch.float32)))
     with Widths() as widths:
-        margin_loss(header, embeddings.requires_grad_(), label).backward()
+        header.loss(embeddings.requires_grad_(), label).backward()
     return max(widths.seen), header.kernel.shape
 
 
 def unknown() -> torch.Tensor:
-    """The loss with a label that there is no class for."""
+    """Returns the loss of a label without a class."""
     header = build("ArcFace", CLASSES, torch.float32, sharded)
-    return margin_loss(header, torch.ones(2, WIDTH), torch.tensor([0, CLASSES])).detach()
+    return header.loss(torch.ones(2, WIDTH), torch.tensor([0, CLASSES])).detach()
 
 
 def refused() -> str:
-    """What rank 0 says to a state dict of fewer classes, before the others hear anything."""
+    """Returns the error of rank 0 for a state dict with fewer classes, before any collective."""
     header = build("ArcFace", CLASSES, torch.float32, sharded)
     if dist.get_rank():
         return ""
@@ -230,10 +231,10 @@ def refused() -> str:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[int, list[dict]]:
-    """What each rank of each world has found; world 0 is the dense header."""
+    """Returns the results of each rank for each world size; 0 is the dense header."""
     folder = tmp_path_factory.mktemp("worlds")
     torch.save({case: train(Training(build(*case, lambda kind: kind)), case) for case in CASES}, folder / "0 0.pt")
-    mp.set_forkserver_preload([__name__])  # imports take longer than the work
+    mp.set_forkserver_preload([__name__])  # imports take longer than the tests
     for world in WORLDS:
         mp.start_processes(work, (world, folder), world, start_method="forkserver")
     return {
@@ -255,7 +256,7 @@ def assert_same(found: dict, wanted: dict, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} {case[2]}")
 @pytest.mark.parametrize("world", WORLDS)
-def test_loss_and_gradients_are_those_of_the_dense_header(found, world, case):
+def test_loss_and_gradients_equal_the_dense_header(found, world, case):
     for step, wanted in enumerate(found[0][0][case]["steps"]):
         ranks = [rank[case]["steps"][step] for rank in found[world]]
         assert all(torch.equal(rank["loss"], ranks[0]["loss"]) for rank in ranks)
@@ -265,7 +266,7 @@ def test_loss_and_gradients_are_those_of_the_dense_header(found, world, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]} {case[2]}")
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_header_is_after_three_steps_what_the_dense_one_is(found, world, case):
+def test_a_header_equals_the_dense_one_after_three_steps(found, world, case):
     before, wanted = (found[0][0][case][when] for when in ("second", "third"))
     assert not torch.equal(before["kernel"], wanted["kernel"]) or case[0] in ("ArcDistill", "CosDistill")
     assert_same(found[world][0][case]["third"], wanted, case[2])
@@ -274,19 +275,19 @@ def test_a_header_is_after_three_steps_what_the_dense_one_is(found, world, case)
 
 @pytest.mark.parametrize("case", RESUMED, ids=lambda case: case[0])
 @pytest.mark.parametrize("world", WORLDS)
-def test_so_it_is_where_fewer_ranks_have_taken_the_first_two(found, world, case):
+def test_a_header_can_be_resumed_from_fewer_ranks(found, world, case):
     assert_same(found[world][0][case]["resumed"], found[0][0][case]["third"], case[2])
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_gradients_averaged_over_ranks_are_those_of_the_whole_batch(found, world):
+def test_gradients_averaged_over_ranks_equal_those_of_the_whole_batch(found, world):
     wanted = gradient_of_backbone(lambda layer: layer, build("ArcFace", CLASSES, torch.float64, lambda kind: kind))
     for rank in found[world]:
         assert_close(rank["averaged"], wanted, torch.float64)
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_header_is_built_as_the_dense_one_is(found, world):
+def test_a_sharded_header_is_initialised_as_the_dense_one(found, world):
     for kind, *ranks in zip((ArcFace, AdaDistill), *(rank["built"] for rank in found[world]), strict=True):
         torch.manual_seed(4)
         assert torch.equal(ranks[0][0], kind(40, CLASSES).kernel)
@@ -294,7 +295,7 @@ def test_a_header_is_built_as_the_dense_one_is(found, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_no_rank_holds_more_than_its_columns_and_one(found, world):
+def test_a_rank_computes_no_matrix_wider_than_its_columns_and_one(found, world):
     for rank, columns in zip(found[world], {1: [100], 2: [50, 50], 3: [34, 34, 32]}[world], strict=True):
         assert rank["widest"] == (columns + 1, (WIDTH, columns + 1))
 
@@ -309,7 +310,7 @@ def test_a_state_dict_of_other_classes_is_refused(found, world):
     assert "torch.Size([4, 11])" in found[world][0]["refused"]
 
 
-def test_classes_are_dealt_without_gap(monkeypatch):
+def test_classes_are_divided_without_gap(monkeypatch):
     for ranks in (1, 2, 3, 8):
         monkeypatch.setattr("utils.losses.sharded.world_size", lambda ranks=ranks: ranks)
         for classes in (1, 4, 7, 16, 17):
@@ -318,7 +319,7 @@ def test_classes_are_dealt_without_gap(monkeypatch):
             assert max(map(len, parts)) == -(-classes // ranks)
 
 
-def test_a_dense_header_gets_the_mean_cross_entropy():
+def test_a_dense_header_uses_the_mean_cross_entropy():
     header, label = CosFace(WIDTH, CLASSES), torch.tensor([3, 1])
     embeddings = torch.randn(2, WIDTH)
-    assert torch.equal(margin_loss(header, embeddings, label), F.cross_entropy(header(embeddings, label), label))
+    assert torch.equal(header.loss(embeddings, label), F.cross_entropy(header(embeddings, label), label))

@@ -1,8 +1,7 @@
-"""Faces that are aligned by given and by detected landmarks; every other file is a line in a list, and no more."""
+"""Alignment by given and by detected landmarks; files that cannot be used are listed and do not stop the command."""
 
 import argparse
 import csv
-import errno
 import io
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import encode, noise, put
+from tests.conftest import encode, full_disk_at, noise, put
 from utils.data import image_formats, images
 from utils.data.align import TEMPLATE, align
 from utils.errors import InputError, NotWritten
@@ -28,28 +27,28 @@ from utils.prepare.landmarks import MOSTLY_NO_FACES, OF_NO_FACE, Landmarks, matc
 from utils.prepare.work import TOGETHER, in_processes
 
 ROOT = Path(__file__).parents[4]
-POINTS = (1.5 * TEMPLATE + (7, -4)).round(3)  # in a crop of 180 x 170; as they are written into files
+POINTS = (1.5 * TEMPLATE + (7, -4)).round(3)  # in a crop of 180 x 170; rounded as in files
 
 
 def picture(seed: int, width: int = 180, height: int = 170) -> np.ndarray:
-    """Smooth, so that JPEG changes it little."""
+    """Returns a smooth image, which JPEG changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def line(path: str, points: np.ndarray = POINTS) -> str:
-    """As in RFW's lists."""
+    """Returns a line in the form of RFW's lists."""
     return "\t".join([f"/test/data/{path}", "17", *(f"{value:.3f}" for value in np.ravel(points))]) + "\n"
 
 
 def listed(folder: Path, *paths: str) -> list[str]:
-    """A file with the same landmarks for each path, as the command takes it."""
+    """Writes a file with the same landmarks for each path; returns the option of the command."""
     (folder / "marks.txt").write_text("".join(map(line, paths)), errors="surrogateescape")
     return ["--landmarks", str(folder / "marks.txt")]
 
 
 def command(folder: Path, *given: str | Path, output: str = "out") -> list[tuple[str, ...]]:
-    """Aligns <folder>/in and gives the rows of the list of failures."""
+    """Aligns <folder>/in and returns the rows of failures.csv."""
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     prepare.run(parser.parse_args(["--images", f"{folder}/in", "--output", f"{folder}/{output}", *map(str, given)]))
@@ -74,7 +73,7 @@ def expected(source: Path, points: np.ndarray = POINTS) -> bytes:
 # Faces ----------------------------------------------------------------------------------------------------------------
 
 
-def test_faces_are_aligned_by_their_landmarks_wherever_they_lie(tmp_path, capsys):
+def test_faces_in_any_folder_are_aligned_by_their_landmarks(tmp_path, capsys):
     names = ("African/m.1/m.1_0001.jpg", "African/m.1/m.1_0002.PNG", "Asian/2/a/b/c.webp", "top.jpeg")
     points = {name: POINTS + k for k, name in enumerate(names)}
     for k, name in enumerate(names):
@@ -92,7 +91,7 @@ def test_faces_are_aligned_by_their_landmarks_wherever_they_lie(tmp_path, capsys
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["African", "Asian", "align.json", "top.jpg"]
 
 
-def test_names_need_not_be_text(tmp_path):
+def test_file_names_need_not_be_valid_unicode(tmp_path):
     name = os.fsdecode(b"\xff d/\xfe.jpg")
     put(tmp_path / "in" / name, encode(picture(0)))
     put(tmp_path / "in" / os.fsdecode(b"\xff d/\xfd.jpg"), b"")
@@ -107,7 +106,7 @@ def expected_of_bytes(content: bytes) -> bytes:
     return cv2.imencode(".jpg", face, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-# What files hold ------------------------------------------------------------------------------------------------------
+# Image files ----------------------------------------------------------------------------------------------------------
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -160,7 +159,7 @@ def test_grey_images_have_three_equal_channels():
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-def test_only_an_upright_image_is_turned(value):
+def test_exif_orientation_is_applied_only_for_upright_images(value):
     content = saved(RGB, "jpeg", quality=95, exif=orientation(value))
     stored, upright = images.decode(content, False), images.decode(content, True)
     assert stored.shape == (170, 180, 3)
@@ -191,7 +190,7 @@ def webp_of_size(width: int, height: int) -> bytes:
 
 
 def animated_png(kind: int) -> bytes:
-    """Of 112 x 112, black, said to have two frames; all rows but one have the filter 0, that one has `kind`."""
+    """Returns a black PNG of 112 x 112 that claims two frames; one row has the filter `kind`, all others 0."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -208,7 +207,7 @@ def animated_png(kind: int) -> bytes:
 
 
 def larger(webp: bytes) -> bytes:
-    """An animation that says that it is larger than its frames: OpenCV 4.11 by itself reads beyond its memory."""
+    """Returns an animation larger than its frames, for which OpenCV 4.11 reads out of bounds."""
     return webp[:24] + (2000).to_bytes(3, "little") + webp[27:]
 
 
@@ -230,7 +229,7 @@ BAD = {
     "head of an animated webp": (b"RIFF\x08\0\0\0WEBPVP8X", "is no readable image"),
     "head of a webp": (b"RIFF\4\0\0\0WEBP", "ends in its header"),
     "damaged png": (png_of_size(180, 170).replace(b"IDAT", b"iDAT"), "is no readable image"),
-    "damaged apng": (animated_png(9), "is no readable image"),  # OpenCV 4.11 by itself ends with a segmentation fault
+    "damaged apng": (animated_png(9), "is no readable image"),  # OpenCV 4.11 crashes on this file
     "animated webp of another size": (larger(saved(RGB, "webp", lossless=True, **MOVING)), "is an animation whose"),
     "huge png": (png_of_size(20_000, 20_000), f"is 20000 x 20000, more than {BIG}"),
     "huge jpeg": (jpeg_of_size(20_000, 5_001), f"is 20000 x 5001, more than {BIG}"),
@@ -241,12 +240,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("content", "reason"), BAD.values(), ids=BAD)
-def test_what_is_no_whole_image_is_refused(content, reason):
+def test_damaged_images_and_other_files_are_refused(content, reason):
     with pytest.raises(ValueError, match=f"^{reason}"):
         images.decode(content, upright=False)
 
 
-def test_mutated_images_are_images_or_refused():
+def test_mutated_images_are_decoded_or_refused():
     random = np.random.default_rng(0)
     whole = [encode(picture(0, 40, 30), ending) for ending in (".jpg", ".png", ".webp")]
     whole += [saved(RGB, "png", **MOVING), saved(RGB, "webp", lossless=True, **MOVING), animated_png(0)]
@@ -287,14 +286,14 @@ def test_bad_files_are_listed_and_the_others_aligned(tmp_path, monkeypatch, caps
     assert f"{len(WHOLE)} images aligned, 0 kept, {len(BAD) + 3} failed ({tmp_path}/out/failures.csv)." in out
 
 
-def test_where_nothing_can_be_aligned_the_status_is_not_0(tmp_path):
+def test_the_exit_status_is_not_0_if_no_image_can_be_aligned(tmp_path):
     put(tmp_path / "in" / "a.jpg", b"")
     with pytest.raises(InputError, match=r"None of the 1 images could be aligned: .*failures\.csv says why"):
         command(tmp_path, *listed(tmp_path, "a.jpg"))
     assert failures(tmp_path / "out") == [("a.jpg", "is empty")]
 
 
-def test_of_two_images_with_one_name_for_the_face_the_second_fails(tmp_path):
+def test_the_second_of_two_images_with_the_same_output_name_fails(tmp_path):
     for k, name in enumerate(("b/a.jpg", "b/a.png", "c/a.png")):
         put(tmp_path / "in" / name, encode(picture(k), name[-4:]))
     rows = command(tmp_path, *listed(tmp_path, "b/a.jpg", "b/a.png", "c/a.png"))
@@ -302,7 +301,7 @@ def test_of_two_images_with_one_name_for_the_face_the_second_fails(tmp_path):
     assert (tmp_path / "out/b/a.jpg").read_bytes() == expected(tmp_path / "in/b/a.jpg")
 
 
-def test_a_face_with_the_name_of_a_folder_fails(tmp_path):
+def test_a_face_whose_output_name_is_a_folder_fails(tmp_path):
     put(tmp_path / "in" / "a.png", encode(picture(0), ".png"))
     put(tmp_path / "in" / "a.jpg" / "b.jpg", encode(picture(1)))
     rows = command(tmp_path, *listed(tmp_path, "a.png", "a.jpg/b.jpg"))
@@ -350,7 +349,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-def test_landmarks_are_read_in_every_form(tmp_path, text):
+def test_landmarks_are_read_in_every_format(tmp_path, text):
     (tmp_path / "marks.txt").write_bytes(text.encode())
     found = read_landmarks(tmp_path / "marks.txt")
     assert [path.endswith("m.1/a.jpg") for path in found.paths] == [True]
@@ -365,8 +364,8 @@ def test_paths_may_hold_separators(tmp_path, text):
     assert read_landmarks(tmp_path / "marks.txt").paths == ["my photo, again.jpg"]
 
 
-def test_the_arrangement_is_that_of_most_lines(tmp_path):
-    """A lying face, and one that is read as numbers of the other arrangement, are aligned as the others are."""
+def test_most_lines_decide_the_order_of_the_coordinates(tmp_path):
+    """Lines that would fit the other order better are read in the order of the file: a lying face, for example."""
     lying = POINTS[:, ::-1] * (1, -1) + (0, 170)
     for values in (lambda points: points, lambda points: points.T):
         text = "".join(f"{k}.jpg {plain(values(points))}\n" for k, points in enumerate([lying, POINTS, POINTS]))
@@ -383,8 +382,8 @@ def test_landmarks_in_another_order_are_refused(tmp_path, order):
 
 
 @pytest.mark.parametrize("size", [(400, 400), (178, 218), (1080, 1920)])
-def test_the_arrangement_is_found_wherever_the_face_lies(tmp_path, size):
-    """Both readings of a line can have eyes above the mouth, and left before right: their shape tells them apart."""
+def test_the_order_of_the_coordinates_is_found_for_any_position(tmp_path, size):
+    """In both orders the eyes can be above the mouth, and left before right; only the shape differs."""
     random = np.random.default_rng(0)
     for k in range(100):
         scale = random.uniform(0.5, min(size) / 112)
@@ -405,8 +404,8 @@ def test_a_line_with_landmarks_in_another_order_fails_alone(tmp_path, order):
     assert tree(tmp_path / "out") == ["a.jpg", "c.jpg"]
 
 
-def test_heads_that_are_turned_are_faces():
-    """Points of a head in three dimensions, seen from the front and from further and further aside."""
+def test_rotated_heads_are_accepted():
+    """Projects points of a head in three dimensions, from the front view to the profile."""
     head = np.array([(-17.6, -23, 0), (17.6, -23, 0), (0, -3, 18), (-14.6, 17, 3), (14.6, 17, 3)])
     found = []
     for degrees in (0, 30, 60, 90):
@@ -426,14 +425,14 @@ def test_lines_without_landmarks_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"a.jpg 1 2 3\n", bytes(range(256)), encode(noise(0))])
-def test_files_of_something_else_are_refused(tmp_path, content):
+def test_files_without_landmarks_are_refused(tmp_path, content):
     (tmp_path / "marks.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"marks\.txt has no line of a path with ten numbers"):
         read_landmarks(tmp_path / "marks.txt")
 
 
 def matched(paths: list[str], *files: list[str], name: str = "marks.txt"):
-    """For each image which line it got, why others have none, and how many lines are of no use."""
+    """Returns the line of each image, the reasons of images without a line, and the number of unused lines."""
     marks, count = [], 0
     for lines in files:
         points = np.arange(count, count + len(lines))[:, None, None] + np.zeros((1, 5, 2))
@@ -443,13 +442,13 @@ def matched(paths: list[str], *files: list[str], name: str = "marks.txt"):
     return {path: int(value[0, 0]) for path, value in points.items()}, without, strays
 
 
-def test_lines_are_matched_by_the_longest_end_of_their_path():
+def test_lines_are_matched_by_the_longest_suffix_of_their_path():
     paths = ["African/1/a.jpg", "Asian/1/a.jpg", "Asian/2/a.jpg", "Indian/3/b.jpg"]
     lines = ["/x/Asian/1/a.jpg", "/x/African/1/a.jpg", "2/a.jpg", "y/3/b.jpg"]
     assert matched(paths, lines) == ({paths[1]: 0, paths[0]: 1, paths[2]: 2, paths[3]: 3}, {}, [])
 
 
-def test_a_line_that_fits_several_images_is_none_of_theirs():
+def test_a_line_that_matches_several_images_is_not_used():
     paths = ["African/1/a.jpg", "Asian/1/a.jpg"]
     points, without, strays = matched(paths, ["1/a.jpg", "a.jpg"])
     assert points == {}
@@ -457,7 +456,7 @@ def test_a_line_that_fits_several_images_is_none_of_theirs():
     assert strays == [("1/a.jpg", "line 0 fits several images"), ("a.jpg", "line 1 fits several images")]
 
 
-def test_a_name_alone_is_enough_only_where_there_is_no_more():
+def test_a_file_name_alone_matches_only_without_a_longer_match():
     assert matched(["1/a.jpg"], ["a.jpg"])[0] == {"1/a.jpg": 0}
     assert matched(["a.jpg"], ["/x/1/a.jpg"])[0] == {"a.jpg": 0}
     points, without, strays = matched(["1/a.jpg"], ["2/a.jpg"])
@@ -465,14 +464,14 @@ def test_a_name_alone_is_enough_only_where_there_is_no_more():
     assert strays == [("2/a.jpg", "line 0 fits no image")]
 
 
-def test_of_two_lines_the_one_with_more_in_common_counts():
-    """Where an identity is in two groups, and only one of them is there."""
+def test_of_two_lines_the_one_with_the_longer_match_is_used():
+    """This occurs if an identity is in two groups, and only one of them is in the folder."""
     points, without, strays = matched(["Asian/1/a.jpg"], ["African/1/a.jpg", "Asian/1/a.jpg", "Indian/1/a.jpg"])
     assert (points, without) == ({"Asian/1/a.jpg": 1}, {})
     assert strays == [("African/1/a.jpg", "line 0 fits no image"), ("Indian/1/a.jpg", "line 2 fits no image")]
 
 
-def test_two_lines_may_only_say_the_same():
+def test_two_lines_for_one_image_must_be_equal():
     file = Landmarks(["1/a.jpg"] * 2, ["line 1", "line 2"], np.array([POINTS, POINTS]), [])
     assert list(match(["1/a.jpg"], [file])[0]) == ["1/a.jpg"]
     points, without, _ = matched(["1/a.jpg"], ["1/a.jpg"], ["1/a.jpg"])
@@ -487,12 +486,12 @@ def test_the_group_may_be_in_the_files_name(tmp_path):
     assert (len(points), without, strays) == (2, {}, [])
 
 
-# Again ----------------------------------------------------------------------------------------------------------------
+# Resume ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def three(tmp_path):
-    """A folder of three images that have been aligned, and the landmarks."""
+    """Returns a folder with three aligned images, and their landmarks."""
     for k in range(3):
         put(tmp_path / "in" / "1" / f"{k}.jpg", encode(picture(k)))
     marks = listed(tmp_path, *(f"1/{k}.jpg" for k in range(3)))
@@ -513,12 +512,12 @@ def test_finished_faces_are_kept(three, capsys):
     assert capsys.readouterr().out.endswith("out: 0 images aligned, 3 kept, 0 failed.\n")
 
 
-def test_a_face_is_made_anew_when_its_image_has_changed(three, capsys):
+def test_a_face_is_made_again_after_its_image_has_changed(three, capsys):
     folder, marks = three
     changed = put(folder / "in/1/1.jpg", encode(picture(9)))
     os.utime(folder / "out/1/0.jpg", (1, 1))  # older than its image
     old = put(folder / "in/1/2.jpg", encode(picture(8)))
-    os.utime(old, (1, 1))  # as tools that unpack do
+    os.utime(old, (1, 1))  # as unpacking tools do
     assert command(folder, *marks) == []
     assert "3 images aligned, 0 kept" in capsys.readouterr().out
     for path in (changed, old):
@@ -526,7 +525,7 @@ def test_a_face_is_made_anew_when_its_image_has_changed(three, capsys):
 
 
 @pytest.mark.parametrize("left", [lambda face: b"", lambda face: face[:-40], lambda face: bytes(len(face))])
-def test_what_a_power_cut_left_is_made_anew(three, capsys, left):
+def test_files_damaged_by_a_power_cut_are_made_again(three, capsys, left):
     folder, marks = three
     face = (folder / "out/1/1.jpg").read_bytes()
     put(folder / "out/1/1.jpg", left(face))
@@ -537,7 +536,7 @@ def test_what_a_power_cut_left_is_made_anew(three, capsys, left):
     assert "1 images aligned, 2 kept" in capsys.readouterr().out
 
 
-def test_no_face_is_left_of_an_image_that_went_bad(three):
+def test_the_face_of_an_image_that_became_unreadable_is_removed(three):
     folder, marks = three
     put(folder / "in/1/1.jpg", b"")
     assert command(folder, *marks) == [("1/1.jpg", "is empty")]
@@ -547,7 +546,7 @@ def test_no_face_is_left_of_an_image_that_went_bad(three):
     assert len(tree(folder / "out")) == 3
 
 
-def test_an_image_that_is_gone_takes_no_face_with_it(three):
+def test_the_face_of_a_deleted_image_is_kept(three):
     folder, _ = three
     gone = prepare.Aligner(str(folder / "unplugged"), str(folder / "out"))
     assert gone(("1/1.jpg", POINTS.tolist())) == ("failed", "cannot be read (No such file or directory)")
@@ -572,7 +571,7 @@ def test_a_folder_of_other_faces_is_refused(three):
     assert (folder / "mine" / "a.jpg").read_bytes() == b"dear to me"
 
 
-def test_what_cannot_be_used_is_refused_before_work_starts(tmp_path):
+def test_bad_arguments_are_refused_before_work_starts(tmp_path):
     marks = listed(tmp_path, "a.jpg")
     with pytest.raises(InputError, match="There is no folder .*in: set --images"):
         command(tmp_path, *marks)
@@ -597,37 +596,33 @@ def test_what_cannot_be_used_is_refused_before_work_starts(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "marks.txt"]
 
 
-def test_a_full_disk_ends_it_and_what_is_finished_stays(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_command_and_keeps_finished_faces(tmp_path, monkeypatch, capsys):
     for k in range(3):
         put(tmp_path / "in" / f"{k}.jpg", encode(picture(k)))
-    marks, plain_replace = listed(tmp_path, "0.jpg", "1.jpg", "2.jpg"), os.replace
-
-    def full(source, target):
-        if str(target).endswith("1.jpg"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain_replace(source, target)
-
+    marks = listed(tmp_path, "0.jpg", "1.jpg", "2.jpg")
     with (
         monkeypatch.context() as patch,
         pytest.raises(NotWritten, match=r"1\.jpg could not be written \(No space left"),
     ):
-        patch.setattr(os, "replace", full)
+        patch.setattr(os, "replace", full_disk_at("1.jpg"))
         command(tmp_path, *marks)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "align.json"]
     assert command(tmp_path, *marks) == []
     assert "2 images aligned, 1 kept" in capsys.readouterr().out
 
 
-def test_few_items_are_not_worth_a_process():
-    """A lambda cannot be pickled, hence not be given to one."""
+def test_few_items_start_no_process():
+    """A lambda cannot be pickled, so it would fail in another process."""
     for count in (0, 1, TOGETHER):
         assert [*in_processes(lambda item: -item, range(count), count, "negate", 2)] == [*range(0, -count, -1)]
 
 
-def test_a_process_that_is_killed_ends_it_with_a_sentence():
+def test_a_killed_process_ends_the_command_with_a_message():
     count = 100 * TOGETHER
     results = in_processes(time.sleep, [0.002] * count, count, "sleep", 2)
-    for _ in range(3 * TOGETHER):  # both are at work: Python 3.11 notices no death of one that is being started
+    for _ in range(
+        3 * TOGETHER
+    ):  # both are running: Python 3.11 does not detect the death of a process that is starting
         next(results)
     multiprocessing.active_children()[0].kill()
     with pytest.raises(InputError, match="A process was killed, perhaps for want of memory: give the same command"):
@@ -635,7 +630,7 @@ def test_a_process_that_is_killed_ends_it_with_a_sentence():
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes as Linux lists them")
-def test_nothing_goes_on_after_a_kill():
+def test_no_process_survives_a_kill_of_its_parent():
     code = """
 import time
 from utils.prepare.work import in_processes
@@ -643,7 +638,7 @@ if __name__ == "__main__":
     list(in_processes(time.sleep, [600] * 1000, 1000, "sleep", 2))
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while len(others := children(process.pid)) < 3:  # both, and what watches over their resources
+    while len(others := children(process.pid)) < 3:  # both, and the resource tracker
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(1)  # both are at work
@@ -659,7 +654,7 @@ def children(parent: int) -> list[int]:
     return [int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
-def test_a_face_of_an_image_that_is_gone_is_listed(tmp_path):
+def test_the_face_of_a_deleted_image_is_listed(tmp_path):
     for name in "ab":
         put(tmp_path / "in" / "1" / f"{name}.jpg", encode(picture(0)))
     marks = listed(tmp_path, "1/a.jpg", "1/b.jpg")
@@ -669,7 +664,7 @@ def test_a_face_of_an_image_that_is_gone_is_listed(tmp_path):
     assert tree(tmp_path / "out") == ["1/a.jpg", "1/b.jpg"]
 
 
-def test_a_link_to_itself_fails_alone(tmp_path):
+def test_a_link_to_itself_does_not_stop_the_command(tmp_path):
     put(tmp_path / "in" / "a.jpg", encode(picture(0)))
     (tmp_path / "in" / "b.jpg").symlink_to("b.jpg")
     rows = command(tmp_path, *listed(tmp_path, "a.jpg", "b.jpg"))
@@ -687,8 +682,8 @@ def test_output_that_cannot_be_a_folder_or_is_damaged_is_refused(tmp_path):
         command(tmp_path, *marks)
 
 
-def test_ctrl_c_in_the_middle_and_the_same_command_again(tmp_path):
-    """In a real process with two others, all of which the terminal signals."""
+def test_ctrl_c_and_resume(tmp_path):
+    """Runs the command with two worker processes; as in a terminal, all get the signal."""
     count = 12 * TOGETHER
     first = put(tmp_path / "in" / "1" / "0.jpg", encode(picture(0, 800, 800)))
     for k in range(1, count):
@@ -718,7 +713,7 @@ def test_ctrl_c_in_the_middle_and_the_same_command_again(tmp_path):
 
 
 def message(*fields: tuple[int, int | str | bytes]) -> bytes:
-    """Numbered fields as ONNX files hold them (Protocol Buffers)."""
+    """Encodes numbered fields as in ONNX files (Protocol Buffers)."""
     content = b""
     for number, value in fields:
         if isinstance(value, int):
@@ -754,14 +749,17 @@ def network(nodes: list[bytes], constants: list[bytes], outputs: list[bytes]) ->
     return message((1, 8), (7, message(*graph)), (8, message((2, 11))))
 
 
-WIDTH = {8: 48.0, 16: 1.0, 32: 96.0}  # of the faces that each part of the network sees
+WIDTH = {8: 48.0, 16: 1.0, 32: 96.0}  # of the faces that each stride of the network detects
 FIVE = TEMPLATE / 112 - 0.5  # the landmarks of a face of width 1 around its centre
 
 
 @pytest.fixture(scope="session")
 def yunet(tmp_path_factory) -> Path:
-    """A network with the inputs and outputs of YuNet, which sees a small face in every red square of 8 x 8 pixels on
-    the grid of its cells, and a large one in every blue square of 32 x 32."""
+    """Writes a network with the inputs and outputs of YuNet, which detects faces in the squares of `scene`.
+
+    It detects a small face in every red square of 8 x 8 pixels on the grid of its cells, and a large face in every blue
+    square of 32 x 32 pixels.
+    """
     nodes, constants, outputs = [], [], []
     for stride, width in WIDTH.items():
         box = [0.5, 0.5, np.log(width / stride), np.log(width / stride)]
@@ -784,7 +782,7 @@ def yunet(tmp_path_factory) -> Path:
 
 
 def scene(*squares: tuple[str, int, int], size: tuple[int, int] = (320, 192)) -> np.ndarray:
-    """Black, with squares at these columns and rows of cells: "red" small faces, "blue" large ones."""
+    """Returns a black image with squares at these columns and rows of cells: "red" small faces, "blue" large ones."""
     image = np.zeros((size[1], size[0], 3), np.uint8)
     for colour, column, row in squares:
         stride, channel = (8, 2) if colour == "red" else (32, 0)
@@ -807,7 +805,7 @@ def test_a_face_is_detected_and_aligned(tmp_path, yunet):
     assert not (tmp_path / "out" / "several_faces.csv").exists()
 
 
-def test_large_images_are_searched_smaller(yunet):
+def test_large_images_are_scaled_down_for_detection(yunet):
     large = cv2.resize(scene(("red", 25, 9)), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
     assert large.shape[1] == 1280 == 2 * prepare.DETECTED_AT
     half = scene(("blue", 3, 2), size=(640, 320))
@@ -819,20 +817,20 @@ def test_large_images_are_searched_smaller(yunet):
 @pytest.mark.parametrize(
     ("squares", "taken"),
     [
-        ([("red", 2, 2), ("red", 22, 12)], 1),  # the nearest of equal size
+        ([("red", 2, 2), ("red", 22, 12)], 1),  # of equal size, the most central
         ([("red", 22, 12), ("red", 38, 20)], 0),
-        ([("red", 19, 11), ("blue", 3, 2)], 1),  # the largest, unless it is far away
+        ([("red", 19, 11), ("blue", 3, 2)], 1),  # the largest, unless it is far from the centre
         ([("red", 19, 11), ("blue", 9, 5)], 0),
     ],
 )
-def test_of_several_faces_the_large_and_central_one_is_taken(tmp_path, yunet, squares, taken):
+def test_of_several_faces_the_large_and_central_one_is_chosen(tmp_path, yunet, squares, taken):
     put(tmp_path / "in" / "a.png", encode(scene(*squares), ".png"))
     found, note = prepare.detect(scene(*squares), prepare.load_detector(yunet))
     assert np.allclose(found, landmarks(*squares[taken]), rtol=0, atol=1e-3)
     assert note.startswith("2 found, the one taken is at ")
 
 
-def test_a_choice_is_known_as_long_as_its_face_is_kept(tmp_path, yunet, capsys):
+def test_a_choice_is_listed_as_long_as_its_face_is_kept(tmp_path, yunet, capsys):
     put(tmp_path / "in" / "a.png", encode(scene(("red", 2, 2), ("red", 22, 12)), ".png"))
     put(tmp_path / "in" / "b.png", encode(scene(("red", 22, 12)), ".png"))
     rows = [("a.png", "2 found, the one taken is at 156 76, 48 x 48")]
@@ -845,7 +843,7 @@ def test_a_choice_is_known_as_long_as_its_face_is_kept(tmp_path, yunet, capsys):
     assert images.read(tmp_path / "out" / "a.jpg", False).shape == (112, 112, 3)
 
 
-def test_faces_are_looked_for_in_upright_images(tmp_path, yunet):
+def test_faces_are_detected_in_upright_images(tmp_path, yunet):
     upright = scene(("red", 15, 18), size=(192, 320))
     stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright)[..., ::-1]))
     options = {"quality": 100, "subsampling": 0}
@@ -856,7 +854,7 @@ def test_faces_are_looked_for_in_upright_images(tmp_path, yunet):
     assert align(upright, landmarks("red", 15, 18)).mean() > 2
 
 
-def test_what_is_no_yunet_is_refused(tmp_path, yunet):
+def test_other_networks_than_yunet_are_refused(tmp_path, yunet):
     put(tmp_path / "in" / "a.jpg", encode(picture(0)))
     with pytest.raises(InputError, match=r"There is no file .*none\.onnx: set --detector"):
         command(tmp_path, "--detector", f"{tmp_path}/none.onnx")

@@ -1,4 +1,4 @@
-"""What a data folder holds, counted; duplicates, overlap and misplaced faces, where there are any and only there."""
+"""Inspection of a data folder: counts, duplicates, overlap and misplaced faces, without false reports."""
 
 import argparse
 import csv
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -25,7 +26,7 @@ from utils.data.recordio import write_records
 from utils.data.synthetic import MARKER
 from utils.errors import InputError
 from utils.prepare import inspect, likeness, rec, report
-from utils.prepare.contents import Source, _Digester, _Looker, form_of
+from utils.prepare.contents import Source, _digest, _look, form_of
 from utils.prepare.likeness import fingerprint, near
 from utils.prepare.placement import place
 from utils.prepare.releases import RELEASES, compare, verdict
@@ -35,13 +36,13 @@ COUNTS = {"African": {"m.1": 3, "m.2": 1}, "Indian": {"m.3": 2, "m.4": 4, "m.5":
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """Drawing takes most of the time."""
+    """Skips the pictures, which take most of the time."""
     monkeypatch.setattr(inspect, "draw_samples", lambda *_: None)
     monkeypatch.setattr(inspect, "draw_pairs", lambda *_: None)
 
 
 def run(data: Path, *words, processes: int = 1) -> dict:
-    """The report as it was written."""
+    """Runs the command and returns the report that it writes."""
     parser, output = argparse.ArgumentParser(), data.parent / "inspected"
     inspect.add_arguments(parser)
     given = ["--data", data, "--output", output, "--processes", processes, *words]
@@ -59,7 +60,7 @@ def left_out(tmp_path: Path) -> list[str]:
 
 
 def smooth(seed: int, size: int = 112) -> np.ndarray:
-    """A picture without fine detail, as photographs are: unlike noise it outlives being encoded."""
+    """Returns an image without fine detail, like a photograph: unlike noise, it stays similar when encoded."""
     small = np.random.default_rng(seed).integers(0, 256, (14, 14, 3), np.uint8)
     return cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
 
@@ -100,7 +101,7 @@ def test_groups_are_found_and_counted(tree, tmp_path, capsys):
 
 
 def test_several_processes_give_the_same(tmp_path):
-    """More images than one process takes at once, some of them bad or alike."""
+    """Uses more images than one chunk of a process, some of them bad or duplicates."""
     write_images(tmp_path, {"data": {"a": 70, "b": 70}})
     (tmp_path / "data" / "b" / "7.jpg").write_bytes(b"")
     (tmp_path / "data" / "b" / "8.jpg").write_bytes((tmp_path / "data" / "a" / "3.jpg").read_bytes())
@@ -110,7 +111,7 @@ def test_several_processes_give_the_same(tmp_path):
     assert facts["duplicates"]["identities of one group"] == {"sets": 1, "images": 2}
 
 
-def test_what_is_written_has_a_folder_of_its_own(tree, tmp_path):
+def test_the_output_needs_a_separate_folder(tree, tmp_path):
     (tmp_path / "inspected").mkdir()
     (tmp_path / "inspected" / "leave_out.txt").write_text("African/m.1\n")
     (tmp_path / "inspected" / "notes.txt").write_text("mine")
@@ -123,27 +124,27 @@ def test_what_is_written_has_a_folder_of_its_own(tree, tmp_path):
         run(tree, "--output", tree / "inspected")
 
 
-def test_groups_that_stages_refuse(tree):
+def test_groups_that_stages_refuse_are_reported(tree):
     with pytest.raises(InputError, match="must be different names"):
         run(tree, "--ethnicities", "African,African")
     (tree / "African").rename(tree / "A|B")
     assert "Stages refuse the groups as they are: ethnicities" in run(tree)["warnings"][0]
 
 
-def test_images_beside_the_groups_are_told(tree):
+def test_images_outside_the_groups_are_reported(tree):
     put(tree / "Loose" / "a.jpg", encode(noise(1)))
     put(tree / "b.jpg", encode(noise(2)))
     passed = run(tree)["passed over"]
     assert passed == [{"kind": ".jpg elsewhere", "count": 2, "example": "Loose/a.jpg"}]
-    assert run(tree, "--ethnicities", "African,Indian")["passed over"] == []  # the groups that were asked for
+    assert run(tree, "--ethnicities", "African,Indian")["passed over"] == []  # the requested groups
 
 
-def test_a_folder_with_one_level_more_is_noticed(tmp_path):
+def test_a_folder_with_one_level_too_many_is_reported(tmp_path):
     write_images(tmp_path / "data", {f"id{k}": {"session": 1} for k in range(31)})
     assert "31 groups are many" in "".join(run(tmp_path / "data")["warnings"])
 
 
-def test_sizes_beyond_the_most_frequent_are_summed_up(tmp_path):
+def test_less_frequent_sizes_are_summed(tmp_path):
     for side in range(20, 28):
         put(tmp_path / "data" / "a" / f"{side}.jpg", encode(noise(side, side)))
     group = run(tmp_path / "data")["groups"][""]
@@ -159,7 +160,7 @@ def test_a_folder_without_groups(tmp_path):
     assert "| all   |" in (tmp_path / "inspected" / "inspect.md").read_text()
 
 
-def test_records_are_counted_like_the_folder_that_they_were_made_of(tree, tmp_path):
+def test_records_are_counted_as_the_folder_that_they_were_made_from(tree, tmp_path):
     groups = ("African", "Indian")
     rec.pack(tree, groups, tmp_path / "rec", 1)
     facts, of_tree = run(tmp_path / "rec"), run(tree)
@@ -191,7 +192,7 @@ def test_groups_of_records_without_a_name(tmp_path):
     assert run(tmp_path / "rec")["labels"]["property"] is None
 
 
-def test_known_releases_are_told_apart():
+def test_known_releases_are_recognised():
     def counted(release: str, **more) -> dict:
         return {name: (count.images[0], count.identities) for name, count in RELEASES[release].items()} | more
 
@@ -217,7 +218,7 @@ def test_known_releases_are_told_apart():
     assert sum(count.identities for count in RELEASES[aligned].values()) == 27_997
 
 
-def test_expected_counts_stand_beside_those_found(tree, tmp_path):
+def test_expected_counts_are_printed_beside_the_counts_found(tree, tmp_path):
     facts = run(tree)
     assert len(facts["counts"]["rows"]) == 8
     found = next(row for row in facts["counts"]["rows"] if (row["release"], row["group"]) == ("RFW", "Indian"))
@@ -237,7 +238,7 @@ def bomb() -> bytes:
 
 
 def as_cmyk(jpeg: bytes) -> bytes:
-    """The header of a JPEG with a fourth component; its scan is that of three."""
+    """Adds a fourth component to the header of a JPEG; its scan still has three."""
     at = jpeg.index(b"\xff\xc0")
     return jpeg[: at + 9] + b"\x04" + jpeg[at + 10 :]
 
@@ -278,7 +279,7 @@ def test_bad_and_unusual_files_are_named(tree, tmp_path):
     assert "2 files (.jpg elsewhere) are passed over, such as African/beside.jpg." in facts["warnings"]
 
 
-def test_formats_are_told_from_the_content():
+def test_formats_are_recognised_by_content():
     face = smooth(1)
     assert form_of(encode(face)) == "JPEG"
     assert form_of(as_cmyk(encode(face))) == "JPEG CMYK"
@@ -308,7 +309,7 @@ def test_an_identity_in_two_groups_is_reported(tree):
     assert any("1 identities are in several groups, such as m.5" in text for text in facts["warnings"])
 
 
-def test_what_cannot_be_inspected_is_refused_at_once(tree, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused_before_work_starts(tree, tmp_path, monkeypatch):
     def looked(*_):
         raise AssertionError("an image was looked at")
 
@@ -338,7 +339,7 @@ def test_what_cannot_be_inspected_is_refused_at_once(tree, tmp_path, monkeypatch
 # Duplicates and overlap -----------------------------------------------------------------------------------------------
 
 
-def test_images_of_the_same_pixels_are_found(tmp_path):
+def test_images_with_equal_pixels_are_found(tmp_path):
     data, kept = tmp_path / "data", cv2.imdecode(np.frombuffer(encode(smooth(1)), np.uint8), cv2.IMREAD_COLOR)
     changed = kept.copy()
     changed[50, 50, 0] ^= 1
@@ -378,7 +379,7 @@ def resized(image: np.ndarray, side: int) -> np.ndarray:
 
 @pytest.fixture
 def overlapping(tmp_path) -> Path:
-    """Three images of the data are in the pairs: as they are, encoded anew, and resized."""
+    """Returns data of which three images are in the pairs: unchanged, encoded again, and resized."""
     write_images(tmp_path / "data", COUNTS)
     put(tmp_path / "data" / "African/m.1/0.jpg", encode(smooth(1)))
     put(tmp_path / "data" / "Indian/m.3/0.jpg", encode(smooth(2)))
@@ -411,7 +412,7 @@ def test_images_that_are_in_the_pairs_are_found(overlapping, tmp_path, capsys):
     assert f"--leave_out {tmp_path / 'inspected' / 'leave_out.txt'}" in said
 
 
-def test_what_is_left_out_has_the_names_that_stages_see(overlapping, tmp_path):
+def test_leave_out_uses_the_names_of_the_stages(overlapping, tmp_path):
     rec.pack(overlapping, (*COUNTS,), tmp_path / "rec", 1)
     for groups in ((*COUNTS,), ()):
         run(tmp_path / "rec", "--pairs", tmp_path / "pairs", "--ethnicities", ",".join(groups))
@@ -419,8 +420,8 @@ def test_what_is_left_out_has_the_names_that_stages_see(overlapping, tmp_path):
         assert {*left_out(tmp_path)} <= {*scan(tmp_path / "rec", groups).paths}
 
 
-def test_what_is_written_is_what_training_leaves_out(overlapping, tmp_path):
-    """With names that end in a blank, or hold what some take for the end of a line."""
+def test_training_leaves_out_what_is_listed(overlapping, tmp_path):
+    """Uses names that end with a space or contain characters that some readers treat as line ends."""
     (overlapping / "Indian/m.3").rename(overlapping / "Indian/m.3 ")
     (overlapping / "Indian/m.5").rename(overlapping / "Indian/m\u20285")
     run(overlapping, "--pairs", tmp_path / "pairs")
@@ -432,7 +433,7 @@ def test_what_is_written_is_what_training_leaves_out(overlapping, tmp_path):
     assert {"Indian/m.3 /0.jpg", "Indian/m\u20285/1.jpg"} < {*gone}
 
 
-def test_even_images_are_no_copies_of_each_other(tree, tmp_path):
+def test_uniform_images_are_not_reported_as_copies(tree, tmp_path):
     black, grey = (encode(np.full((112, 112, 3), value, np.uint8)) for value in (0, 90))
     put(tree / "African/m.1/black.jpg", black)
     (tmp_path / "pairs").mkdir()
@@ -440,14 +441,14 @@ def test_even_images_are_no_copies_of_each_other(tree, tmp_path):
     assert run(tree, "--pairs", tmp_path / "pairs")["pairs"]["other images of the same photograph"] == 0
 
 
-def test_an_identity_in_two_groups_of_records_is_told(tmp_path):
+def test_an_identity_in_two_groups_of_records_is_reported(tmp_path):
     write_records(tmp_path / "rec", [(encode(noise(k)), 7, k % 2) for k in range(4)], 8)
     facts = run(tmp_path / "rec")
     assert facts["identities in several groups"] == ["00000007"]
     assert [group["images"] for group in facts["groups"].values()] == [2, 2]
 
 
-def test_pairs_that_share_nothing_leave_an_empty_list(tree, tmp_path):
+def test_pairs_without_overlap_give_an_empty_list(tree, tmp_path):
     write_pairs(tmp_path / "pairs" / "A_test.bin", 10, seed=5)
     facts = run(tree, "--pairs", tmp_path / "pairs")
     assert facts["left out"] == {"identities": 0, "images": 0}
@@ -459,7 +460,7 @@ def write_list(release: Path, group: str, *lines: str) -> None:
     put(release / "txts" / group / f"{group}_pairs.txt", "".join(f"{line}\n" for line in lines).encode())
 
 
-def test_identities_that_the_release_names_are_found(overlapping, tmp_path):
+def test_identities_named_in_the_release_are_found(overlapping, tmp_path):
     write_list(tmp_path / "RFW", "African", "m.1\t1\t2", "m.9\t1\tm.8\t1")
     write_list(tmp_path / "RFW", "Asian", "m.7\t1\tm.4\t2", "m.1\t1\t2")
     facts = run(overlapping, "--release", tmp_path / "RFW")
@@ -467,14 +468,14 @@ def test_identities_that_the_release_names_are_found(overlapping, tmp_path):
     assert facts["release"]["images"] == 7
     assert facts["pairs"] is None
     assert left_out(tmp_path) == ["African/m.1", "Indian/m.4"]
-    # An image of an identity that is left out is not named beside it.
+    # An image is not listed if its identity is.
     facts = run(overlapping, "--release", tmp_path / "RFW", "--pairs", tmp_path / "pairs")
     assert left_out(tmp_path) == ["African/m.1", "Indian/m.4", "Indian/m.3/0.jpg", "Indian/m.5/1.jpg"]
     assert facts["left out"] == {"identities": 2, "images": 2}
     assert "African/m.1 (African, Asian)" in (tmp_path / "inspected" / "inspect.md").read_text()
 
 
-def test_nothing_of_an_earlier_call_is_left(overlapping, tmp_path):
+def test_files_of_an_earlier_call_are_removed(overlapping, tmp_path):
     (overlapping / "African/m.2/0.jpg").write_bytes(b"")
     put(overlapping / "African/m.1/copy.jpg", encode(smooth(1)))
     run(overlapping, "--pairs", tmp_path / "pairs")
@@ -494,7 +495,7 @@ def as_rows(images: list[np.ndarray]) -> np.ndarray:
     return np.stack([np.frombuffer(fingerprint(image), np.uint8) for image in images])
 
 
-def test_copies_have_near_fingerprints_and_others_have_not():
+def test_only_copies_have_near_fingerprints():
     images = [smooth(seed) for seed in range(40)]
     copies = [cv2.imdecode(np.frombuffer(encode(image), np.uint8), cv2.IMREAD_COLOR) for image in images]
     copies = [resized(image, 80) if k % 2 else image // 2 for k, image in enumerate(copies)]
@@ -510,17 +511,17 @@ def test_fingerprints_do_not_depend_on_the_size_of_a_picture():
     assert near(found[:1], found[1:])[2][0] <= 4
 
 
-def test_an_even_image_sets_no_bit():
+def test_a_uniform_image_sets_no_bit():
     assert all(fingerprint(np.full((112, 112, 3), shade, np.uint8)) == bytes(32) for shade in (0, 1, 100, 255))
 
 
 @pytest.mark.parametrize("at_most", [0, 31, 32, 96, 110])
-def test_near_fingerprints_are_those_that_a_loop_finds(at_most, monkeypatch):
+def test_near_fingerprints_equal_those_of_a_plain_loop(at_most, monkeypatch):
     monkeypatch.setattr(likeness, "BLOCK", 7)
     random = np.random.default_rng(0)
     other = random.integers(0, 256, (23, 32), np.uint8)
     one = other[random.integers(0, 23, 31)].copy()
-    for row in range(31):  # in so many bits, wherever they are
+    for row in range(31):  # differs in `row` bits at random positions
         flipped = np.unpackbits(one[row])
         flipped[random.permutation(256)[: 4 * row]] ^= 1
         one[row] = np.packbits(flipped)
@@ -530,14 +531,14 @@ def test_near_fingerprints_are_those_that_a_loop_finds(at_most, monkeypatch):
     assert expected
 
 
-def test_nothing_is_near_to_nothing():
+def test_empty_arrays_have_no_near_fingerprints():
     assert [len(part) for part in near(np.empty((0, 32), np.uint8), np.zeros((3, 32), np.uint8))] == [0, 0, 0]
     assert [len(part) for part in near(np.zeros((3, 32), np.uint8), np.empty((0, 32), np.uint8))] == [0, 0, 0]
 
 
-def test_what_processes_are_given_can_be_pickled(tree):
+def test_arguments_of_processes_can_be_pickled(tree):
     source = Source(str(tree), False)
-    for function in (_Looker(source), _Digester(source)):
+    for function in (partial(_look, source), partial(_digest, source)):
         again = pickle.loads(pickle.dumps(function))
         assert again("African/m.1/0.jpg") == function("African/m.1/0.jpg")
 
@@ -547,7 +548,7 @@ def test_what_processes_are_given_can_be_pickled(tree):
 
 @pytest.fixture(scope="module")
 def portraits(faces) -> np.ndarray:
-    """Drawn faces (64, 112, 112) uint8, grey, which lie about where ArcFace has them."""
+    """Returns generated faces (64, 112, 112) uint8, grey, approximately aligned to ArcFace's template."""
     return np.stack([cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in sorted((faces / "train").rglob("*.jpg"))])
 
 
@@ -556,7 +557,7 @@ def moved(image: np.ndarray, x: float = 0, y: float = 0, scale: float = 1, turn:
     return cv2.warpAffine(image, matrix, (112, 112), borderMode=cv2.BORDER_REPLICATE)
 
 
-def test_faces_are_found_where_they_are(portraits):
+def test_the_position_of_faces_is_measured(portraits):
     there = place(portraits)
     assert there.distance < 6
     for change in ({"x": 10}, {"y": -9}, {"scale": 0.7}, {"turn": 16}):
@@ -570,7 +571,7 @@ def test_faces_are_found_where_they_are(portraits):
         assert abs(found.agreement - there.agreement) < 0.15
 
 
-def test_faces_that_lie_anywhere_do_not_agree(portraits):
+def test_faces_at_random_positions_do_not_agree(portraits):
     random = np.random.default_rng(0)
     there = place(portraits)
     scattered = [moved(image, *random.normal(0, 8, 2), turn=random.normal(0, 10)) for image in portraits]
@@ -581,7 +582,7 @@ def test_faces_that_lie_anywhere_do_not_agree(portraits):
     assert place(np.zeros((50, 112, 112), np.uint8)).doubts
 
 
-def test_placement_is_told_where_it_was_measured(faces, tmp_path, portraits):
+def test_placement_is_reported_if_it_was_measured(faces, tmp_path, portraits):
     data = tmp_path / "data"
     for k, image in enumerate(portraits):
         put(data / "A" / f"a{k % 4}" / f"{k}.png", encode(moved(image, 12), ".png"))
@@ -620,14 +621,14 @@ def test_the_pictures_show_faces_of_each_group(overlapping, tmp_path, monkeypatc
     assert np.array_equal(*shared[0][1])
 
 
-def test_a_picture_is_drawn_whatever_its_names_and_sizes(tmp_path):
+def test_a_picture_is_drawn_for_any_names_and_sizes(tmp_path):
     rows = [("$\\frac$", [noise(1), noise(2, 400)[:90]]), ("\udcff".encode(errors="replace").decode(), [])]
     report._draw(rows, tmp_path / "picture.png")
     assert cv2.imread(str(tmp_path / "picture.png")).shape[2] == 3
 
 
-def test_processes_that_read_images_do_without_pytorch():
-    """It would cost each of them seconds, and hundreds of megabytes."""
+def test_processes_that_read_images_do_not_import_pytorch():
+    """The import takes seconds and hundreds of megabytes in each process."""
     modules = "utils.prepare.contents, utils.prepare.align, utils.prepare.rec"
     run = [sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"]
     assert subprocess.run(run, cwd=ROOT, check=False).returncode == 0

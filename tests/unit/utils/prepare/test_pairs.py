@@ -1,8 +1,7 @@
-"""Lists of pairs to .bin and back, RFW's release, everything that can be wrong with them, and damaged .bin files."""
+"""Conversion of lists of pairs to .bin and back, RFW's release, bad lists, and damaged .bin files."""
 
 import argparse
 import csv
-import errno
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import encode, noise
+from tests.conftest import encode, full_disk, noise
 from tests.soak.trials import gadgets
 from tests.unit.utils.data.test_pairs import python2_pickle
 from utils.data.pairs import load_bin
@@ -35,12 +34,12 @@ def run(command, *words, processes: int = 1) -> None:
 
 
 def face(shade: int, extension: str = ".jpg") -> bytes:
-    """An image of one colour: quickly made, and another one for every shade below 64."""
+    """Returns an image of one colour, different for every shade below 64."""
     return encode(np.full((112, 112, 3), 4 * (shade % 64), np.uint8), extension)
 
 
 def write_faces(folder: Path, identities: dict[str, int], extension: str = ".jpg") -> None:
-    """So many images of each identity, as <identity>/<identity>_%04d, counted from 1."""
+    """Writes images <identity>/<identity>_%04d, numbered from 1; `identities` gives their numbers."""
     shade = 0
     for name, count in identities.items():
         (folder / name).mkdir(parents=True)
@@ -50,7 +49,7 @@ def write_faces(folder: Path, identities: dict[str, int], extension: str = ".jpg
 
 
 def published(path: Path) -> tuple[list[bytes], list[bool]]:
-    """As the published evaluators read it."""
+    """Reads a .bin as the published evaluators do."""
     with open(path, "rb") as file:
         return pickle.load(file, encoding="bytes")
 
@@ -71,7 +70,7 @@ SAME = ([True] * 300 + [False] * 300) * 10
 
 @cache
 def rfw_pairs(seed: int) -> tuple[list[str], list[str]]:
-    """6,000 lines, and the images that they name, in their order."""
+    """Returns 6,000 lines, and the images that they name, in order."""
     random, ids = np.random.default_rng(seed), list(IDENTITIES)
     lines, images = [], []
     for same in SAME:
@@ -98,7 +97,7 @@ FOLDERS = {"African": "images/African", "Asian": "images/data/Asian"}
 
 @pytest.fixture
 def release(tmp_path) -> Path:
-    """RFW's text release of two ethnicities, with the images of one of them below `data`."""
+    """Writes RFW's text release of two ethnicities, with the images of one of them in `data`."""
     for seed, (ethnicity, folder) in enumerate(FOLDERS.items()):
         write_list(tmp_path / "txts" / ethnicity / f"{ethnicity}_pairs.txt", rfw_pairs(seed)[0])
         write_list(tmp_path / "txts" / ethnicity / f"{ethnicity}_people.txt", ["m.0a\t3"])
@@ -121,14 +120,14 @@ def test_rfw_becomes_one_set_per_ethnicity_in_the_order_of_its_list(release, cap
         assert type(content) is tuple and [*map(type, content)] == [list, list]
         assert {*map(type, content[0])} == {bytes} and {*map(type, content[1])} == {bool}
         assert path.read_bytes().startswith(b"\x80\x02")
-        assert path.stat().st_size < 100_000  # an image is stored once, however many pairs it is in
+        assert path.stat().st_size < 100_000  # an image in several pairs is stored once
         said += f"Written to {path}: 6,000 pairs, 10 folds of 300 genuine + 300 impostor.\n"
     out, err = capsys.readouterr()
     assert out == f"{said}Next: python -m eval.evaluation --pairs {release / 'bins'}\n"
     assert "pairs" not in err
 
 
-def test_an_ethnicity_with_images_that_cannot_be_used_is_not_written(release):
+def test_an_ethnicity_with_bad_images_is_not_written(release):
     output, folder = release / "bins", release / "images" / "African"
     output.mkdir()
     (output / "African_test.bin").write_bytes(b"of before")
@@ -199,14 +198,14 @@ def swapped(lines: list[str]) -> list[str]:
         (lambda lines: [], "Asian_pairs.txt names no pair"),
     ],
 )
-def test_a_list_unlike_rfws_is_refused_before_anything_is_written(release, change, sentence):
+def test_a_list_that_is_not_rfws_is_refused_before_anything_is_written(release, change, sentence):
     write_list(release / "txts/Asian/Asian_pairs.txt", change(rfw_pairs(1)[0]))
     with pytest.raises(InputError, match=sentence):
         run_rfw(release)
     assert not (release / "bins").exists()
 
 
-def test_pairs_of_rfw_that_can_hardly_be_meant_are_warned_of(release, capsys):
+def test_implausible_pairs_of_rfw_give_a_warning(release, capsys):
     lines, _ = rfw_pairs(1)
     path = write_list(release / "txts/Asian/Asian_pairs.txt", [*lines[:9], "m.0a\t1\t1", *lines[10:]])
     run_rfw(release)
@@ -223,7 +222,7 @@ def test_identities_of_rfws_lists(release):
     assert identities_of_lists(release) == {"African": set(IDENTITIES), "Asian": {"x y", "m.1", "m.2", "m.3"}}
 
 
-def test_an_ethnicity_without_its_list_is_not_left_out_silently(release):
+def test_an_ethnicity_without_its_list_is_reported(release):
     (release / "txts" / "Indian").mkdir()
     (release / "txts" / "Indian" / "indian_pairs.txt").write_text("m.1\t1\t2\n")
     for what in (lambda: identities_of_lists(release), lambda: run_rfw(release)):
@@ -274,12 +273,12 @@ def test_lfw_style_lists_are_read(faces, head, form, capsys):
 @pytest.mark.parametrize(
     ("head", "announced"), [("10\t300", "6,000"), ("3", "3 or 6"), ("1\t4", "8"), ("999999999 999999999", "1,9")]
 )
-def test_a_first_line_that_does_not_fit_is_said(faces, head, announced, capsys):
+def test_a_wrong_count_in_the_first_line_is_reported(faces, head, announced, capsys):
     put_together(faces, "\n".join([head, *LINES]).encode())
     assert f"pairs.txt: its first line announces {announced}" in capsys.readouterr().err
 
 
-def test_what_is_written_is_what_evaluation_reads(faces):
+def test_the_evaluation_reads_what_was_written(faces):
     put_together(faces, "\n".join(LINES).encode())
     read = load_bin(faces.parent / "out" / "x.bin")
     assert read.same.tolist() == [True, True, False, False]
@@ -292,7 +291,7 @@ def test_identities_may_be_numbers(tmp_path):
     assert put_together(tmp_path / "faces", b"7 1 2\n7 2 08 1") == ([face(k) for k in (1, 2, 2, 3)], [True, False])
 
 
-def test_every_ending_is_found_and_the_usual_one_first(tmp_path):
+def test_images_are_found_with_any_ending_and_jpg_first(tmp_path):
     for shade, ending in enumerate(ENDINGS, 1):
         write_faces(tmp_path / "faces", {f"n{shade}": shade}, ending)
     write_faces(tmp_path / "more", {"n1": 1}, ".png")
@@ -311,7 +310,7 @@ def test_files_can_be_named_by_their_paths(faces, tmp_path):
     assert images == [face(1), face(6), face(9, ".png"), face(10), face(1), face(2)]
 
 
-def test_names_may_hold_spaces_and_need_not_be_text(faces):
+def test_names_may_contain_spaces_and_invalid_unicode(faces):
     odd = os.fsdecode(b"\xffda \xc3\xa9")
     for path in (faces / "Ada").iterdir():
         path.rename(path.with_name(path.name.replace("Ada", odd)))
@@ -343,13 +342,13 @@ def test_several_processes_give_the_same(tmp_path, monkeypatch):
         (["a 1 2", "a 1 b 1"] * 10, "1 genuine + 1 impostor"),
     ],
 )
-def test_the_folds_that_result_are_said(tmp_path, lines, folds, capsys):
+def test_the_resulting_folds_are_printed(tmp_path, lines, folds, capsys):
     write_faces(tmp_path / "faces", {"a": 2, "b": 1})
     put_together(tmp_path / "faces", "\n".join(lines).encode())
     assert f"x.bin: 20 pairs, 10 folds of {folds}.\n" in capsys.readouterr().out
 
 
-def test_folds_that_cannot_be_scored_are_warned_of(tmp_path, capsys):
+def test_folds_that_cannot_be_scored_give_a_warning(tmp_path, capsys):
     write_faces(tmp_path / "faces", {"a": 2, "b": 1})
     put_together(tmp_path / "faces", "\n".join(["a 1 2"] * 6 + ["a 1 b 1"] * 14).encode())
     err = capsys.readouterr().err
@@ -361,7 +360,7 @@ def test_folds_that_cannot_be_scored_are_warned_of(tmp_path, capsys):
     assert "fold" not in capsys.readouterr().err
 
 
-def test_pairs_that_can_hardly_be_meant_are_warned_of(faces, capsys):
+def test_implausible_pairs_give_a_warning(faces, capsys):
     text = b"Ada 1 2\nAda 1 0001\nAda 1 Ada 2\nAda 2 Ada 2\nx/y.jpg x/y.jpg 1\nx/y.jpg z.jpg 0\nCy 1 Ada 1\n"
     (faces / "x").mkdir()
     (faces / "x" / "y.jpg").write_bytes(face(1))
@@ -386,13 +385,13 @@ def test_pairs_that_can_hardly_be_meant_are_warned_of(faces, capsys):
         (b"a.jpg\t\t1", "line 1: expected"),
         (b"Ada\t1\t\t2", "line 1: expected"),
         (b"Ada\t1\t" + b"9" * 5000, "line 1: expected"),
-        ("Ada\t1\t٣".encode(), "line 1: expected"),  # a digit, but none of ours
+        ("Ada\t1\t٣".encode(), "line 1: expected"),  # an Arabic digit
         (b"Ada\0\t1\t2", r"line 1: expected .*, found 'Ada.x00 1 2'"),
         ("Ada 1 2".encode("utf-16"), "line 1: expected"),
         (face(1), "line 1: expected"),
     ],
 )
-def test_lines_of_another_form_are_named(faces, content, sentence):
+def test_malformed_lines_are_named(faces, content, sentence):
     with pytest.raises(InputError, match=sentence):
         put_together(faces, content)
     assert not (faces.parent / "out").exists()
@@ -413,7 +412,7 @@ def test_missing_images_are_counted_and_the_first_twenty_named(faces):
     assert files(faces.parent / "out") == ["x_failures.csv"]
 
 
-def test_the_advice_fits_what_is_wrong(tmp_path):
+def test_the_advice_depends_on_the_error(tmp_path):
     write_faces(tmp_path / "faces", {"Ada": 1, "Bo": 1})
     (tmp_path / "faces" / "Cy").write_bytes(b"a file where a folder should be")
     with pytest.raises(InputError, match="1 of the 3 .*\n  Cy/Cy_0001.jpg is not there\nAdd or repair them.$"):
@@ -424,7 +423,7 @@ def test_the_advice_fits_what_is_wrong(tmp_path):
         put_together(tmp_path / "faces", b"Ada 1 Bo 1")
 
 
-def test_images_of_another_size_are_to_be_aligned(faces):
+def test_images_of_another_size_need_alignment(faces):
     (faces / "Cy" / "Cy_0001.jpg").write_bytes(encode(noise(0, 250)))
     with pytest.raises(InputError) as error:
         put_together(faces, "\n".join(LINES).encode())
@@ -432,7 +431,7 @@ def test_images_of_another_size_are_to_be_aligned(faces):
     assert str(error.value).endswith("\nAlign the faces to 112 x 112 first: python -m utils.prepare align --help")
 
 
-def test_files_and_folders_that_are_not_there_are_named(faces, tmp_path):
+def test_missing_files_and_folders_are_named(faces, tmp_path):
     with pytest.raises(InputError, match=r"none.txt cannot be read \(No such file"):
         run(pairs, "--list", tmp_path / "none.txt", "--images", faces, "--output", tmp_path / "x.bin")
     with pytest.raises(InputError, match=f"There is no folder {tmp_path}/none: set --images"):
@@ -441,7 +440,7 @@ def test_files_and_folders_that_are_not_there_are_named(faces, tmp_path):
         run(pairs, "--bin", tmp_path / "none.bin", "--output", tmp_path / "x")
 
 
-def test_the_two_ways_take_different_arguments(faces):
+def test_the_two_directions_need_different_arguments(faces):
     with pytest.raises(InputError, match="--list goes with --images"):
         run(pairs, "--list", "x", "--output", "y")
     with pytest.raises(InputError, match="leave --images out"):
@@ -454,27 +453,27 @@ def test_the_two_ways_take_different_arguments(faces):
             run(pairs, "--bin", "x", "--output", "y", processes=wrong)
 
 
-def test_a_column_that_is_lost_does_not_make_a_pair_another(faces, tmp_path):
+def test_a_missing_column_is_refused(faces, tmp_path):
     for line in (b"7\t1\t8\t", b"\t1\t2", b"\t1\tAda\t2", b"\tAda/Ada_0001.jpg\t1"):
         with pytest.raises(InputError, match="line 2: expected"):
             put_together(faces, b"Ada\t1\t3\n" + line + b"\n")
 
 
 @pytest.mark.parametrize("output", [".", "/", "faces", "set", "pairs.txt", "new/"])
-def test_a_set_is_only_written_where_one_can_be(faces, tmp_path, monkeypatch, output):
+def test_an_unsuitable_output_is_refused(faces, tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     Path("pairs.txt").write_text("Ada 1 3\n")
     with pytest.raises(InputError, match=r"is no name of a \.bin: set --output to one"):
         run(pairs, "--list", "pairs.txt", "--images", faces, "--output", output)
 
 
-def test_what_is_no_file_is_not_waited_for(faces, tmp_path):
+def test_a_pipe_is_refused_without_waiting(faces, tmp_path):
     os.mkfifo(faces / "pipe.jpg")
     with pytest.raises(InputError, match="pipe.jpg is no file"):
         put_together(faces, b"pipe.jpg Ada/Ada_0001.jpg 1")
 
 
-def test_the_command_ends_in_one_sentence(faces, tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_one_sentence(faces, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "COMMANDS", dict.fromkeys(("rfw", "pairs"), ""))
     with pytest.raises(SystemExit) as stop:
         prepare.main(["pairs", "--list", str(tmp_path / "no"), "--images", str(faces), "--output", f"{tmp_path}/x.bin"])
@@ -500,7 +499,7 @@ SAID = [True, False, True]
         *(pickle.dumps(([np.frombuffer(x, np.uint8) for x in STORED], np.array(SAID)), p) for p in (2, 5)),
     ],
 )
-def test_a_bin_taken_apart_and_put_together_is_the_same(tmp_path, content):
+def test_an_unpacked_and_packed_bin_is_equal(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
     assert files(tmp_path / "parts") == [
@@ -519,7 +518,7 @@ def test_a_bin_taken_apart_and_put_together_is_the_same(tmp_path, content):
     assert published(tmp_path / "again.bin") == (STORED, SAID)
 
 
-def test_endings_follow_the_content(tmp_path):
+def test_file_endings_follow_the_content(tmp_path):
     stored = [face(1, extension) for extension in (".webp", ".png", ".jpg", ".jpg")]
     write_bin(tmp_path / "x.bin", stored, [True, False])
     run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
@@ -528,10 +527,10 @@ def test_endings_follow_the_content(tmp_path):
     assert contents(tmp_path / "parts", names) == stored[:3]
 
 
-def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
+def test_a_folder_with_files_is_refused(tmp_path):
     write_bin(tmp_path / "x.bin", STORED, SAID)
     (tmp_path / "parts").mkdir()
-    run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")  # an empty one is
+    run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")  # an empty one is accepted
     for output in ("parts", "x.bin"):
         with pytest.raises(InputError, match=f"{output} is there already: set --output to a new folder"):
             run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / output)
@@ -543,7 +542,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
         run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
 
 
-def test_a_bin_that_cannot_be_used_is_refused(tmp_path):
+def test_a_damaged_bin_is_refused(tmp_path):
     write_bin(tmp_path / "x.bin", [*STORED[:3], face(1)[:-40], *STORED[4:]], SAID)
     with pytest.raises(InputError, match="x.bin: image 3 is a truncated JPEG"):
         run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
@@ -551,10 +550,6 @@ def test_a_bin_that_cannot_be_used_is_refused(tmp_path):
 
 
 # Full disks and kills -------------------------------------------------------------------------------------------------
-
-
-def full_disk(*_) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_full_disk_leaves_the_set_as_it_was(faces, monkeypatch):
@@ -573,7 +568,7 @@ def test_a_full_disk_leaves_the_set_as_it_was(faces, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [full_disk, lambda *_: os.kill(os.getpid(), signal.SIGINT)], ids=["full", "Ctrl-C"])
-def test_a_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch, stop):
+def test_a_folder_appears_only_when_it_is_complete(tmp_path, monkeypatch, stop):
     write_bin(tmp_path / "x.bin", STORED, SAID)
     write, written = Path.write_bytes, []
 
@@ -586,7 +581,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch, stop):
         patch.setattr(Path, "write_bytes", write_bytes)
         run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
     assert files(tmp_path) == ["x.bin"]
-    (tmp_path / "parts.partial" / "images").mkdir(parents=True)  # what a kill leaves
+    (tmp_path / "parts.partial" / "images").mkdir(parents=True)  # left by a kill
     (tmp_path / "parts.partial" / "images" / "000005.jpg").write_bytes(b"half")
     run(pairs, "--bin", tmp_path / "x.bin", "--output", tmp_path / "parts")
     assert len(files(tmp_path / "parts")) == 5 and not (tmp_path / "parts.partial").exists()
@@ -624,7 +619,7 @@ EXTREMES = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 1 << 20, (1 << 31) - 1, 1
 
 
 def whole_bins(marker: Path) -> list[bytes]:
-    """Sets of two pairs in all forms that are read, and files that would run code."""
+    """Returns sets of two pairs in all formats that can be read, and files that would run code."""
     images, same = [face(1), face(2), face(1, ".png"), face(3)], [True, False]
     arrays = [np.frombuffer(image, np.uint8) for image in images]
     hostile = b"".join(gadgets(marker)[name] for name in ("os.system", "numpy.memmap", "STACK_GLOBAL"))
@@ -639,7 +634,7 @@ def whole_bins(marker: Path) -> list[bytes]:
 
 
 def mutated(random: np.random.Generator, data: bytes) -> bytes:
-    # Half of all changes at an end: that is where names and numbers are, and not images.
+    # Half of the changes are near an end, where names and numbers are instead of images.
     at, to = (int(random.choice([random.integers(len(data)), random.integers(60), len(data) - 60])) for _ in range(2))
     size = int(random.integers(1, 60))
     match random.integers(6):
@@ -647,7 +642,7 @@ def mutated(random: np.random.Generator, data: bytes) -> bytes:
             return data[:at]
         case 1:
             return data[:at] + random.bytes(size) + data[at:]
-        case 2:  # a piece again, elsewhere
+        case 2:  # copies a piece to another place
             return data[:to] + data[at : at + size] + data[to:]
         case 3:
             return data[:at] + data[at + size :]
@@ -662,7 +657,7 @@ def mutated(random: np.random.Generator, data: bytes) -> bytes:
             return bytes(flipped)
 
 
-def test_a_mutated_bin_is_read_or_refused_and_runs_nothing(tmp_path):
+def test_a_mutated_bin_is_read_or_refused_and_runs_no_code(tmp_path):
     path, whole = tmp_path / "x.bin", whole_bins(tmp_path / "executed")
     outcomes, failures = {"read": 0, "refused": 0}, []
     with warnings.catch_warnings(record=True) as warned:

@@ -1,8 +1,7 @@
-"""A folder of faces to train.rec and back: the same bytes, the numbers that stages give, nothing dropped unsaid."""
+"""Conversion of a folder to train.rec and back: equal bytes, equal labels, a list of all files that are left out."""
 
 import argparse
 import csv
-import errno
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from config.config import Config
-from tests.conftest import encode, noise, write_images
+from tests.conftest import encode, full_disk, full_disk_at, noise, write_images
 from utils.data.index import scan
 from utils.data.recordio import MAGIC_BYTES, image_of, read_index, write_records
 from utils.data.store import ImageStore
@@ -62,7 +61,7 @@ def settings(data: Path, groups: tuple[str, ...]) -> Config:
 # Folder to train.rec --------------------------------------------------------------------------------------------------
 
 
-def test_records_are_the_files_in_the_order_of_names(tree, tmp_path, capsys):
+def test_records_are_the_files_sorted_by_name(tree, tmp_path, capsys):
     packed = tmp_path / "rec"
     run("--folder", tree, "--ethnicities", "Caucasian,African", "--output", packed)
     names = ["African/m.10", "African/m.2", "Caucasian/m.1", "Caucasian/m.3"]
@@ -80,7 +79,7 @@ def test_records_are_the_files_in_the_order_of_names(tree, tmp_path, capsys):
     assert f"--data {packed}" in said
 
 
-def test_stages_see_in_the_records_what_they_see_in_the_folder(tree, packed):
+def test_stages_read_the_same_data_from_records_and_folder(tree, packed):
     groups = ("African", "Caucasian")
     one, other = (ImageStore(settings(data, groups)) for data in (tree, packed))
     assert np.array_equal(one.images, other.images)
@@ -95,7 +94,7 @@ def test_a_folder_without_groups(tmp_path):
     assert (tmp_path / "rec" / "identities.txt").read_text() == "0\ta\n1\tb\n"
 
 
-def test_what_cannot_be_used_is_left_out_and_listed(tree, tmp_path, capsys):
+def test_bad_images_are_left_out_and_listed(tree, tmp_path, capsys):
     (tree / "African/m.10/1.jpg").write_bytes(b"")
     (tree / "African/m.2/0.jpg").write_bytes(encode(noise(1))[:-500])
     (tree / "Caucasian/m.1/0.jpg").write_bytes(encode(noise(1, 100)))
@@ -112,10 +111,10 @@ def test_what_cannot_be_used_is_left_out_and_listed(tree, tmp_path, capsys):
     assert "4 images are left out" in capsys.readouterr().out
 
 
-def test_what_lies_elsewhere_is_listed(tree, tmp_path, capsys):
+def test_misplaced_images_are_listed(tree, tmp_path, capsys):
     (tree / "African" / "portrait.jpg").write_bytes(encode(noise(1)))
     (tree / "African" / "m.2" / "scan.tiff").write_bytes(encode(noise(1), ".tiff"))
-    (tree / "Caucasian" / "other.jpg").write_bytes(encode(noise(1)))  # of a group that is not packed
+    (tree / "Caucasian" / "other.jpg").write_bytes(encode(noise(1)))  # a group that is not packed
     run("--folder", tree, "--ethnicities", "African", "--output", tmp_path / "rec")
     assert failures(tmp_path / "rec") == [
         ["African/m.2/scan.tiff", "is passed over, as by stages"],
@@ -128,7 +127,7 @@ def test_what_lies_elsewhere_is_listed(tree, tmp_path, capsys):
 
 
 def test_several_processes_give_the_same(tmp_path):
-    """More images than one process takes at once, one of them bad."""
+    """Uses more images than one chunk of a process, one of them bad."""
     write_images(tmp_path, {"faces": {"a": 50, "b": 50}})
     (tmp_path / "faces" / "b" / "7.jpg").write_bytes(b"")
     for processes in (1, 2):
@@ -137,7 +136,7 @@ def test_several_processes_give_the_same(tmp_path):
     for name in ("rec", "back"):
         one, two = (contents(tmp_path / f"{name}{processes}") for processes in (1, 2))
         for found in (one, two):
-            found.pop("rec.json", None)  # names the folder that it was unpacked from
+            found.pop("rec.json", None)  # contains the source folder
         assert one == two
         assert len(one) >= (99 if name == "back" else 4)
 
@@ -154,7 +153,7 @@ def test_an_output_with_other_files_is_refused(tree, packed, tmp_path):
         run(*given, "--output", tree)
     with pytest.raises(InputError, match="must be different names"):
         run("--folder", tree, "--ethnicities", "African,African", "--output", tmp_path / "x")
-    run("--rec", packed, "--output", tmp_path / "link")  # the folder that the link leads to
+    run("--rec", packed, "--output", tmp_path / "link")  # the target of the link
     assert len([*(tmp_path / "new").rglob("*.jpg")]) == 8
 
 
@@ -167,7 +166,7 @@ def test_without_a_usable_image_there_are_no_records(tmp_path):
     assert not (tmp_path / "rec" / "train.rec").exists()
 
 
-def test_what_is_not_packed(tree, packed, tmp_path):
+def test_bad_arguments_for_packing_are_refused(tree, packed, tmp_path):
     new = tmp_path / "new"
     for words, reason in (
         (("--folder", tree, "--ethnicities", "African,Martian", "--output", new), "not for Martian: leave"),
@@ -186,10 +185,7 @@ def test_what_is_not_packed(tree, packed, tmp_path):
 
 
 def test_a_full_disk_leaves_no_records(tree, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("utils.data.recordio._record", full)
+    monkeypatch.setattr("utils.data.recordio._record", full_disk)
     with pytest.raises(NotWritten, match=r"train.rec could not be written \(No space left"):
         run("--folder", tree, "--ethnicities", "African", "--output", tmp_path / "rec")
     assert [*contents(tmp_path / "rec")] == ["identities.txt"]
@@ -198,7 +194,7 @@ def test_a_full_disk_leaves_no_records(tree, tmp_path, monkeypatch):
 # train.rec to folder --------------------------------------------------------------------------------------------------
 
 
-def test_images_come_back_as_they_were(tree, packed, tmp_path):
+def test_unpacked_images_equal_the_originals(tree, packed, tmp_path):
     run("--rec", packed, "--groups", "--output", tmp_path / "back")
     names = [f"{group}/{number:08}/{key:08}" for _, number, key, group in _keys(packed)]
     expected = {f"{name}.jpg": image for name, (image, *_) in zip(names, records(packed), strict=True)}
@@ -215,8 +211,8 @@ def _keys(folder: Path) -> list[tuple]:
     return [*zip(found.offsets, found.identity, found.keys, groups, strict=True)]
 
 
-def test_there_and_back_and_there_gives_the_same_records(tmp_path):
-    """With more images of an identity than a key has values of one digit."""
+def test_packing_unpacked_records_gives_equal_records(tmp_path):
+    """Uses keys of one and two digits, which would change their order as text without padding."""
     tree, packed = tmp_path / "tree", tmp_path / "rec"
     write_images(tmp_path, {"tree": {"African/m.2": 12, "Caucasian/m.1": 3}})
     run("--folder", tree, "--ethnicities", "African,Caucasian", "--output", packed)
@@ -233,12 +229,12 @@ def test_without_groups_and_without_an_index(packed, tmp_path):
 
 
 def with_magic(image: bytes) -> bytes:
-    """With a comment in which the magic number stands at every place modulo 4."""
+    """Adds a comment with the magic number at every alignment."""
     text = b"".join(MAGIC_BYTES + b"x" * (1 + k) for k in range(8))
     return image[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + image[2:]
 
 
-def test_images_that_hold_the_magic_number_and_pngs(tmp_path):
+def test_pngs_and_images_with_the_magic_number_are_unpacked(tmp_path):
     images = [with_magic(encode(noise(1))), encode(noise(2), ".png"), encode(noise(3, 300))]
     write_records(tmp_path / "rec", [(image, k, -1) for k, image in enumerate(images)], 3)
     run("--rec", tmp_path / "rec", "--output", tmp_path / "back")
@@ -264,7 +260,7 @@ def test_records_without_an_image_are_listed(tmp_path, capsys):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_what_is_not_unpacked(packed, tmp_path):
+def test_bad_arguments_for_unpacking_are_refused(packed, tmp_path):
     new = tmp_path / "new"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
@@ -302,7 +298,7 @@ def killed_after(images: int, monkeypatch) -> None:
     monkeypatch.setattr(rec.os, "replace", stop)
 
 
-def test_an_interrupted_folder_is_not_there_and_goes_on(packed, tmp_path, monkeypatch):
+def test_an_interrupted_folder_is_hidden_and_resumed(packed, tmp_path, monkeypatch):
     whole, back = tmp_path / "whole", tmp_path / "back"
     run("--rec", packed, "--groups", "--output", whole)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -314,7 +310,7 @@ def test_an_interrupted_folder_is_not_there_and_goes_on(packed, tmp_path, monkey
     assert len(done) == 5
     assert len([*partial.glob("*.partial")]) == 1
     cut = done[0].read_bytes()
-    done[0].write_bytes(cut[:100])  # as a power cut may leave it
+    done[0].write_bytes(cut[:100])  # as after a power cut
     untouched = {path: path.stat().st_mtime_ns for path in done[1:]}
     run("--rec", packed, "--groups", "--output", back)
     assert contents(back) == contents(whole)
@@ -324,7 +320,7 @@ def test_an_interrupted_folder_is_not_there_and_goes_on(packed, tmp_path, monkey
     )
 
 
-def test_a_folder_is_not_filled_from_two_records(tree, packed, tmp_path, monkeypatch):
+def test_a_folder_is_not_resumed_with_other_records(tree, packed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(2, patch)
         run("--rec", packed, "--groups", "--output", tmp_path / "back")
@@ -336,18 +332,11 @@ def test_a_folder_is_not_filled_from_two_records(tree, packed, tmp_path, monkeyp
 
 
 def test_a_full_disk_is_reported_with_the_file(packed, tmp_path, monkeypatch):
-    replaced = os.replace
-
-    def full(source, target):
-        if str(target).endswith("00000000/00000002.jpg"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replaced(source, target)
-
     with (
         monkeypatch.context() as patch,
         pytest.raises(NotWritten, match=r"2.jpg could not be written \(No space left"),
     ):
-        patch.setattr(rec.os, "replace", full)
+        patch.setattr(rec.os, "replace", full_disk_at("00000000/00000002.jpg"))
         run("--rec", packed, "--output", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     run("--rec", packed, "--output", tmp_path / "back")

@@ -1,4 +1,4 @@
-"""Arrays that are filled block by block: what was finished is kept, what was damaged is noticed and filled again."""
+"""Arrays that are filled block by block: finished blocks are kept, damaged ones are detected and filled again."""
 
 import errno
 import os
@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests.conftest import full_disk
 from tests.runs import ROOT
 from utils.errors import Damaged, InputError, NotWritten
 from utils.storage.arrays import Filling, about, outdated, provide, read, sidecar, write
@@ -18,7 +19,7 @@ ORIGIN = {"weights": "abc"}
 
 
 def fill(path, made_from=ORIGIN, stop_after=None, block_rows=4):
-    """Fills what is missing with VALUES; gives the blocks that were."""
+    """Fills the missing blocks with VALUES; returns the blocks that were missing."""
     with Filling(path, *FORM, made_from, block_rows) as filling:
         for k, block in enumerate(filling.missing):
             if k == stop_after:
@@ -38,7 +39,7 @@ def names(path):
     return sorted(file.name for file in path.parent.iterdir())
 
 
-def test_an_array_is_written_whole(path):
+def test_an_array_and_its_sidecar_are_written(path):
     assert about(path) is None
     assert outdated(path, *FORM, ORIGIN) == ""
     assert fill(path) == list(range(7))
@@ -55,7 +56,7 @@ def test_an_array_is_written_whole(path):
 
 
 @pytest.mark.parametrize("pwrite", [True, False])
-def test_a_block_can_be_written_at_once(path, tmp_path, pwrite, monkeypatch):
+def test_a_block_can_be_written_in_one_call(path, tmp_path, pwrite, monkeypatch):
     if not pwrite:
         monkeypatch.delattr(os, "pwrite")  # as on Windows
     else:
@@ -69,11 +70,8 @@ def test_a_block_can_be_written_at_once(path, tmp_path, pwrite, monkeypatch):
     assert np.array_equal(read(path, *FORM), VALUES)
 
 
-def test_a_block_that_finds_no_room_is_said(path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full, raising=False)
+def test_a_block_on_a_full_disk_is_reported(path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", full_disk, raising=False)
     with (
         pytest.raises(NotWritten, match=r"x\.npy could not be written \(No space left"),
         Filling(path, *FORM, ORIGIN, 4) as f,
@@ -81,7 +79,7 @@ def test_a_block_that_finds_no_room_is_said(path, monkeypatch):
         f.write(0, VALUES[:4])
 
 
-def test_a_kill_while_an_array_takes_its_place_leaves_nothing_behind(tmp_path):
+def test_a_kill_while_an_array_is_renamed_leaves_no_file_behind(tmp_path):
     code = f"""
 import os, sys
 from pathlib import Path
@@ -119,11 +117,11 @@ assert code == 0, code
         path = folder / "x.npy"
         array = provide(path, *FORM, ORIGIN, lambda path=path: fill(path))
         assert np.array_equal(array, VALUES)
-        # The file of a lock may outlive its process, the lock itself does not.
+        # A lock file may remain after its process has ended; the lock itself does not.
         assert set(names(path)) - {"x.npy.lock"} == {"x.json", "x.npy"}
 
 
-def test_filling_goes_on_where_it_was_interrupted(path):
+def test_interrupted_filling_resumes(path):
     with pytest.raises(KeyboardInterrupt):
         fill(path, stop_after=3)
     assert names(path) == ["x.json.partial", "x.npy.partial"]
@@ -133,8 +131,8 @@ def test_filling_goes_on_where_it_was_interrupted(path):
     assert names(path) == ["x.json", "x.npy"]
 
 
-def test_blocks_that_never_reached_the_disk_are_filled_again(path):
-    """As after a power loss: the notes are there, the rows are not."""
+def test_blocks_lost_in_a_power_cut_are_filled_again(path):
+    """After a power cut the record of finished blocks may exist without their rows."""
     with pytest.raises(KeyboardInterrupt):
         fill(path, stop_after=5)
     partial = path.with_name("x.npy.partial")
@@ -145,7 +143,7 @@ def test_blocks_that_never_reached_the_disk_are_filled_again(path):
     assert np.array_equal(read(path, *FORM), VALUES)
 
 
-def test_other_sources_or_blocks_start_anew_and_leave_the_old_array_until_they_are_done(path):
+def test_other_sources_or_blocks_start_again_and_keep_the_old_array_until_they_are_complete(path):
     fill(path)
     with pytest.raises(KeyboardInterrupt):
         fill(path, {"weights": "new"}, stop_after=3)
@@ -159,7 +157,7 @@ def test_other_sources_or_blocks_start_anew_and_leave_the_old_array_until_they_a
 
 @pytest.mark.parametrize("when", ["before the array", "before the sidecar"])
 @pytest.mark.parametrize("old", [{"weights": "old"}, ORIGIN, None], ids=["other", "damaged", "none"])
-def test_a_kill_between_array_and_sidecar_costs_nothing(path, monkeypatch, when, old):
+def test_a_kill_between_array_and_sidecar_loses_no_block(path, monkeypatch, when, old):
     if old:
         fill(path, old)
         path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
@@ -180,7 +178,7 @@ def test_a_kill_between_array_and_sidecar_costs_nothing(path, monkeypatch, when,
     assert np.array_equal(read(path, *FORM), VALUES)
 
 
-def test_an_array_that_cannot_be_opened_for_now_is_left_as_it_is(path, monkeypatch):
+def test_an_array_that_cannot_be_opened_temporarily_is_not_changed(path, monkeypatch):
     fill(path)
     path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
 
@@ -194,7 +192,7 @@ def test_an_array_that_cannot_be_opened_for_now_is_left_as_it_is(path, monkeypat
     assert fill(path) == [6]
 
 
-def test_other_conditions_are_said_and_kept(path, capsys):
+def test_another_device_is_reported_and_recorded(path, capsys):
     def attempt(device, stop_after=None):
         with Filling(path, *FORM, ORIGIN, 4, {"device": device}) as filling:
             for block in filling.missing[:stop_after]:
@@ -211,7 +209,7 @@ def test_other_conditions_are_said_and_kept(path, capsys):
 
 
 @pytest.mark.parametrize("offset", [0, 20, 100, 128, 200, 327])
-def test_only_what_was_damaged_is_filled_again(path, offset):
+def test_only_damaged_blocks_are_filled_again(path, offset):
     fill(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
@@ -221,16 +219,13 @@ def test_only_what_was_damaged_is_filled_again(path, offset):
     if offset >= 128:
         read(path, *FORM, checked=False)
         assert fill(path) == [(offset - 128) // 32]
-    else:  # the header: nothing can be taken over, or the first block answers for it
+    else:  # the header: nothing is kept, or only the first block is filled again
         assert fill(path) in ([0], list(range(7)))
     assert path.read_bytes() == whole
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+def test_a_full_disk_is_reported_and_leaves_no_file(path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
     with pytest.raises(InputError, match=r"x.npy could not be written \(No space left on device\)"):
         write(path, VALUES, ORIGIN)
     assert names(path) == []

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, seals, and locks."""
+"""Atomic writes, checksums in files, and locks."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from utils.storage.locks import locked, refuse_if_locked
 from utils.storage.seals import check_seal, read_sealed_json, seal, write_sealed_json
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     with pytest.raises(KeyError), replaced(path) as partial:
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         replaced(tmp_path / "folder" / "x").__enter__()
 
 
-def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+def test_temporary_files_of_killed_processes_are_removed_but_not_those_of_running_ones(tmp_path):
     dead, living = tmp_path / "x.999999999.partial", tmp_path / f"x.{os.getppid()}.partial"
     for path in (dead, living):
         path.write_text("half")
@@ -37,7 +37,7 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_writ
     assert living.exists()
 
 
-def test_a_sealed_file_is_one_that_pytorch_reads(tmp_path):
+def test_pytorch_can_read_a_sealed_file(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"weight": torch.arange(3)}, path)
 
@@ -71,7 +71,7 @@ def test_a_sealed_json_is_read_back_and_refused_when_changed(tmp_path):
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_the_file_before_is_kept(tmp_path, monkeypatch, has_links):
+def test_the_previous_file_is_kept(tmp_path, monkeypatch, has_links):
     path, kept = tmp_path / "new", tmp_path / "kept"
     if not has_links:
 
@@ -83,20 +83,20 @@ def test_the_file_before_is_kept(tmp_path, monkeypatch, has_links):
         with replaced(path, kept) as partial:
             partial.write_text(content)
     assert (path.read_text(), kept.read_text()) == ("three", "two")
-    _keep_as(path, kept)  # a kill comes before the new file takes its place
+    _keep_as(path, kept)  # as if a kill came before the new file was renamed
     with replaced(path, kept) as partial:
         partial.write_text("four")
     assert (path.read_text(), kept.read_text()) == ("four", "three")
     assert {file.name for file in tmp_path.iterdir()} <= {"new", "kept"}
 
 
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
+def test_the_message_names_the_process_that_holds_the_folder(tmp_path):
     folder = tmp_path / "run"
     with another_process_holding(folder) as process:
         for attempt in (lambda: refuse_if_locked(folder), lambda: locked(folder).__enter__()):
             with pytest.raises(InputError, match=rf"run is in use by process {process} on .*: wait for it, or stop it"):
                 attempt()
-    # It was killed: its lock file is still there, and holds no more.
+    # The process was killed: its lock file remains, but the lock is free.
     assert (tmp_path / "run.lock").exists()
     refuse_if_locked(folder)
     with locked(folder), pytest.raises(InputError, match=f"in use by process {os.getpid()} on"), locked(folder):
@@ -104,14 +104,14 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_reached_by_two_ways_has_one_lock(tmp_path):
+def test_two_paths_to_one_folder_have_one_lock(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with locked(tmp_path / "run"), pytest.raises(InputError, match="link is in use by process"):
         refuse_if_locked(tmp_path / "link")
 
 
-def test_a_failed_flush_keeps_both_files(tmp_path, monkeypatch):
+def test_a_failed_fsync_keeps_both_files(tmp_path, monkeypatch):
     path, kept = tmp_path / "new", tmp_path / "kept"
     for content in ("one", "two"):
         with replaced(path, kept) as partial:
@@ -129,7 +129,7 @@ def test_a_failed_flush_keeps_both_files(tmp_path, monkeypatch):
     assert (path.read_text(), kept.read_text()) == ("two", "one")
 
 
-def test_whoever_waits_comes_next(tmp_path):
+def test_a_waiting_process_gets_the_lock_next(tmp_path):
     code = f"""
 import sys; from pathlib import Path; from utils.storage.locks import locked
 with locked(Path({str(tmp_path / "x")!r}), wait=True):
