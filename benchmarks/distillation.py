@@ -52,7 +52,8 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
             return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
         folder = work / "students" / f"{name}-AdaArcDistill"
-        fit(losses, faces, folder, cfg, student, header, kind="AdaArcDistill", validate=faces.validate)
+        given = {"kind": "AdaArcDistill", "measures": ("alpha",), "validate": faces.validate}
+        fit(losses, faces, folder, cfg, student, header, **given)
         return faces.rate()
 
     @torch.no_grad()
