@@ -36,7 +36,8 @@ def main(cfg: Config) -> None:
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
-    fit(losses, faces, folder, cfg, student, header, kind=cfg.ada_method, validate=validator(student, pairs, cfg))
+    validate = validator(student, pairs, cfg)
+    fit(losses, faces, folder, cfg, student, header, kind=cfg.ada_method, measures=("alpha",), validate=validate)
     announce(cfg, folder, "-m eval.evaluation")
 
 

@@ -52,7 +52,7 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
             logits = header(F.normalize(student(image)), embedding(image, target), label)
             return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
-        return training_rate(losses, "AdaArcDistill", columns, cfg, student, header)
+        return training_rate(losses, "AdaArcDistill", columns, cfg, student, header, measures=("alpha",))
 
     @torch.no_grad()
     def online(image, target):

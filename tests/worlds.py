@@ -172,7 +172,8 @@ def train(
 
     validated = (lambda: ({}, validate(network))) if validate else None
     folder, cfg = folder_of(cfg, name, kind, sharding), replace(cfg, num_epoch=2, lr=0.5)
-    fit(losses, faces, folder, cfg, network, header, kind="teacher", validate=validated)
+    measures = ("alpha",) if kind == "AdaDistill" else ()
+    fit(losses, faces, folder, cfg, network, header, kind="teacher", measures=measures, validate=validated)
     return network, header
 
 

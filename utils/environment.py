@@ -1,4 +1,4 @@
-"""The versions, the device and the commit that the last bits of a run's numbers depend on."""
+"""Versions, device and commit, on which the last bits of a run's numbers depend."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from utils.distributed.world import world_size
 
 
 def versions(cfg: Config) -> dict[str, str]:
-    """What the last bits of a run's numbers depend on beside its settings and data."""
+    """Returns by name what the last bits of a run's numbers depend on, apart from its settings and data."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -36,21 +36,22 @@ def versions(cfg: Config) -> dict[str, str]:
 
 
 def numerics(cfg: Config) -> dict[str, str]:
-    """Of `versions`, what decides the last bits of a network's output."""
+    """Returns the part of `versions` on which the last bits of a network's output depend."""
     found = versions(cfg)
     return {name: found[name] for name in ("torch", "device", "threads", "cudnn_benchmark")}
 
 
 def device_of(cfg: Config) -> torch.device:
+    """Returns the device that `cfg.device` selects; the CPU if PyTorch finds no GPU."""
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def _commit() -> str:
-    """The git commit of this code, with -dirty where files differ from it."""
+    """Returns the git commit of this code, with -dirty if files differ from it; "unknown" outside a repository."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here_only = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # not a repository that holds this folder
+    here_only = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}  # no repository further up
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, env=here_only).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -59,6 +60,7 @@ def _commit() -> str:
 
 @functools.cache
 def _processor() -> str:
+    """Returns the name of the CPU model."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

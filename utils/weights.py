@@ -1,4 +1,4 @@
-"""Trained weights: where they lie in a run folder, and loading them, verified by their SHA-256."""
+"""Trained weights: finds them in a run folder and loads them, verified by their SHA-256."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from utils.storage.files import sha256
 from utils.storage.tensors import load_with_digest
 
 IDENTITIES = "identities"
-"""Where a header's state dict says which identity each of its classes is: no parameter, whoever loads it skips it."""
+"""Key in the metadata of a header's state dict, under which the identities of its classes are listed.
+
+It is no parameter, so `load_state_dict` ignores it.
+"""
 
 
 def find_weights(folder: Path, which: str) -> Path | None:
-    """The backbone's state dict in a run folder: the released `<step>backbone.pth`, else our own `which` (best, last).
+    """Returns the path of the backbone's state dict in a run folder; None if there is none.
 
-    None where there is none. Raises InputError where it cannot be known which file is meant.
+    That is the released `<step>backbone.pth`, or else our own `which` (best or last). Raises InputError if the folder
+    holds several released files, or a released one beside our own.
     """
     own = [folder / f"{kind}_backbone.pth" for kind in ("best", "last")]
     released = sorted(set(folder.glob("*backbone.pth")).difference(own))
@@ -31,7 +35,7 @@ def find_weights(folder: Path, which: str) -> Path | None:
 
 
 def need_weights(folders: list[Path], which: str) -> list[Path]:
-    """Like `find_weights` for several run folders; raises InputError that names all where there is none."""
+    """Returns `find_weights` of several run folders. Raises InputError that names all folders without weights."""
     found = [find_weights(folder, which) for folder in folders]
     missing = [str(folder) for folder, path in zip(folders, found, strict=True) if path is None]
     if missing:
@@ -42,10 +46,10 @@ def need_weights(folders: list[Path], which: str) -> list[Path]:
 
 
 def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
-    """Class centres (D, C) of the header that was trained with a backbone's `weights`.
+    """Returns the class centres (D, C) of the header that was trained with a backbone's `weights`.
 
-    Also the identities of its classes, empty where it does not say (released ones do not), and the file's SHA-256.
-    Raises InputError where there is no such header.
+    Also returns the identities of its classes, empty if the file does not list them (released ones do not), and the
+    SHA-256 of the file. Raises InputError if there is no such header.
     """
     path = weights.with_name(weights.name.replace("backbone", "header"))
     state, digest = _load_verified(path)
@@ -60,14 +64,14 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
 
 
 def weights_with_digest(folder: Path, digest: str) -> Path | None:
-    """The backbone in a run folder whose SHA-256 is `digest`, be it the best, the last or a released one."""
+    """Returns the path of the backbone in a run folder whose SHA-256 is `digest`, best, last or released; else None."""
     return next((path for path in sorted(folder.glob("*backbone.pth")) if sha256(path) == digest), None)
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Loads a published or own state dict strictly (see `fit_state_dict`), and gives the SHA-256 of the file.
+    """Loads a published or own state dict strictly (see `fit_state_dict`) and returns the SHA-256 of the file.
 
-    Raises InputError also where the file is one of ours and not as it was written.
+    Raises InputError if it does not fit, or if the file is one of ours and corrupted.
     """
     state, digest = _load_verified(Path(path))
     fit_state_dict(module, state, path)
@@ -75,7 +79,7 @@ def load_weights(module: nn.Module, path: Path) -> str:
 
 
 def _load_verified(path: Path) -> tuple[Any, str]:
-    """Returns the content and the SHA-256 of a file of weights; InputError for a damaged one says how to restore it."""
+    """Returns the content and the SHA-256 of a file of weights. Raises InputError if it is corrupted."""
     try:
         return load_with_digest(path)
     except Damaged as error:
@@ -83,7 +87,7 @@ def _load_verified(path: Path) -> tuple[Any, str]:
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
-    """A trained network in eval mode, and the SHA-256 of the file that it was loaded from."""
+    """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from."""
     backbone = build_backbone(name, cfg.embedding_size)
     digest = load_weights(backbone, path)
     return backbone.eval(), digest

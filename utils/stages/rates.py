@@ -132,17 +132,23 @@ class _EndlessFaces(Faces):
 
 
 def training_rate(
-    losses: Callable, kind: str, columns: dict[str, np.ndarray], cfg: Config, *modules: torch.nn.Module
+    losses: Callable,
+    kind: str,
+    columns: dict[str, np.ndarray],
+    cfg: Config,
+    *modules: torch.nn.Module,
+    measures: tuple[str, ...] = (),
 ) -> float:
     """Measures the rows per second of training by `fit`, which is ended before it writes anything.
 
-    `columns` hold the rows of one batch, by the parameters of `losses`.
+    `columns` hold the rows of one batch, by the parameters of `losses`; `measures` is that of `fit`.
     """
     # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
     cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if device_of(cfg).type == "cuda" else 0.0)
     clock = _Clock(device_of(cfg), cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Measured):
-        fit(losses, _EndlessFaces(cfg, columns, clock), Path(folder) / "measured", cfg, *modules, kind=kind)
+        faces, run_folder = _EndlessFaces(cfg, columns, clock), Path(folder) / "measured"
+        fit(losses, faces, run_folder, cfg, *modules, kind=kind, measures=measures)
     return clock.rate
 
 

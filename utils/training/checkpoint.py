@@ -1,14 +1,14 @@
-"""Run folders: weights in the published format, the checkpoint a run continues from, and what decided the run.
+"""Run folders: weights in the published format, the checkpoint that a run is resumed from, settings and provenance.
 
 best_backbone.pth  best_header.pth   state dicts of the best epoch
 last_backbone.pth  last_header.pth   state dicts of the last finished epoch
-checkpoint.pth                       everything the run needs to go on: weights, optimizer, position, log
-previous_checkpoint.pth              the one before, for when the newest is damaged
-config.json                          settings, data, versions, and when the run was started and continued
+checkpoint.pth                       all that is needed to resume: weights, optimizer, position, log
+previous_checkpoint.pth              the one before, used if the newest is corrupted
+config.json                          settings, data, versions, and where the run was started and resumed
 identities.txt                       the identity of each class, in order
 log.jsonl                            one line of metrics per epoch
 
-The .pth files are plain PyTorch files whose zip comment is a SHA-256, checked whenever they are read.
+The .pth files are plain PyTorch files with a SHA-256 as their zip comment, which is checked whenever they are read.
 """
 
 import json
@@ -33,8 +33,8 @@ from utils.weights import IDENTITIES
 CHECKPOINTS = ("checkpoint.pth", "previous_checkpoint.pth")
 
 
-def wrong_with(path: Path, digest: str) -> str:
-    """What is wrong with one of our files that should have this digest, or nothing."""
+def problem_with(path: Path, digest: str) -> str:
+    """Returns what is wrong with a .pth file that should have this SHA-256; "" if nothing is."""
     if not path.exists():
         return f"{path} is missing"
     with open(path, "rb") as file:
@@ -45,23 +45,23 @@ def wrong_with(path: Path, digest: str) -> str:
 
 
 class Run:
-    """One run folder: belongs to the settings and data that its first checkpoint was made with.
+    """A run folder, which belongs to the settings and data of its first checkpoint.
 
-    Of several processes, all of which call its methods, rank 0 reads and writes it.
+    All ranks call its methods; only rank 0 reads and writes files.
     """
 
     def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
-        """Raises InputError where the folder holds a run of another kind, or of other settings or data."""
+        """Raises InputError if the folder holds a run of another kind, or of other settings or data."""
         self.folder, self.cfg, self.identities = folder, cfg, identities
         self.decided_by = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
-        self.sessions: list[dict] = []  # where each process that worked on the run began, and its versions
+        self.sessions: list[dict] = []  # position and versions at each start of the run
         self._is_described = False
         self._state: dict | None = None
         self._damage = ""
         self.has_checkpoint = on_first(self._read)
 
     def _read(self) -> bool:
-        """Whether there is a checkpoint, which is read once: it is as large as the networks and the optimizer."""
+        """Reads the newest checkpoint, if there is one, and keeps it for `load`: it is too large to be read twice."""
         self._state, self._damage = _newest(self.folder)
         if self._state is None:
             return False
@@ -77,9 +77,10 @@ class Run:
         return True
 
     def load(self) -> dict | None:
-        """Hands over the state of the newest good checkpoint, or None where the run has none, and on other ranks.
+        """Returns the newest intact checkpoint; None if the run has none, and on ranks other than 0.
 
-        Says what is damaged, and what is other than when the run was left: it decides the last bits of the numbers.
+        Prints one line if a newer checkpoint is corrupted, and one if versions or the device have changed since the run
+        was interrupted, which can change the last bits of the numbers.
         """
         state, self._state = self._state, None
         if state is None:
@@ -87,7 +88,7 @@ class Run:
         if self._damage:
             checkpoint, previous = (self.folder / name for name in CHECKPOINTS)
             print(f"{self._damage}: going on from {previous.name}, the one before it.")
-            if checkpoint.exists():  # or the next save would keep it as the previous
+            if checkpoint.exists():  # the next save would keep it as the previous one
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
@@ -97,14 +98,15 @@ class Run:
         return state
 
     def begin(self, epoch: int, step: int) -> None:
-        """Notes that this process goes on with the run after so many epochs and steps."""
+        """Records that the run is started or resumed here, after so many finished epochs and steps of the next."""
         self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
 
     def save(self, state: dict) -> None:
+        """Writes a checkpoint and keeps the one before it; with the first, also config.json and identities.txt."""
         self.has_checkpoint = True
         if not is_first():
             return
-        if not self._is_described:  # not before there is something to be described
+        if not self._is_described:  # only now does the run exist
             write_text(self.folder / "identities.txt", "".join(f"{name}\n" for name in self.identities))
             about = {**self.decided_by, "all settings": asdict(self.cfg), "sessions": self.sessions}
             write_json(self.folder / "config.json", about)
@@ -113,7 +115,10 @@ class Run:
         save(checkpoint, {**state, "decided_by": self.decided_by, "sessions": self.sessions}, previous)
 
     def save_weights(self, which: str, backbone: dict, header: dict) -> dict[str, str]:
-        """Writes the state dicts, that of a header if it is not empty; gives the digests of the files by name."""
+        """Writes the state dicts of the backbone and, if it is not empty, of the header.
+
+        Returns the SHA-256 of the files by name; {} on ranks other than 0.
+        """
         if not is_first():
             return {}
         states = {f"{which}_backbone.pth": backbone}
@@ -122,13 +127,13 @@ class Run:
         return {name: save(self.folder / name, state) for name, state in states.items()}
 
     def write_log(self, entries: list[dict]) -> None:
-        """Written as a whole: an epoch that is repeated after a crash does not appear twice."""
+        """Writes the whole log, so that an epoch that is repeated after a crash appears once."""
         if is_first():
             write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
-    """A header's state dict that says which identity each class is."""
+    """Returns a header's state dict with the identity of each class in its metadata."""
     state, about = OrderedDict(header), OrderedDict(getattr(header, "_metadata", {}))
     about[""] = {**about.get("", {}), IDENTITIES: [*identities]}
     state._metadata = about  # type: ignore[attr-defined]  # where PyTorch keeps the versions of modules
@@ -136,18 +141,18 @@ def _named(header: dict, identities: tuple[str, ...]) -> OrderedDict:
 
 
 def decided_by(folder: Path) -> dict | None:
-    """The settings and sources that decided the run of a folder, or None where it holds no checkpoint.
+    """Returns the kind, settings and sources that decided the run in a folder; None if it holds no checkpoint.
 
-    Raises InputError where no checkpoint of it is good.
+    Raises InputError if all its checkpoints are corrupted.
     """
     state, _ = _newest(folder)
     return state and state["decided_by"]
 
 
 def _newest(folder: Path) -> tuple[dict | None, str]:
-    """The newest checkpoint that is good, None where there is none, and what is wrong with a newer one.
+    """Returns the newest intact checkpoint, None if there is none, and what is wrong with a newer one, or "".
 
-    Raises InputError where one cannot be read for another reason than damage: the next attempt may succeed.
+    Raises InputError if all are corrupted. Other errors of reading pass through, since the next attempt may succeed.
     """
     damage = ""
     for path in (folder / name for name in CHECKPOINTS):
@@ -165,17 +170,16 @@ def _newest(folder: Path) -> tuple[dict | None, str]:
 
 
 def _decisive(cfg: Config, kind: str) -> dict[str, Any]:
-    """The settings that decide what training `kind` computes, as config.json shows them: tuples become lists."""
-    # The number of processes may change, what they compute together may not.
+    """Returns the settings that decide what training `kind` computes, with lists for tuples as in config.json."""
+    # The number of ranks may change, the global batch may not.
     settings = {**cfg.decisive(kind), "batch_size": total_batch(cfg)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def _completed(stored: dict, now: dict, defaults: Config) -> dict:
-    """What decided a run, completed by the settings that did not exist when the run began.
+    """Completes what decided a stored run by the settings that did not exist when it began, with their defaults.
 
-    A setting that is missing from the run takes its default. Runs from before `kind` was kept hold a choice of the
-    settings only, and other spellings of None.
+    Runs from before `kind` was stored hold only some of the settings, and other values for None.
     """
     settings = stored.get("settings", {})
     if "kind" in stored:
@@ -190,6 +194,7 @@ def _completed(stored: dict, now: dict, defaults: Config) -> dict:
 
 
 def _differences(stored: dict, now: dict) -> list[str]:
+    """Lists in words how kind, settings and sources differ from those of a stored run."""
     found = [] if stored["kind"] == now["kind"] else [f"it trains {stored['kind']}, not {now['kind']}"]
     for part in ("settings", "sources"):
         before, after = stored.get(part, {}), now[part]

@@ -1,4 +1,4 @@
-"""Steps that are launched at once: on a GPU a step without images is over before Python has launched its kernels."""
+"""Training steps as CUDA graphs: without images, a step is shorter on a GPU than launching its kernels from Python."""
 
 from collections.abc import Callable
 
@@ -7,26 +7,26 @@ import torch
 Columns = dict[str, torch.Tensor]
 
 
-class Replayed:
-    """A step of training that is captured when it is first taken, and replayed from then on.
+class CapturedStep:
+    """A training step that is captured in its first call and replayed in later ones.
 
-    `step(batch)` works on `tensors()` in place, all that it changes, and depends on nothing else that changes but the
-    generators' seed: a learning rate, for one, is captured with it, until `forget` is called. All batches have the same
-    shapes.
+    `step(batch)` may change only `tensors()`, in place, and may depend on nothing else that changes, except the seed of
+    the generators. Other values, such as the learning rate, are captured with it until `reset` is called. All batches
+    have the same shapes.
 
-    The first step is taken twice, plainly and replayed. Where the two differ by more than rounding, or where capturing
-    fails, that is said and every step is taken plainly. A step that makes new tensors, as an optimizer's first one
-    does, is taken plainly and not captured.
+    The first step is taken twice, eagerly and as a replay. If the results differ by more than rounding, or if capturing
+    fails, one line is printed and all steps are eager. A step that makes new tensors, such as the first one of an
+    optimizer, is eager and not captured.
     """
 
     def __init__(self, step: Callable[[Columns], None], tensors: Callable[[], list[torch.Tensor]]):
         self._step, self._tensors = step, tensors
         self._inputs: Columns = {}
         self._replay: Callable[[], None] | None = None
-        self._plainly = False
+        self._is_eager = False
 
-    def forget(self) -> None:
-        """The next step is captured anew."""
+    def reset(self) -> None:
+        """Makes the next step be captured anew."""
         self._replay = None
 
     def __call__(self, batch: Columns, seed: int) -> None:
@@ -35,7 +35,7 @@ class Replayed:
                 self._inputs[name].copy_(value)
             torch.manual_seed(seed)
             self._replay()
-        elif self._plainly:
+        elif self._is_eager:
             self._take(batch, seed)
         else:
             self._capture(batch, seed)
@@ -45,26 +45,27 @@ class Replayed:
         self._step(batch)
 
     def _capture(self, batch: Columns, seed: int) -> None:
+        """Takes the step eagerly, then captures it and takes it again from the same state as a replay."""
         before = [value.clone() for value in self._tensors()]
         self._take(batch, seed)
         if len(self._tensors()) != len(before):
             return
-        plainly = [value.clone() for value in self._tensors()]
+        eager = [value.clone() for value in self._tensors()]
         try:
             self._inputs = {name: value.clone() for name, value in batch.items()}
-            replay = graph_of(lambda: self._step(self._inputs))
+            replay = capture(lambda: self._step(self._inputs))
             self._set(before)
             torch.manual_seed(seed)
             replay()
-            if all(map(_close, self._tensors(), plainly, before)):
+            if all(map(_close, self._tensors(), eager, before)):
                 self._replay = replay
                 return
             reason = "it gave other numbers"
         except RuntimeError as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"The step could not be captured ({reason}): its kernels are launched one by one, which is slower.")
-        self._plainly = True
-        self._set(plainly)
+        self._is_eager = True
+        self._set(eager)
 
     def _set(self, values: list[torch.Tensor]) -> None:
         for tensor, value in zip(self._tensors(), values, strict=True):
@@ -72,15 +73,18 @@ class Replayed:
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether two results of a step are one but for rounding, which is little against what the step has changed."""
+    """Returns True if two results of a step differ by at most 1 % of its largest change from `before`."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     changed = float((other - before).abs().nan_to_num(0, 0).max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=1e-5, atol=0.01 * changed, equal_nan=True)
 
 
-def graph_of(function: Callable[[], None]) -> Callable[[], None]:
-    """The kernels that `function` launches, as one CUDA graph. It is called twice before, as capturing requires."""
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """Captures the kernels that `function` launches as a CUDA graph and returns a function that replays them.
+
+    Calls `function` twice before it captures, as torch.cuda.graph requires. Raises RuntimeError if capturing fails.
+    """
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
     try:
@@ -89,11 +93,11 @@ def graph_of(function: Callable[[], None]) -> Callable[[], None]:
             function()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, those of the reader, may take pinned memory meanwhile.
+        # The reader's threads may allocate pinned memory while this thread captures.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             function()
     except RuntimeError:
-        torch.cuda.set_stream(current)  # a capture that fails may leave its own
+        torch.cuda.set_stream(current)  # a failed capture may leave its own stream as the current one
         torch.cuda.synchronize()
         raise
     return graph.replay

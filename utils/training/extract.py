@@ -1,4 +1,4 @@
-"""Embeddings of all images, by a teacher from the images or by an adaptor from the teachers' embeddings."""
+"""Writes the embeddings of all images: a teacher's from the images, an adaptor's from the teachers' embeddings."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,23 +21,23 @@ from utils.storage.locks import locked
 from utils.training.engine import infer
 from utils.weights import load_weights, need_weights
 
-BLOCK = 4096  # embeddings that are checked together, at least
+BLOCK = 4096  # the fewest embeddings in a block, which has one SHA-256
 
 
 @dataclass(frozen=True)
 class Output:
-    """An array of embeddings to be: where, of what (`utils.data.embeddings.origin`), and the function of a batch."""
+    """An array of embeddings to write: its path, its provenance (see utils.data.embeddings) and how to compute it."""
 
     path: Path
     made_from: dict
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., torch.Tensor]  # of a batch of columns: returns (B, D)
 
 
 def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
-    """Writes the functions of all rows of `columns`, each (N, D), that are not there already and made from the same.
+    """Writes the arrays (N, D) of `outputs`, each from all rows of `columns`, in one pass over the rows.
 
-    All in one pass, which goes on where an earlier attempt at the same stopped. Of several processes each computes its
-    share, and rank 0 writes. Raises InputError where another process writes one of them.
+    Skips arrays that exist and have the same `made_from`, and resumes an interrupted pass. Several ranks share the
+    rows, and rank 0 writes. Raises InputError if another process is writing one of the arrays.
     """
     shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
     require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
@@ -47,22 +47,22 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
         if not stale:
             return
 
-        def together(**batch: torch.Tensor) -> torch.Tensor:
+        def stacked(**batch: torch.Tensor) -> torch.Tensor:
             return torch.stack([output.function(**batch) for output in stale], 1)
 
-        with contextlib.ExitStack() as filled:
+        with contextlib.ExitStack() as opened:
             block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
             forms = [(output.path, shape, np.float32, output.made_from, block_rows, numerics(cfg)) for output in stale]
-            sink = Sink()
-            parts = on_first(lambda: sink.open([filled.enter_context(Filling(*form)) for form in forms]))
-            infer(together, network, columns, cfg, f"embed {stale[0].path.stem}", parts, sink.receive)
+            writer = BlockWriter()
+            parts = on_first(lambda: writer.open([opened.enter_context(Filling(*form)) for form in forms]))
+            infer(stacked, network, columns, cfg, f"embed {stale[0].path.stem}", parts, writer.receive)
     wait_for_all()
     for output in stale:
         print(f"{output.path}: {shape[0]:,} embeddings.")
 
 
 def _stale(outputs: list[Output], shape: tuple[int, int], locks: contextlib.ExitStack) -> list[int]:
-    """Which of the arrays are to be written; they are locked until `locks` are closed."""
+    """Returns the indices of the arrays that must be written, and locks these until `locks` is closed."""
     stale = []
     for k, output in enumerate(outputs):
         with contextlib.ExitStack() as lock:
@@ -78,36 +78,37 @@ def _stale(outputs: list[Output], shape: tuple[int, int], locks: contextlib.Exit
     return stale
 
 
-class Sink:
-    """Arrays in blocks of the same rows that are filled together; on other ranks than 0 there are none."""
+class BlockWriter:
+    """Writes several arrays that consist of blocks of the same rows; on ranks other than 0, writes nothing."""
 
     def __init__(self) -> None:
         self.fillings: list[Filling] = []
-        self._block_of: dict[int, int] = {}  # by its end
+        self._block_ending_at: dict[int, int] = {}  # from the row after its last one
 
     def open(self, fillings: list[Filling]) -> list[range]:
-        """The rows of the blocks that are missing in any of the arrays."""
+        """Takes the arrays to write, and returns the rows of the blocks that are missing in any of them."""
         self.fillings = fillings
         blocks = sorted({block for filling in fillings for block in filling.missing})
         parts = [fillings[0].rows(block) for block in blocks]
-        self._block_of = {part.stop: block for part, block in zip(parts, blocks, strict=True)}
+        self._block_ending_at = {part.stop: block for part, block in zip(parts, blocks, strict=True)}
         return parts
 
     def receive(self, rows: range, result: np.ndarray) -> None:
-        """Writes (B, as many as there are arrays, ...); a block is finished by the batch at its end."""
+        """Writes `result` (B, number of arrays, ...); a block is finished by the batch that ends with it."""
         if not self.fillings:
             return
         for filling, part in zip(self.fillings, result.swapaxes(0, 1), strict=True):
             filling.array[rows.start : rows.stop] = part
-            if rows.stop in self._block_of:
-                block = self._block_of[rows.stop]
+            if rows.stop in self._block_ending_at:
+                block = self._block_ending_at[rows.stop]
                 filling.finish(block, filling.digest(block))
 
 
 def embed_targets(name: str, adaptor: nn.Module, faces: Faces, cfg: Config) -> None:
-    """Writes the multi-teacher embeddings of all images by the trained adaptor `name`, the targets of the students.
+    """Writes the multi-teacher embeddings of all images, the targets of the students, by the trained adaptor `name`.
 
-    `faces` holds the teachers' embeddings. Loads the weights of the adaptor's run folder into `adaptor`.
+    `faces` holds the teachers' embeddings. Loads the weights in the adaptor's run folder into `adaptor`. Raises
+    InputError if there are none.
     """
     weights = need_weights([cfg.adaptor_dir(name)], cfg.weights)[0]
     digest = load_weights(adaptor, weights)

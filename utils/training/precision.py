@@ -1,46 +1,86 @@
-"""The precision in which a network computes, and its compilation."""
+"""How a network computes: in training in the precision that is set, and compiled on request; in inference in fp32."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 
 @contextlib.contextmanager
-def arithmetic(network: nn.Module, precision: str, device: torch.device, compiled: bool = False) -> Iterator[None]:
-    """Context in which the network computes in a precision, and gives fp32; nothing else is changed by it."""
-    before, tf32 = network.__dict__.pop("forward", None), torch.backends.cudnn.allow_tf32
-    plain = network.forward
-    forward = plain
+def mixed_precision(network: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """Runs the forward pass of `network`, when it is in training mode, in `precision`; its outputs are fp32.
 
-    def lowered(*inputs: torch.Tensor) -> torch.Tensor:
-        nonlocal forward
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            try:
-                return forward(*inputs).float()
-            except RuntimeError as error:
-                from torch._dynamo.exc import TorchDynamoException  # takes a second, which every script would wait for
+    bf16 is autocast in forward hooks, so it ends where the network ends: headers, losses and the optimizer stay in
+    fp32. tf32 is allowed in convolutions only, so the matrix products of headers stay in fp32.
+    """
+    allow_tf32, handles = torch.backends.cudnn.allow_tf32, []
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    with contextlib.ExitStack() as autocast:
 
-                if not isinstance(error, TorchDynamoException):
-                    raise
-                print(f"compile: {(str(error) or 'it failed.').splitlines()[0]} Going on without.")
-                forward = plain
-                return forward(*inputs).float()
+        def enter(module: nn.Module, _) -> None:
+            if module.training:
+                autocast.enter_context(torch.autocast(device.type, torch.bfloat16))
 
+        def leave(module: nn.Module, _, output: torch.Tensor | None) -> torch.Tensor | None:
+            autocast.close()
+            return None if output is None else output.float()  # None: the forward pass has raised an error
+
+        try:
+            if precision == "bf16":
+                # The compiler cannot trace a context that is entered in one hook and left in another.
+                handles.append(network.register_forward_pre_hook(torch.compiler.disable(enter)))
+                handles.append(network.register_forward_hook(torch.compiler.disable(leave), always_call=True))
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = allow_tf32
+            for handle in handles:
+                handle.remove()
+
+
+@contextlib.contextmanager
+def compiled(network: nn.Module) -> Iterator[None]:
+    """Compiles `network` in this context; if there is no compiler, prints one line and leaves it as it is."""
     try:
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions only: products of headers stay fp32
-        if compiled:
-            try:
-                torch.compiler.reset()  # networks share their code: it is given up after some have been compiled
-                forward = torch.compile(plain)
-            except RuntimeError as error:  # a Python or a system for which there is no compiler
-                print(f"compile: {error} Going on without.")
-        if forward is not plain or precision == "bf16":
-            network.forward = lowered
+        torch.compiler.reset()  # PyTorch stops recompiling code after a few networks of the same class
+        network.compile()
+    except RuntimeError as error:  # a Python version or a system for which there is no compiler
+        _run_eagerly(network, error)
+    try:
         yield
     finally:
-        network.__dict__.pop("forward", None)
-        if before:
-            network.forward = before
-        torch.backends.cudnn.allow_tf32 = tf32
+        network._compiled_call_impl = None  # there is no public inverse of nn.Module.compile
+
+
+def eagerly_if_compiling_fails(network: nn.Module, losses: Callable) -> Callable:
+    """Returns `losses`; if compiling `network` fails in a call, the call is repeated without compilation."""
+    from torch._dynamo.exc import TorchDynamoException  # importing it takes a second, so only where something compiles
+
+    def repeated(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        try:
+            return losses(**batch)
+        except TorchDynamoException as error:
+            _run_eagerly(network, error)
+            return losses(**batch)
+
+    return repeated
+
+
+def _run_eagerly(network: nn.Module, error: Exception) -> None:
+    network._compiled_call_impl = None
+    print(f"compile: {(str(error) or 'it failed.').splitlines()[0]} Training without compilation.")
+
+
+@contextlib.contextmanager
+def eager_fp32(compiles: bool) -> Iterator[None]:
+    """Runs networks in eval mode in fp32 and without compilation, also inside the contexts above.
+
+    `compiles` says whether a network may have been compiled.
+    """
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = allow_tf32

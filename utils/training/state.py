@@ -1,4 +1,4 @@
-"""Where a run of training stands: its networks, optimizer, position, losses and log, all that a checkpoint holds."""
+"""The state of a training run, which a checkpoint holds: networks, optimizer, position, losses and log."""
 
 import contextlib
 import math
@@ -15,23 +15,26 @@ from utils.distributed.collectives import averaged, from_first, on_first, wait_f
 from utils.distributed.world import is_first, total_batch, world_size
 from utils.errors import InputError
 from utils.losses.sharded import ShardedHeader, dense_state_dict
-from utils.training.checkpoint import Run, wrong_with
-from utils.training.cuda_graph import Replayed
+from utils.training.checkpoint import Run, problem_with
+from utils.training.cuda_graph import CapturedStep
 
 Losses = Callable[..., dict[str, torch.Tensor]]
-"""Named losses of a batch; the parameters are named after the columns that it reads (see utils.data.columns).
+"""Returns the losses and measures of a batch by name, as scalars.
 
-A value that no gradient reaches is a measure: it is logged beside the losses and is no part of their sum.
+Its parameters are names of columns (see utils.data.columns). Losses are summed, measures are only logged.
 """
 
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
 GRADIENTS = (GRADIENT, HEADER_GRADIENT)
-"""The names under which the norms of gradients are kept beside the losses, to notice when one is not finite."""
-NUMBERS = 8  # losses, measures and norms of gradients of a step, at most
+"""Names of the gradient norms, which are recorded beside the losses so that one that is not finite is noticed."""
+NUMBERS = 8  # the most losses, measures and gradient norms of a step
 
 
 class Progress:
-    """A run's networks and optimizer and where it stands: position, summed losses of the epoch, log, best score."""
+    """A run's networks and optimizer, position, sums of the losses over the epoch, log and best score.
+
+    `measures` are the names that the loss function returns to be logged only. All ranks call the methods.
+    """
 
     def __init__(
         self,
@@ -40,24 +43,27 @@ class Progress:
         header: nn.Module | None,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
+        measures: tuple[str, ...] = (),
     ):
         self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
         self.header: Any = header
+        self.measures = measures
         self.epoch = self.step = 0
         self.best = -math.inf
-        self.names: list[str] = []
-        self.measures: list[str] = []  # those of the names that are no losses
+        self.names: list[str] = []  # of losses, measures and gradient norms, in the order of `sums`
         self.log: list[dict] = []
-        self.weights: dict[str, str] = {}  # digests of the best and last weights by name
+        self.weights: dict[str, str] = {}  # SHA-256 of the best and last weights by file name
         self.saved_at = time.monotonic()
-        self._replayed: Replayed | None = None
-        self.note: Callable[[dict], None] | None = None  # is told the entry of every epoch
-        self._watch = Watch(next(backbone.parameters()).device)
-        self.sums = torch.zeros_like(self._watch.values)  # of each of the names over the epoch
-        optimizer.found_inf = self._watch.bad  # type: ignore[attr-defined]  # fused SGD leaves everything as it is where this is 1
+        self.on_epoch_end: Callable[[dict], None] | None = None  # called with the log entry of every epoch
+        self._captured: CapturedStep | None = None
+        self._check = FiniteCheck(next(backbone.parameters()).device)
+        self.sums = torch.zeros_like(self._check.values)  # over the steps of the epoch
+        # As torch.amp.GradScaler does: the fused kernel skips the update where this is 1, without synchronising a GPU.
+        optimizer.found_inf = self._check.failed  # type: ignore[attr-defined]
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The networks that are trained: the backbone, and the header if there is one."""
         return [self.backbone] if self.header is None else [self.backbone, self.header]
 
     @property
@@ -65,43 +71,48 @@ class Progress:
         """The learning rate of this epoch."""
         return self.schedule.lr(self.epoch, total_batch(self.run.cfg))
 
-    def restore(self, state: dict | None) -> None:
-        """Takes the state that rank 0 has read; all call it."""
+    # Resuming -----------------------------------------------------------------------------------------------------
 
-        def take() -> tuple:
+    def restore(self, state: dict | None) -> None:
+        """Loads the state of a checkpoint, given on rank 0 and None elsewhere, on all ranks.
+
+        Raises InputError if it was written by another version, or if the weights that the next stage reads are lost.
+        """
+
+        def load() -> tuple:
             try:
-                self._take(state)
+                self._load(state)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise InputError(
                     f"{self.run.folder} holds a checkpoint of another version ({error}): move it away to train anew."
                 ) from error
             if self.log:
-                self._mend(state)
-            return self.epoch, self.step, self.best, self.names, self.measures, self.log, self.weights
+                self._repair_weights(state)
+            return self.epoch, self.step, self.best, self.names, self.log, self.weights
 
-        taken = on_first(take)
-        self.epoch, self.step, self.best, self.names, self.measures, self.log, self.weights = taken
+        self.epoch, self.step, self.best, self.names, self.log, self.weights = on_first(load)
         if world_size() > 1:
-            self._hand_out(state)
+            self._broadcast(state)
 
-    def _take(self, state: dict) -> None:
+    def _load(self, state: dict) -> None:
+        """Loads a checkpoint on rank 0, without the kernel of a sharded header."""
         self.epoch, self.step, self.best, self.log = state["epoch"], state["step"], state["best"], state["log"]
         self.weights = state["weights"]
-        self.names, self.measures = list(state["sums"]), state.get("measures", [])  # none before there were some
+        self.names = list(state["sums"])
         for k, total in enumerate(state["sums"].values()):
             self.sums[k] = total
         self.backbone.load_state_dict(state["backbone"])
         optimizer = state["optimizer"]
         if isinstance(self.header, ShardedHeader):
             self.header.require_fit(state["header"])
-            parts = {k: own for k, own in optimizer["state"].items() if k != self._sharded}
-            optimizer = {**optimizer, "state": parts}  # a device need not hold the whole of it
+            replicated = {k: own for k, own in optimizer["state"].items() if k != self._sharded_index}
+            optimizer = {**optimizer, "state": replicated}  # the whole momentum may not fit on one device
         elif self.header is not None:
             self.header.load_state_dict(state["header"])
         self.optimizer.load_state_dict(optimizer)
 
-    def _hand_out(self, state: dict | None) -> None:
-        """What rank 0 has taken, to all ranks; of a sharded header, and of its momentum, each gets its part."""
+    def _broadcast(self, state: dict | None) -> None:
+        """Broadcasts what rank 0 has loaded, and scatters the kernel and momentum of a sharded header."""
         for value in [self.sums, *self.backbone.state_dict().values()]:
             from_first(value)
         if isinstance(self.header, ShardedHeader):
@@ -109,105 +120,118 @@ class Progress:
         elif self.header is not None:
             for value in self.header.state_dict().values():
                 from_first(value)
-        given = state["optimizer"]["state"] if state else {}
-        with_momentum = on_first(lambda: [*given])
-        for k in with_momentum:
+        saved = state["optimizer"]["state"] if state else {}
+        for k in on_first(lambda: [*saved]):
             parameter = self._parameters[k]
             momentum = self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-            if k == self._sharded:
-                self.header.scatter(given[k]["momentum_buffer"] if given else None, momentum)
+            if k == self._sharded_index:
+                self.header.scatter(saved[k]["momentum_buffer"] if saved else None, momentum)
             else:
                 from_first(momentum)
 
-    @property
-    def _parameters(self) -> list[nn.Parameter]:
-        return self.optimizer.param_groups[0]["params"]
+    def _repair_weights(self, state: dict) -> None:
+        """Checks the files of weights, and writes those again that are lost or newer, if the checkpoint holds them.
 
-    @property
-    def _sharded(self) -> int | None:
-        """Which of the parameters differs from rank to rank."""
-        kernel = self.header.kernel if isinstance(self.header, ShardedHeader) else None
-        return next((k for k, one in enumerate(self._parameters) if one is kernel), None)
-
-    def _mend(self, state: dict) -> None:
-        """Writes weights anew that are lost, or newer than the checkpoint, if they are those of the checkpoint."""
+        Lost best weights of an earlier epoch are replaced by the best of the epochs that follow. Raises InputError if
+        none follows and `cfg.weights` selects the lost ones.
+        """
         for which in ("last", "best"):
-            lost = [
-                reason
+            problems = [
+                problem
                 for name, digest in self.weights.items()
-                if name.startswith(which) and (reason := wrong_with(self.run.folder / name, digest))
+                if name.startswith(which) and (problem := problem_with(self.run.folder / name, digest))
             ]
-            if not lost:
+            if not problems:
                 continue
             if self.step == 0 and (which == "last" or self.log[-1]["best"]):
                 self.weights |= self.run.save_weights(which, state["backbone"], state["header"])
-                print(f"{lost[0]}: written anew from the checkpoint.")
+                print(f"{problems[0]}: written anew from the checkpoint.")
             elif which == "best" and self.epoch < self.schedule.epochs:
-                # Where they are of a later epoch, this one is trained again, and as good as it was.
+                # If the file is newer than the checkpoint, its epoch is trained again, to the same score.
                 self.best = -math.inf
-                print(f"{lost[0]}: the best of the epochs to come takes its place.")
+                print(f"{problems[0]}: the best of the epochs to come takes its place.")
             elif which == self.run.cfg.weights:
-                raise InputError(f"{lost[0]}: set weights to last, or move {self.run.folder} away to train anew.")
+                raise InputError(f"{problems[0]}: set weights to last, or move {self.run.folder} away to train anew.")
+
+    # Steps --------------------------------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
+        """Sets the learning rate and puts the networks in training mode."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        self.backbone.train()
-        if self.header is not None:
-            self.header.train()
-        self._watch.start(self.step)
-        if self._replayed:
-            self._replayed.forget()  # the learning rate may be another
+        for module in self.modules:
+            module.train()
+        self._check.start(self.step)
+        if self._captured:
+            self._captured.reset()  # the learning rate is part of the CUDA graph
 
-    def stepper(self, losses: Losses, max_grad_norm: float, replayed: bool) -> Callable[[dict, int], None]:
-        """The function that takes one step with a batch and a seed."""
+    def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
+        """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph."""
 
         def take_step(batch: dict[str, torch.Tensor]) -> None:
             self._take_step(losses(**batch), max_grad_norm)
 
-        def seeded(batch: dict[str, torch.Tensor], seed: int) -> None:
+        def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
             torch.manual_seed(seed)
             take_step(batch)
 
-        if replayed:
-            self._replayed = Replayed(take_step, self._tensors)
-        return self._replayed or seeded
+        if captured:
+            self._captured = CapturedStep(take_step, self._tensors)
+        return self._captured or seeded_step
 
     def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
-        """One step of the optimizer, which changes nothing if a number is not finite.
+        """Takes one step of the optimizer; if a number is not finite, no weight changes in this or any later step.
 
-        What `losses` itself has changed by then, statistics or centres, is never saved: the run ends before it is.
-        Whatever it changes is among `_tensors`, and is changed in place.
+        What `losses` itself has changed, such as batch statistics or class centres, is then wrong, but never saved:
+        `save` raises first. All that this method changes is in `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
-        total: Any = sum(value for value in named.values() if value.requires_grad)
-        total.backward()  # and gradients are averaged
+        self._total_loss(named).backward()
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
-        of_header = [] if self.header is None else [one.grad for one in self.header.parameters()]
-        if of_header := [grad for grad in of_header if grad is not None]:
-            values[HEADER_GRADIENT] = nn.utils.get_total_norm(of_header)  # of a sharded one, of the part here
-        self.names = list(values)
-        self.measures = [name for name, value in named.items() if not value.requires_grad]
+        header_parameters = [] if self.header is None else self.header.parameters()
+        header_gradients = [one.grad for one in header_parameters if one.grad is not None]
+        if header_gradients:
+            values[HEADER_GRADIENT] = nn.utils.get_total_norm(header_gradients)  # of this rank's shard, if sharded
         if len(values) > NUMBERS:
             raise InputError(
                 f"{', '.join(values)} are {len(values)} numbers: utils.training.state.NUMBERS must be as large."
             )
-        seen = torch.zeros_like(self.sums)
-        seen[: len(values)] = torch.stack([value.detach().double() for value in values.values()])
-        seen = averaged(seen)  # what is not finite on one rank is not on all
-        self._watch.look(seen)
+        self.names = list(values)
+        numbers = torch.zeros_like(self.sums)
+        numbers[: len(values)] = torch.stack([value.detach().double() for value in values.values()])
+        numbers = averaged(numbers)  # a NaN on any rank must be seen by every rank
+        self._check.update(numbers)
         self.optimizer.step()
-        self.sums += seen
+        self.sums += numbers
+
+    def _total_loss(self, named: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the sum of the losses. Raises InputError if what is returned does not agree with `measures`."""
+        if missing := [name for name in self.measures if name not in named]:
+            raise InputError(
+                f"measures lists {missing[0]!r}, which the loss function does not return: it returns {_names(named)}."
+            )
+        losses = {name: value for name, value in named.items() if name not in self.measures}
+        if not losses:
+            raise InputError(f"The loss function returns no loss: it returns {_names(named)}, measures lists all.")
+        if constant := [name for name, value in losses.items() if not value.requires_grad]:
+            raise InputError(
+                f"No gradient reaches the loss {constant[0]!r}: list it in the measures of fit if it is only logged."
+            )
+        return sum(losses.values())  # type: ignore[return-value]
 
     def _tensors(self) -> list[torch.Tensor]:
+        """Returns all tensors that a step changes."""
         states = [module.state_dict() for module in self.modules]
         momentum = [state["momentum_buffer"] for state in self.optimizer.state.values()]
-        return [value for state in states for value in state.values()] + momentum + [self.sums, *self._watch.tensors]
+        return [value for state in states for value in state.values()] + momentum + [self.sums, *self._check.tensors]
 
     def means(self) -> dict[str, float]:
-        """Mean of each loss and measure over the epoch so far; raises InputError where a number was not finite."""
-        if found := self._watch.found():
-            step, values = found
+        """Returns the mean of each loss and measure over the steps of the epoch so far; synchronises a GPU.
+
+        Raises InputError if a number of a step was not finite.
+        """
+        if failure := self._check.failure():
+            step, values = failure
             name, value = next((n, v) for n, v in zip(self.names, values, strict=False) if not math.isfinite(v))
             what = name if name in GRADIENTS else f"{'measure' if name in self.measures else 'loss'} {name!r}"
             advice = "lower the learning rate or s"
@@ -220,60 +244,104 @@ class Progress:
         return {name: total / self.step for name, total in sums if name not in GRADIENTS}
 
     def loss(self, means: dict[str, float]) -> float:
-        """The sum of those that are losses."""
+        """Returns the sum of those means that are losses."""
         return sum(value for name, value in means.items() if name not in self.measures)
 
+    # Saving -------------------------------------------------------------------------------------------------------
+
+    def due(self, minutes: float) -> bool:
+        """Returns True if the last checkpoint is older than `minutes`."""
+        return time.monotonic() - self.saved_at > 60 * minutes
+
     def save(self) -> None:
-        """Writes the checkpoint; all ranks call it, and wait for rank 0 to have written."""
-        self.means()  # a checkpoint of a run that has gone wrong would be no good
+        """Writes the checkpoint on rank 0, for which the other ranks wait. Raises InputError as `means` does."""
+        self.means()  # a state with numbers that are not finite must not replace the last checkpoint
         state = {"epoch": self.epoch, "step": self.step, "best": self.best, "log": self.log}
         state["weights"] = self.weights
         state["sums"] = dict(zip(self.names, self.sums.cpu(), strict=False))
-        state["measures"] = self.measures
+        state["measures"] = [*self.measures]
         state["backbone"] = self.backbone.state_dict()
         state["header"] = dense_state_dict(self.header)
         self.run.save({**state, "optimizer": self._optimizer_state()})
         self.saved_at = time.monotonic()
         wait_for_all()
 
-    def _optimizer_state(self) -> dict:
-        """That of the dense header's optimizer, whole on rank 0."""
-        state = self.optimizer.state_dict()
-        if self._sharded in state["state"]:
-            own = state["state"][self._sharded]
-            state["state"][self._sharded] = {**own, "momentum_buffer": self.header.gather(own["momentum_buffer"])}
-        return state
-
-    def due(self, minutes: float) -> bool:
-        return time.monotonic() - self.saved_at > 60 * minutes
-
     def finish_epoch(self, means: dict[str, float], scores: dict[str, float], value: float) -> str:
-        """Logs the epoch and writes its files; gives the line that says how it went."""
+        """Logs the epoch, writes its files and begins the next one; returns a line that summarises the epoch.
+
+        `value` is the score that selects the best epoch.
+        """
         if not self.run.has_checkpoint:
-            self.save()  # weights without a checkpoint are a finished model that was put there
+            self.save()  # weights without a checkpoint count as a released model
         is_best = value > self.best
         entry: dict[str, Any] = {"epoch": self.epoch + 1, "lr": self.lr}
         entry["loss"] = {name: value for name, value in means.items() if name not in self.measures}
-        entry["measures"] = {name: means[name] for name in self.measures}
+        entry["measures"] = {name: value for name, value in means.items() if name in self.measures}
         self.log.append({**entry, "scores": scores, "best": is_best})
         self.best = max(self.best, value)
         header = dense_state_dict(self.header)
         for which in ("best", "last") if is_best else ("last",):
             self.weights |= self.run.save_weights(which, self.backbone.state_dict(), header)
-        del header  # the checkpoint gathers it again
+        del header  # a whole header of millions of classes is large, and `save` gathers it again
         self.run.write_log(self.log)
-        if self.note:
-            self.note(self.log[-1])
+        if self.on_epoch_end:
+            self.on_epoch_end(self.log[-1])
         self.epoch, self.step, self.names = self.epoch + 1, 0, []
         self.sums.zero_()
         self.save()
         line = f"epoch {self.epoch}/{self.schedule.epochs}  {listed(means)}  {listed(scores)}"
         return f"{line} (best so far)" if is_best else line
 
+    def _optimizer_state(self) -> dict:
+        """Returns the optimizer's state dict with the momentum of a dense header, whole on rank 0."""
+        state = self.optimizer.state_dict()
+        if self._sharded_index in state["state"]:
+            own = state["state"][self._sharded_index]
+            state["state"][self._sharded_index] = {**own, "momentum_buffer": self.header.gather(own["momentum_buffer"])}
+        return state
+
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters in the order in which the optimizer's state dict numbers them."""
+        return self.optimizer.param_groups[0]["params"]
+
+    @property
+    def _sharded_index(self) -> int | None:
+        """The number of the sharded header's kernel among the parameters, None without one."""
+        kernel = self.header.kernel if isinstance(self.header, ShardedHeader) else None
+        return next((k for k, one in enumerate(self._parameters) if one is kernel), None)
+
+
+class FiniteCheck:
+    """Detects on the device that a number is not finite; the host asks for it now and then, to synchronise rarely."""
+
+    def __init__(self, device: torch.device):
+        self.failed = torch.zeros((), device=device)  # 1 from the first step with a number that is not finite
+        self.values = torch.zeros(NUMBERS, dtype=torch.float64, device=device)  # of that step, or of the last one
+        self._steps = torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.failed, self.values, self._steps]
+
+    def start(self, step: int) -> None:
+        """Sets the number of steps of the epoch that have been taken."""
+        self._steps.fill_(step)
+
+    def update(self, values: torch.Tensor) -> None:
+        """Checks losses, measures and gradient norms (NUMBERS,) float64 of a step that is about to be taken."""
+        self.values.copy_(torch.where(self.failed > 0, self.values, values))
+        self.failed.copy_(torch.maximum(self.failed, 1 - values.isfinite().all().float()))
+        self._steps += self.failed == 0
+
+    def failure(self) -> tuple[int, list[float]] | None:
+        """Returns the index in the epoch of the first step that failed, and its numbers; None if none did."""
+        return (int(self._steps), self.values.tolist()) if self.failed.item() else None
+
 
 @contextlib.contextmanager
-def events(cfg: Config, progress: Progress) -> Iterator[None]:
-    """With `cfg.tensorboard` the log is written as TensorBoard events too; a repeated epoch replaces its own."""
+def tensorboard_events(cfg: Config, progress: Progress) -> Iterator[None]:
+    """Writes the log as TensorBoard events too, if `cfg.tensorboard` is set; a repeated epoch replaces its events."""
     if not cfg.tensorboard or not is_first():
         yield
         return
@@ -281,43 +349,21 @@ def events(cfg: Config, progress: Progress) -> Iterator[None]:
 
     with SummaryWriter(str(progress.run.folder / "tensorboard"), purge_step=progress.epoch + 1) as writer:
 
-        def note(entry: dict) -> None:
+        def write(entry: dict) -> None:
             named = {f"loss/{name}": value for name, value in entry["loss"].items()}
             named |= {f"measures/{name}": value for name, value in entry["measures"].items()}
             named |= {f"accuracy/{name}": value for name, value in entry["scores"].items()}
             for name, value in {**named, "lr": entry["lr"]}.items():
                 writer.add_scalar(name, value, entry["epoch"])
 
-        progress.note = note
+        progress.on_epoch_end = write
         yield
 
 
-class Watch:
-    """Notices on the device when a number is not finite; the host asks now and then."""
-
-    def __init__(self, device: torch.device):
-        self.bad = torch.zeros((), device=device)  # 1 from the first step on that was not to be taken
-        self.values = torch.zeros(NUMBERS, dtype=torch.float64, device=device)  # of that step, or of the last one
-        self._steps = torch.zeros((), dtype=torch.long, device=device)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.bad, self.values, self._steps]
-
-    def start(self, step: int) -> None:
-        """Counts steps from this one on."""
-        self._steps.fill_(step)
-
-    def look(self, values: torch.Tensor) -> None:
-        """Losses, measures and norms of gradients (NUMBERS,) of the step that is about to be taken."""
-        self.values.copy_(torch.where(self.bad > 0, self.values, values))
-        self.bad.copy_(torch.maximum(self.bad, 1 - values.isfinite().all().float()))
-        self._steps += self.bad == 0
-
-    def found(self) -> tuple[int, list[float]] | None:
-        """How many steps of the epoch came before the first bad one, and the numbers of that one."""
-        return (int(self._steps), self.values.tolist()) if self.bad.item() else None
-
-
 def listed(numbers: dict[str, float]) -> str:
+    """Formats numbers as "margin 12.3 kd 0.5"."""
     return " ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _names(named: dict) -> str:
+    return ", ".join(named) or "nothing"

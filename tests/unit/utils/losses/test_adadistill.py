@@ -173,7 +173,7 @@ def test_extracted_views_equal_a_teacher_on_every_batch(moved, source):
         return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
 
     online = Path(cfg.output, "online", "students", "SL-AdaArcDistill")
-    fit(losses, faces, online, cfg, student, header, kind=cfg.ada_method)
+    fit(losses, faces, online, cfg, student, header, kind=cfg.ada_method, measures=("alpha",))
     for name in ("last_backbone.pth", "last_header.pth"):
         one, other = (torch.load(folder / name, weights_only=True) for folder in (written, online))
         assert all(

@@ -30,9 +30,9 @@ from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
 from utils.training.engine import _seed, fit, infer
-from utils.training.extract import Sink
-from utils.training.precision import arithmetic
-from utils.training.state import Progress, Watch
+from utils.training.extract import BlockWriter
+from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.state import FiniteCheck, Progress
 
 
 def assert_equal_runs(cfg, other, name="T"):
@@ -93,11 +93,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(cfg, step, number):
         if call == step:
             os.kill(os.getpid(), number)
 
-    stopped = replace(cfg, output=cfg.output + "2")
+    stopped, threads = replace(cfg, output=cfg.output + "2"), set(threading.enumerate())
     with pytest.raises(Interrupted, match="continue with: python") as error:
         train(stopped, before_step=stop)
     assert error.value.signal == number
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    new = set(threading.enumerate()) - threads  # the compiler's threads of another test may be there
+    assert not [thread for thread in new if thread.name.startswith("ThreadPool")]
     assert checkpoint(stopped)["step"] == (step % 5 or 5)
     train(stopped)
     assert_equal_runs(cfg, stopped)
@@ -257,7 +258,108 @@ def test_a_run_from_before_every_setting_took_part_goes_on(cfg):
 def test_a_folder_of_another_kind_of_run_is_refused(cfg):
     network, header = train(cfg, epochs=1)
     with pytest.raises(InputError, match="it trains teacher, not EAF-KD"):
-        fit(dict, Faces(cfg, flip=True), cfg.teacher_dir("T"), cfg, network, header, kind="EAF-KD")
+        fit(lambda image: {}, Faces(cfg, flip=True), cfg.teacher_dir("T"), cfg, network, header, kind="EAF-KD")
+
+
+def test_a_parameter_that_is_no_column_is_refused_before_anything_starts(cfg):
+    def losses(img, label):
+        pytest.fail("called")
+
+    setup(cfg)
+    sentence = "The loss function has the parameter 'img', which is no column: the columns are image, label."
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, Linear(), kind="teacher")
+    assert not Path(cfg.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("measures", "sentence"),
+    [
+        ((), "No gradient reaches the loss 'norm': list it in the measures of fit if it is only logged."),
+        (("norm", "x"), "measures lists 'x', which the loss function does not return: it returns kd, norm."),
+        (("norm", "kd"), "The loss function returns no loss: it returns kd, norm, measures lists all."),
+    ],
+)
+def test_losses_and_measures_that_disagree_with_what_is_returned_are_refused(cfg, measures, sentence):
+    setup(cfg)
+    network, calls = Linear(), []
+
+    def losses(image):
+        calls.append(1)
+        norm = network(image).norm()
+        return {"kd": norm**2, "norm": norm.detach()}
+
+    before = network.fc.weight.clone()
+    with pytest.raises(InputError, match=f"^{re.escape(sentence)}$"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher", measures=measures)
+    assert len(calls) == 1
+    assert torch.equal(network.fc.weight, before)
+
+
+def test_a_folder_and_kind_of_ones_own_are_trained_and_resumed(cfg, tmp_path, capsys):
+    """A kind that config does not know has the schedule of a student; a measure may have a gradient."""
+
+    def mine(folder, stop_at=0, cfg=cfg):
+        setup(cfg)
+        network, calls = Linear(), []
+
+        def losses(image):
+            calls.append(1)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            size = network(image).square().mean()
+            return {"size": size, "logged": 1000 * size}
+
+        fit(losses, Faces(cfg), folder, cfg, network, kind="mine", measures=("logged",))
+        return len(calls)
+
+    whole, stopped = tmp_path / "anywhere" / "mine", tmp_path / "elsewhere" / "mine"
+    assert mine(whole) == 10  # two epochs of five steps
+    with pytest.raises(Interrupted):
+        mine(stopped, stop_at=7)
+    assert mine(stopped) == 3
+    for name in ("best_backbone.pth", "last_backbone.pth", "log.jsonl", "identities.txt"):
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    line = json.loads((whole / "log.jsonl").read_text().splitlines()[0])
+    assert line["lr"] == cfg.schedule("EAF-KD").lr(0, cfg.batch_size)
+    assert line["measures"]["logged"] == pytest.approx(1000 * line["loss"]["size"])
+    assert json.loads((whole / "config.json").read_text())["kind"] == "mine"
+    capsys.readouterr()
+    assert mine(whole) == 0
+    assert "is already trained" in capsys.readouterr().out
+    with pytest.raises(InputError, match="lr was 0.1, now 0.2"):
+        mine(whole, cfg=replace(cfg, lr=0.2))
+
+
+def test_a_checkpoint_with_and_without_measures_is_resumed(cfg):
+    """Checkpoints list the measures of their time, those of early versions none: what counts is what `fit` is given."""
+
+    def measured(cfg, stop_at=0):
+        setup(cfg)
+        network, calls = Linear(), []
+
+        def losses(image):
+            calls.append(1)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            size = network(image).square().mean()
+            return {"size": size, "norm": size.detach().sqrt()}
+
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher", measures=("norm",))
+
+    measured(cfg)
+    for k, change in enumerate((lambda state: None, lambda state: state.pop("measures"))):
+        stopped = replace(cfg, output=f"{cfg.output}{k}")
+        with pytest.raises(Interrupted):
+            measured(stopped, stop_at=7)
+        path = stopped.teacher_dir("T") / "checkpoint.pth"
+        state = load(path)
+        assert state["measures"] == ["norm"]
+        change(state)
+        save(path, state)
+        measured(stopped)
+        one, other = (run.teacher_dir("T") / "log.jsonl" for run in (cfg, stopped))
+        assert one.read_bytes() == other.read_bytes()
 
 
 class NoSlope(torch.autograd.Function):
@@ -279,8 +381,8 @@ def test_a_step_that_is_not_finite_is_not_taken(cfg, monkeypatch, what, noticed_
     setup(cfg)
     faces, network, header, before = Faces(cfg), Linear(), ElasticArcFace(16, 5, s=8.0), []
     if noticed_late:
-        plain = Watch.found
-        monkeypatch.setattr(Watch, "found", lambda self: plain(self) if len(before) % 5 == 0 else None)
+        plain = FiniteCheck.failure
+        monkeypatch.setattr(FiniteCheck, "failure", lambda self: plain(self) if len(before) % 5 == 0 else None)
 
     def losses(image, label):
         before.append([value.clone() for module in (network, header) for value in module.state_dict().values()])
@@ -462,7 +564,7 @@ def test_bf16_stays_close_to_fp32_and_leaves_the_network_as_it_was(cfg):
     train(cfg)
     rounded = replace(cfg, output=cfg.output + "2", precision="bf16")
     network, _ = train(rounded)
-    assert "forward" not in vars(network)
+    assert not network._forward_hooks and not network._forward_pre_hooks
     one, other = checkpoint(cfg), checkpoint(rounded)
     assert not torch.equal(one["backbone"]["fc.weight"], other["backbone"]["fc.weight"])
     for line, there in zip(one["log"], other["log"], strict=True):
@@ -472,41 +574,92 @@ def test_bf16_stays_close_to_fp32_and_leaves_the_network_as_it_was(cfg):
         train(replace(rounded, precision="fp32"))
 
 
+def graphs() -> int:
+    """Returns how many graphs have been compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
     def stop(call):
         if call == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    compiled, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
-    train(compiled)
+    whole, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
+    train(whole)
     with pytest.raises(Interrupted):
         train(stopped, before_step=stop)
     train(stopped)
-    assert_equal_runs(compiled, stopped)
+    assert_equal_runs(whole, stopped)
     network, images = Small().eval(), torch.randn(4, 3, 112, 112)
     plain = network(images)
-    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
+    with compiled(network):
         assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
-    assert "Going on without" not in capsys.readouterr().out
+        before = graphs()
+        with eager_fp32(True):
+            assert torch.equal(network(images[:3]), network.forward(images[:3]))
+        assert graphs() == before > 0
+    assert torch.equal(network(images), plain)
+    assert "without compilation" not in capsys.readouterr().out
 
 
-def test_without_a_compiler_a_run_goes_on_without(monkeypatch, capsys):
-    class Failing(TorchDynamoException):
-        pass
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_bf16_is_compiled_too(cfg, capsys):
+    torch.manual_seed(0)
+    network, images = Small(), torch.randn(4, 3, 112, 112)
+    with mixed_precision(network, "bf16", torch.device("cpu")):
+        eager = network(images)
+        with compiled(network):
+            before = graphs()
+            given = network(images)
+            given.sum().backward()
+            assert graphs() > before
+    assert given.dtype == torch.float32
+    assert torch.allclose(given, eager, rtol=0.05, atol=0.05)
+    assert "without compilation" not in capsys.readouterr().out
 
-    def fails(_):
-        def forward(*_):
-            raise Failing("no compiler here")
 
-        return forward
+class NoCompiler(TorchDynamoException):
+    pass
 
-    monkeypatch.setattr(torch, "compile", fails)
+
+def _fails_in_the_first_call(_):
+    def forward(*_):
+        raise NoCompiler("no compiler here.")
+
+    return forward
+
+
+def _fails_at_once(_):
+    raise RuntimeError("no compiler here.")
+
+
+@pytest.mark.parametrize("compiler", [_fails_in_the_first_call, _fails_at_once])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_a_compiler_a_run_is_eager(cfg, monkeypatch, capsys, compiler, precision):
+    cfg = replace(cfg, precision=precision)
+    train(cfg)
+    monkeypatch.setattr(torch, "compile", compiler)
+    failing = replace(cfg, output=cfg.output + "2", compile=True)
+    train(failing)
+    assert capsys.readouterr().out.count("compile: no compiler here. Training without compilation.\n") == 1
+    assert_equal_runs(cfg, failing)
+
+
+def test_an_error_in_the_network_ends_autocast():
     network = torch.nn.Linear(3, 2)
-    with arithmetic(network, "fp32", torch.device("cpu"), compiled=True):
-        assert network(torch.ones(1, 3)).shape == (1, 2)
-        assert network(torch.ones(1, 3)).shape == (1, 2)
-    assert capsys.readouterr().out == "compile: no compiler here Going on without.\n"
+    with mixed_precision(network, "bf16", torch.device("cpu")):
+        with pytest.raises(RuntimeError):
+            network(torch.ones(1, 4))
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_error_in_the_losses_is_not_taken_for_one_of_the_compiler():
+    def losses(image):
+        raise RuntimeError("sizes do not match")
+
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)(image=None)
 
 
 def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
@@ -517,16 +670,34 @@ def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
         return infer(lambda embedding: network(embedding), network, columns, cfg, "test")
 
     plain = embed()
-    with arithmetic(network, "bf16", torch.device("cpu")):
+    with mixed_precision(network, "bf16", torch.device("cpu")):
         assert np.array_equal(embed(), plain)
         lowered = network(torch.from_numpy(columns["embedding"].arrays[0]))
         assert lowered.dtype == torch.float32
         assert not np.array_equal(lowered.detach().numpy(), plain)
-    assert "forward" not in vars(network)
+        product = torch.randn(8, 8) @ torch.randn(8, 8)
+        assert product.dtype == torch.float32  # outside the network nothing is in bf16
+    assert not network._forward_hooks and not network._forward_pre_hooks
+
+
+def test_tf32_is_allowed_in_training_and_not_in_inference(cfg):
+    network, seen, before = torch.nn.Linear(4, 2), [], torch.backends.cudnn.allow_tf32
+    columns = {"embedding": Column((np.ones((3, 4), np.float32),))}
+
+    def embedding(embedding):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return network(embedding)
+
+    with mixed_precision(network, "tf32", torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        infer(embedding, network, columns, cfg, "test")
+        assert torch.backends.cudnn.allow_tf32
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 is before
 
 
 def graph_in_python(function):
-    """Called twice before, as by `graph_of`; its replay is another call, with the learning rate of now."""
+    """Called twice before, as by `capture`; its replay is another call, with the learning rate of now."""
     function()
     function()
     rates = [group["lr"] for group in _RUNNING[-1].optimizer.param_groups]
@@ -573,7 +744,7 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
         return plain(self, losses, max_grad_norm, True)
 
     monkeypatch.setattr(Progress, "stepper", stepper)
-    monkeypatch.setattr("utils.training.cuda_graph.graph_of", graph)
+    monkeypatch.setattr("utils.training.cuda_graph.capture", graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
     assert_equal_runs(cfg, captured)
@@ -601,7 +772,7 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
         plain, seen = Progress.due, []
 
         def due(self, minutes):
-            seen.append(self._replayed)
+            seen.append(self._captured)
             if len(seen) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return plain(self, minutes)
@@ -698,8 +869,8 @@ def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg)
 
     with Filling(*forms[0]) as one, Filling(*forms[1]) as other:
         given = replace(cfg, infer_batch_size=3)
-        sink = Sink()
-        infer(both, network, {"embedding": Column((rows,))}, given, "test", sink.open([one, other]), sink.receive)
+        writer = BlockWriter()
+        infer(both, network, {"embedding": Column((rows,))}, given, "test", writer.open([one, other]), writer.receive)
     assert calls == [rows[3:6, 0].tolist(), rows[6:9, 0].tolist(), rows[9:, 0].tolist()]
     assert np.array_equal(np.load(forms[0][0]), rows)
     assert np.array_equal(np.load(forms[1][0]), 2 * rows)
