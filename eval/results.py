@@ -116,7 +116,7 @@ class Results:
         if (count := fewest(self.same)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
-            notes.append("STD: without the variance that drawing pairs anew adds on average.")
+            notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
     def _differences(self) -> Table:

@@ -15,7 +15,6 @@ embeddings get N times the gradient of the loss, as with a dense header and the 
 
 import functools
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,6 @@ from torch import nn
 
 from utils.distributed.collectives import gathered, own, reduced
 from utils.distributed.world import is_first, rank, world_size
-
-Dense = TypeVar("Dense", bound=nn.Module)
 
 
 def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
