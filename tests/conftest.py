@@ -27,14 +27,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n` one worker runs all tests of a module, and one all that read the stages of `trained`."""
-    for item in items:
-        is_of_trained = "trained_and_reads" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("trained" if is_of_trained else item.path.stem))
-
-
 def encode(image: np.ndarray, extension: str = ".jpg") -> bytes:
     return cv2.imencode(extension, image)[1].tobytes()
 

@@ -64,7 +64,7 @@ def arguments(faces: Path, output: Path) -> list[str]:
     paths += ["--cache", str(faces.parent / "cache")]
     networks = "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny"
     small = "--embedding_size 32 --middle_layer_size 32"
-    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2"
+    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2 --device cpu"
     return [*paths, *f"{networks} {small} {short}".split()]
 
 
