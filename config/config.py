@@ -25,6 +25,7 @@ class Config:
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
     ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
+    nested_images: bool = False  # read images in subfolders of an identity too: video, session, camera
     leave_out: str | None = None  # a file that names identities and images to train without, one a line: utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
@@ -250,7 +251,7 @@ class Config:
     def cache_dir(self) -> Path:
         """Folder of the index and the decoded images, its name made from the path of the data and the groups."""
         data = Path(self.data).resolve()
-        source = "\n".join([str(data), *sorted(self.ethnicities)])
+        source = "\n".join([str(data), *sorted(self.ethnicities), *["/nested images"] * self.nested_images])
         return Path(self.cache) / f"{data.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
     @property

@@ -3,7 +3,7 @@
 import numpy as np
 
 from config.config import Config
-from utils.data.index import Index
+from utils.data.index import Index, difference
 from utils.errors import InputError
 from utils.process import command
 from utils.storage.files import read_json, write_json
@@ -56,7 +56,8 @@ def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:
         split = read_json(path)
         dealt = sorted(name for names in split.values() for name in names)
         if dealt != sorted(index.identities_of(ethnicity)):
-            raise InputError(f"{path} was made when data held other identities: delete it and split again.")
+            changed = difference(dealt, index.identities_of(ethnicity))
+            raise InputError(f"{path} was made when data held other identities ({changed}): delete it and split again.")
         if tuple(split) != cfg.quarters:
             raise InputError(f"{path} holds {len(split)} quarters, expected {len(cfg.quarters)}: split again.")
         chosen += split[quarter]

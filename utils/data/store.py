@@ -63,6 +63,8 @@ class ImageStore:
                 _delete_outdated(path, made_from)
                 _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
 
+            for note in self.index.notes(data) if is_first() else []:
+                print(note)
             self.images = provide(path, *form, made_from, fill, checked and is_local_rank_0)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()

@@ -34,6 +34,7 @@ import numpy as np
 
 from utils.data import images
 from utils.data.align import align
+from utils.data.listing import entries
 from utils.errors import InputError
 from utils.prepare.landmarks import OF_NO_FACE, match, read_landmarks, unlikeness
 from utils.prepare.work import add_processes, in_processes, path_of, write_failures
@@ -111,7 +112,7 @@ def _refuse_folders(source: Path, output: Path) -> None:
 
 def _find(source: Path) -> list[str]:
     try:
-        paths, others = images.find(source)
+        paths, others = images.find(source, says=True)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}).") from error
     if others:
@@ -156,7 +157,7 @@ def _claim(output: Path, source: Path, landmarks: list[Path] | None, detector: P
             raise InputError(
                 f"{output} holds faces of other --images, --landmarks or --detector: set --output to another folder."
             )
-    elif output.exists() and any(not name.startswith(PARAMETERS) for name in os.listdir(output)):
+    elif output.exists() and any(not entry.name.startswith(PARAMETERS) for entry in entries(output)):
         raise InputError(f"{output} holds files, but no {PARAMETERS} of this command: set --output to a new folder.")
     else:
         write_json(path, made_from)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from config.config import Config
 from utils.data import images
+from utils.data.listing import entries
 from utils.errors import InputError
 from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
@@ -72,9 +73,8 @@ def refuse_filled(output: Path, names: Iterable[str]) -> None:
     """Raises InputError if a folder holds files other than these, hidden and partial ones."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder: set --output to a new one.")
-    held = os.listdir(output) if output.exists() else []
-    others = (name for name in held if name not in names)
-    if other := sorted(name for name in others if not name.startswith(".") and not name.endswith(".partial")):
+    held = [entry.name for entry in entries(output)] if output.exists() else []
+    if other := sorted(name for name in held if name not in names and not name.endswith(".partial")):
         raise InputError(f"{output} holds {other[0]}, which is not of this command: set --output to a new folder.")
 
 

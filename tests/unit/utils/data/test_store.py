@@ -282,7 +282,7 @@ def test_decoding_goes_on_where_it_was_interrupted(cfg, monkeypatch, capsys):
 
 def test_an_index_is_read_back_until_something_changes(cfg, monkeypatch):
     scans, plain = [], index.scan
-    monkeypatch.setattr(index, "scan", lambda *given: scans.append(1) or plain(*given))
+    monkeypatch.setattr(index, "scan", lambda *given, **named: scans.append(1) or plain(*given, **named))
     first = find_images(cfg)
     assert not (cfg.cache_dir / "index.npz").exists()  # the folders have only just been written
     monkeypatch.setattr(index, "SETTLED", 0.0)
