@@ -21,6 +21,7 @@ import cv2
 from tqdm import tqdm
 
 from config.config import Config
+from config.paths import expanded
 from utils.data import images
 from utils.data.listing import entries
 from utils.errors import InputError
@@ -44,15 +45,21 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def path_of(text: str) -> Path:
-    """Parses a path for `add_argument`; refuses "", which an unset shell variable gives, since it would mean "."."""
+    """Parses a path for `add_argument`, with ~ expanded.
+
+    Refuses "", which an unset shell variable gives, since it would mean ".".
+    """
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing")
-    return Path(text)
+    try:
+        return Path(expanded(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def groups_of(text: str) -> tuple[str, ...]:
     """Parses a comma-separated list of groups. Raises InputError as the setting ethnicities does."""
-    return Config(ethnicities=tuple(filter(None, text.split(",")))).ethnicities
+    return Config(ethnicities=tuple(filter(None, map(str.strip, text.split(","))))).ethnicities
 
 
 def new_folder(output: Path) -> Path:

@@ -56,7 +56,7 @@ def fit(
 
     Raises InputError where `check_run` does, and where a loss or gradient is not finite: that step is not taken.
     """
-    _need_a_batch(faces, cfg)
+    _need_a_batch(faces, folder, cfg, kind)
     with _held(folder):
         run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
@@ -166,7 +166,7 @@ def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     That is a folder that another process works on or that holds a run of other settings or data, and fewer rows than
     one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
-    _need_a_batch(faces, cfg)
+    _need_a_batch(faces, folder, cfg, kind)
     collectives.on_first(lambda: refuse_if_locked(folder))
     Run(folder, cfg, kind, faces.sources, faces.identities)
 
@@ -184,12 +184,18 @@ def _given(folder: Path) -> str:
     return "" if given is None or any((folder / name).exists() for name in CHECKPOINTS) else given.name
 
 
-def _need_a_batch(faces: Faces, cfg: Config) -> None:
-    """Raises InputError where there is none, and where processes that belong together would read other data."""
+def _need_a_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
+    """Raises InputError if there are fewer rows than one batch, one identity only, or ranks would read other data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
+    who = f"Teacher {folder.name}" if kind == "teacher" else folder.name
     if len(faces) < total_batch(cfg):
         each = len(faces) // (1 if cfg.global_batch else world_size())
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+        raise InputError(f"{who}: {len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+    if len(faces.identities) == 1:
+        raise InputError(
+            f"{who}: all {len(faces):,} images are of one identity, {faces.identities[0]}, and a classifier needs two "
+            f"or more: set data, or label its images."
+        )
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
