@@ -147,10 +147,10 @@ def _draw(
     """Draws all pictures; returns their paths relative to `folder`, by title."""
     models, note = results.models, " ".join(results.notes)
     drawn = {"Accuracy of each group": "accuracy.png"}
-    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
+    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note, results.whole)
     if results.of_groups:
         drawn["Average against STD"] = "trade_off.png"
-        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note)
+        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note, results.whole)
     if compared:
         drawn["Printed accuracies and those here"] = "paper.png"
         figures.draw_paper(compared.panels, compared.sets, folder / "paper.png", note)

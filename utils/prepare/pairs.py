@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.image_formats import ending_of
-from utils.data.pairs import FOLDS, decode_image, fold_of, read_bin
+from utils.data.pairs import FOLDS, decode_image, in_folds, lacking, read_bin
 from utils.errors import InputError
 from utils.prepare.lists import (
     Face,
@@ -89,7 +89,7 @@ def make_set(path: Path, images: Path, output: Path, processes: int) -> None:
         print(doubt, file=sys.stderr)
     if complaint := make_bin(output, path, pairs, images, processes):
         raise InputError(complaint)
-    held = " + ".join(f"{_range(count)} {kind}" for kind, count in _in_folds(same).items())
+    held = " + ".join(f"{_range(count)} {kind}" for kind, count in in_folds(same).items())
     print(f"Written to {output}: {len(pairs):,} pairs, {FOLDS} folds of {held}.")
 
 
@@ -122,12 +122,6 @@ def _numbered_or_paths(columns: list[str]) -> tuple[Face, Face, bool] | None:
     return numbered(columns)
 
 
-def _in_folds(same: np.ndarray) -> dict[str, np.ndarray]:
-    """Counts genuine and impostor pairs in each fold of `eval.verification.ten_fold`, (folds,) each."""
-    fold = fold_of(len(same))
-    return {kind: np.bincount(fold[which], minlength=FOLDS) for kind, which in (("genuine", same), ("impostor", ~same))}
-
-
 def _range(counts: np.ndarray) -> str:
     low, high = counts.min(), counts.max()
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -136,12 +130,8 @@ def _range(counts: np.ndarray) -> str:
 def _doubts_of_folds(path: Path, same: np.ndarray) -> list[str]:
     if len(same) < FOLDS:
         return [f"{path}: {len(same)} pairs are too few for the {FOLDS} folds of evaluation."]
-    return [
-        f"{path}: {np.count_nonzero(count == 0)} of {FOLDS} folds hold no {kind} pair: "
-        f"a fold is a tenth of the list as it stands, give each tenth both kinds."
-        for kind, count in _in_folds(same).items()
-        if not count.all()
-    ]
+    reason = lacking(same)
+    return [f"{path}: {reason}: a fold is a tenth of the list as it stands, give each tenth both kinds."] * bool(reason)
 
 
 # Back -----------------------------------------------------------------------------------------------------------------

@@ -353,8 +353,7 @@ def test_folds_that_cannot_be_scored_are_warned_of(tmp_path, capsys):
     write_faces(tmp_path / "faces", {"a": 2, "b": 1})
     put_together(tmp_path / "faces", "\n".join(["a 1 2"] * 6 + ["a 1 b 1"] * 14).encode())
     err = capsys.readouterr().err
-    assert "pairs.txt: 7 of 10 folds hold no genuine pair: a fold is a tenth of the list as it stands" in err
-    assert "pairs.txt: 3 of 10 folds hold no impostor pair" in err
+    assert "pairs.txt: 7 of 10 folds hold no genuine pair and 3 of 10 folds hold no impostor pair: a fold is a" in err
     put_together(tmp_path / "faces", "\n".join(["a 1 2"] * 9).encode())
     assert "pairs.txt: 9 pairs are too few for the 10 folds of evaluation." in capsys.readouterr().err
     put_together(tmp_path / "faces", "\n".join(["a 1 2", "a 1 b 1"] * 10).encode())
