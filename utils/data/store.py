@@ -25,6 +25,7 @@ from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
+ALIGN = f"Align the faces to {SIZE} x {SIZE} first: python -m utils.prepare align --help"
 MAX_BAD_SHARE = 0.001
 BLOCK = 256  # images decoded and verified together; changing it changes the digest of every data folder
 

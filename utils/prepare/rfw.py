@@ -20,7 +20,8 @@ from pathlib import Path
 from utils.data.listing import is_hidden
 from utils.data.pairs import FOLDS
 from utils.errors import InputError
-from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_lines, read_pairs
+from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_pairs
+from utils.prepare.tables import read_lines
 from utils.prepare.work import add_processes, path_of
 
 IN_A_ROW = 300
