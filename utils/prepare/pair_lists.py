@@ -14,6 +14,8 @@ from utils.prepare.tables import Sheet, is_path, kind_of_column, label_of, sheet
 
 FORM = '"name n1 n2", "name1 n1 name2 n2" or "path1 path2 0|1"'
 
+LEFTOVERS = (",", ";", "|", '"')  # at the end of a path they show that the list was split by the wrong sign
+
 
 class Reading(NamedTuple):
     """Holds the pairs of a list, and how it was understood."""
@@ -40,7 +42,7 @@ def read_list(path: Path) -> Reading:
     readings, failures = [], []
     for sheet in sheets(path):
         announced, sheet = _announced(sheet)
-        if not sheet.rows:
+        if not sheet.rows or (readings and sheet.separator == "blank after image"):
             continue
         try:
             readings.append((announced, _read(sheet)))
@@ -197,6 +199,8 @@ def _paths(sheet: Sheet, row: int, paths: tuple[int, int], label: int) -> tuple[
         return None
     one, other = (cells[column] for column in paths)
     same = label_of(cells[label])
+    if one.endswith(LEFTOVERS) or other.endswith(LEFTOVERS):
+        return None
     if same is None or not one or not other or (not sheet.header and are_numbers(one, other)):
         return None
     if sheet.header and kind_of_column(sheet.header[label]) == "inverted":
