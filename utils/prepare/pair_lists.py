@@ -102,6 +102,8 @@ def _read(sheet: Sheet) -> Reading:
 
 def _numbered_words(cells: list[str]) -> tuple[Face, Face, bool] | None:
     """Parses what `numbered` does, but with names of several words, if no word of a name is a number."""
+    if any(map(is_path, cells)):
+        return None
     numbers = [k for k, cell in enumerate(cells) if are_numbers(cell)]
     match [k - len(cells) for k in numbers]:
         case [-2, -1] if len(cells) > 2:
