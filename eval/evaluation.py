@@ -11,7 +11,6 @@ Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkp
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from config.config import SETTINGS, Config
@@ -24,7 +23,7 @@ from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
 from utils.errors import InputError
-from utils.process import command, run, setup
+from utils.process import command_of_run, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
@@ -76,7 +75,7 @@ def main(cfg: Config) -> None:
 def _families(cfg: Config) -> list[Config]:
     found = families(cfg)
     if not found:
-        first = command(replace(cfg, report=False), "train.py")
+        first = command_of_run(cfg, "train.py")
         raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
 

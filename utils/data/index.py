@@ -84,7 +84,7 @@ def _scan(data: Path, groups: list[str], nested: bool) -> Index:
     if missing:
         raise InputError(
             f"{data} has no folder for {', '.join(missing)}: set data; ethnicities to its groups, "
-            'or to "" if it has none.'
+            f'or to "" if it has none.{_other_records(data)}'
         )
 
     roots = groups or ["."]
@@ -122,7 +122,7 @@ def _refuse_empty(data: Path, groups: list[str], found: list[str], passed: list[
 
     `found` are the folders of identities with images, `passed` the images that were passed over.
     """
-    advice = f" {_passed_over(data, tuple(passed), (), 1 if groups else 0)}".rstrip()
+    advice = f" {_passed_over(data, tuple(passed), (), 1 if groups else 0)}".rstrip() + _other_records(data)
     if not found:
         where = ", ".join(str(data / root) for root in groups or ["."])
         raise InputError(
@@ -242,6 +242,14 @@ def _stamp_of(entry: os.DirEntry) -> tuple[int, int]:
 
 def _is_image(name: str, is_folder: bool) -> bool:
     return not is_folder and name.lower().endswith((*EXTENSIONS, *NOT_READ))
+
+
+def _other_records(data: Path) -> str:
+    """Returns a sentence that names records of another name than train.rec in a folder, "" if there are none."""
+    found = sorted(entry.name for entry in entries(data) if entry.name.lower().endswith(".rec") and entry.is_file())
+    if not found:
+        return ""
+    return f" It holds {', '.join(found[:NAMED])}: name it {recordio.RECORDS}, and its index {recordio.INDEX}."
 
 
 def _passed_over(data: Path, passed: tuple[str, ...], empty: tuple[str, ...], depth: int) -> str:

@@ -18,10 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
-from utils.data.store import BLOCK, SIZE, decode
+from utils.data.store import ALIGN, BLOCK, OF_ANOTHER_SIZE, SIZE, decode
 from utils.distributed.world import is_first
 from utils.errors import InputError, NotWritten
 from utils.storage.arrays import Filling, provide
+from utils.storage.mistaken import mistaken
 from utils.threads import map_ahead
 
 FOLDS = 10
@@ -88,6 +89,11 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
         raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
     try:
         raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if reason := mistaken(raw):
+        raise InputError(f"{path} {reason}.")
+    try:
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a corrupted pickle can raise nearly anything
         raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
@@ -114,7 +120,8 @@ def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
     try:
         return decode(encoded[k])
     except ValueError as error:
-        raise InputError(f"{path}: image {k} {error}.") from error
+        advice = f" {ALIGN}." if str(error).endswith(OF_ANOTHER_SIZE) else ""
+        raise InputError(f"{path}: image {k} {error}.{advice}") from error
 
 
 def _to_numpy(part: object) -> object:

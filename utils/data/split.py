@@ -5,7 +5,7 @@ import numpy as np
 from config.config import Config
 from utils.data.index import Index, difference
 from utils.errors import InputError
-from utils.process import command
+from utils.process import command_of_run
 from utils.storage.files import read_json, write_json
 
 
@@ -39,7 +39,7 @@ def require_split(cfg: Config) -> None:
     """Raises InputError that names the groups without a split, if there are any."""
     missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
     if missing:
-        first = command(cfg, "baseline_data_split.py")
+        first = command_of_run(cfg, "baseline_data_split.py")
         raise InputError(f"{cfg.split_dir} has no split of {', '.join(missing)}: run first: {first}")
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from utils.data.images import find, read_bytes, reason_of
 from utils.data.index import EXTENSIONS
-from utils.data.store import ALIGN, SIZE, decode
+from utils.data.store import ALIGN, OF_ANOTHER_SIZE, decode
 from utils.errors import InputError
 from utils.prepare.tables import ENDING
 from utils.prepare.work import in_processes, write_failures
@@ -19,7 +19,7 @@ from utils.storage.files import replaced
 PROTOCOL = 2  # pickle protocol of the published .bin files
 NAMED = 20  # bad images named in a message; the CSV file lists all
 ENDINGS = (*EXTENSIONS, *map(str.upper, EXTENSIONS))
-IS_NOT_THERE, OF_ANOTHER_SIZE = "is not there", f"not {SIZE} x {SIZE}"
+IS_NOT_THERE = "is not there"
 
 
 class Face(NamedTuple):
