@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from config.config import Config
-from config.readers import CHANGES_NO_NUMBER, reads
+from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 from utils.distributed import launch
 from utils.distributed.world import is_launched, launcher, share_of_cores, world_size
 from utils.environment import device_of
@@ -196,8 +196,12 @@ def command_of_run(cfg: Config, script: str, folder: Path | None = None) -> str:
     """
     path = folder and folder / "config.json"
     if path and path.exists():
-        stored = read_json(path).get("all settings", {})
-        names = {field.name for field in dataclasses.fields(cfg)} & {*stored} - CHANGES_NO_NUMBER
+        about = read_json(path)
+        stored, trained_by = about.get("all settings", {}), script_that_trains(about.get("kind", ""))
+        # What is missing may be the flipped view, which the run was started without.
+        names = {*stored} - CHANGES_NO_NUMBER - {"flip_targets"}
+        names = {field.name for field in dataclasses.fields(cfg) if field.name in names}
+        names = {name for name in names if reads(trained_by, name)}
         with contextlib.suppress(InputError):  # settings of another version
             cfg = dataclasses.replace(cfg, **{name: stored[name] for name in names})
     start, settings = command(cfg, script).split(script, 1)

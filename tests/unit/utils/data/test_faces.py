@@ -138,7 +138,9 @@ def test_the_command_that_is_missing_has_the_settings_of_its_run(cfg):
     started = replace(caller, num_epoch_fc=3, lr_fc=0.5, data="/elsewhere", seed=5)
     folder = cfg.adaptor_dir("DLDPO")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"all settings": dataclasses.asdict(started) | {"gone": 1}}))
+    (folder / "config.json").write_text(
+        json.dumps({"kind": "DLDPO", "all settings": {**dataclasses.asdict(started), "gone": 1}})
+    )
     with pytest.raises(InputError) as error:
         Faces(caller, target=True)
     words = shlex.split(str(error.value).split("Run first: ")[1])
