@@ -16,7 +16,9 @@ from utils.process import announce, run
 
 def main(cfg: Config) -> None:
     cfg = replace(cfg, is_teacher_baseline=True)
-    index = scan(Path(cfg.data), cfg.selected_ethnicities)
+    index = scan(Path(cfg.data), cfg.selected_ethnicities, nested=cfg.nested_images)
+    for note in index.notes(Path(cfg.data)):
+        print(note)
     for ethnicity in cfg.selected_ethnicities:
         identities = index.identities_of(ethnicity)
         split = write_split(cfg, ethnicity, identities)

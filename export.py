@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def run(given: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from config import arguments
 from config.errors import InputError
+from config.paths import expanded
 from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
 from config.readers import ADA, CHANGES_NO_NUMBER, EAF_KD, SCRIPTS, reads, script_that_trains
 from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
@@ -25,6 +26,7 @@ class Config:
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
     ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
+    nested_images: bool = False  # read images in subfolders of an identity too: video, session, camera
     leave_out: str | None = None  # a file that names identities and images to train without, one a line: utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
@@ -103,6 +105,8 @@ class Config:
                 value = float(value)
             if isinstance(value, list):
                 value = tuple(value)
+            if field.name in PATHS:
+                value = _expanded(value)
             object.__setattr__(self, field.name, value)
             if not (type(value) is kind or (value is None and is_optional)):
                 raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}{' or None' * is_optional}.")
@@ -122,7 +126,7 @@ class Config:
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             self._check(name, _are_milestones, "increasing epoch numbers above 1")
-        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint"):
+        for name in PATHS:
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
         self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
@@ -250,7 +254,7 @@ class Config:
     def cache_dir(self) -> Path:
         """Folder of the index and the decoded images, its name made from the path of the data and the groups."""
         data = Path(self.data).resolve()
-        source = "\n".join([str(data), *sorted(self.ethnicities)])
+        source = "\n".join([str(data), *sorted(self.ethnicities), *["/nested images"] * self.nested_images])
         return Path(self.cache) / f"{data.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
     @property
@@ -384,10 +388,18 @@ class Config:
 
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
+PATHS = ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "teacher")
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
 ASSIGNED_ORDER = ("African", "Asian", "Caucasian", "Indian")
+
+
+def _expanded(value: Any) -> Any:
+    """Expands ~ in a path or a tuple of paths; returns other values unchanged."""
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return expanded(value) if isinstance(value, str) else value
 
 
 def _are_milestones(epochs: tuple) -> bool:
@@ -395,7 +407,9 @@ def _are_milestones(epochs: tuple) -> bool:
 
 
 def _are_names(names: tuple) -> bool:
-    return bool(names) and all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
+    """Tells whether all are names of files or folders; blanks may separate their words."""
+    word = r"[\w()'-][\w()'.-]*"
+    return bool(names) and all(isinstance(name, str) and re.fullmatch(rf"{word}( {word})*", name) for name in names)
 
 
 def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:

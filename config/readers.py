@@ -17,6 +17,7 @@ _TABLE = (
     ("data", SCRIPTS[:-1]),
     ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
+    ("nested_images", (SPLIT, *_STAGES)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
     ("leave_out skip_bad_images", _STAGES),
     ("ethnicity", (SPLIT, TRAIN, EXTRACT, *_STUDENTS)),
@@ -49,7 +50,8 @@ READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 
 CHANGES_NO_NUMBER = {
     # Data and weights are compared by their digests instead of their paths.
-    *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "weights"),
+    *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "nested_images"),
+    "weights",
     # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.

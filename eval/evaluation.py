@@ -11,7 +11,6 @@ Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkp
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from config.config import SETTINGS, Config
@@ -24,7 +23,7 @@ from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
 from utils.errors import InputError
-from utils.process import command, run, setup
+from utils.process import command_of_run, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
@@ -76,7 +75,7 @@ def main(cfg: Config) -> None:
 def _families(cfg: Config) -> list[Config]:
     found = families(cfg)
     if not found:
-        first = command(replace(cfg, report=False), "train.py")
+        first = command_of_run(cfg, "train.py")
         raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
 
@@ -147,10 +146,10 @@ def _draw(
     """Draws all pictures; returns their paths relative to `folder`, by title."""
     models, note = results.models, " ".join(results.notes)
     drawn = {"Accuracy of each group": "accuracy.png"}
-    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
+    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note, results.whole)
     if results.of_groups:
         drawn["Average against STD"] = "trade_off.png"
-        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note)
+        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note, results.whole)
     if compared:
         drawn["Printed accuracies and those here"] = "paper.png"
         figures.draw_paper(compared.panels, compared.sets, folder / "paper.png", note)

@@ -24,18 +24,32 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, 
 
 
 def draw_accuracies(
-    models: list[Scored], sets: Sequence[str], intervals: np.ndarray, path: Path, note: str = ""
+    models: list[Scored],
+    sets: Sequence[str],
+    intervals: np.ndarray,
+    path: Path,
+    note: str = "",
+    whole: np.ndarray | slice = slice(None),
 ) -> None:
     """Draws one row per model: a marker with its interval per verification set, and a bar for the average.
 
-    `intervals` (models, sets, 2) are in percent. The markers of a row are shifted vertically, so that equal accuracies
-    do not hide each other.
+    `intervals` (models, sets, 2) are in percent; `whole` selects the sets that are part of the average. The markers of
+    a row are shifted vertically, so that equal accuracies do not hide each other.
     """
     values = np.array([model.accuracies for model in models])
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(models)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(models))
-    axes.plot(values.mean(1), places, "|", color="black", markersize=17, markeredgewidth=2, label="average", zorder=4)
+    axes.plot(
+        values[:, whole].mean(1),
+        places,
+        "|",
+        color="black",
+        markersize=17,
+        markeredgewidth=2,
+        label="average",
+        zorder=4,
+    )
     heights = np.linspace(-0.27, 0.27, len(sets)) if len(sets) > 1 else [0.0]
     for i, name in enumerate(sets):
         colour = COLOURS[i % 8]
@@ -101,14 +115,20 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:
+def draw_trade_off(
+    models: list[Scored],
+    pairs: tuple[int, ...],
+    path: Path,
+    note: str = "",
+    whole: np.ndarray | slice = slice(None),
+) -> None:
     """Draws average against STD, one dot per model; the STD of 95 % of perfectly fair models is in the shaded area.
 
-    `pairs` (G,) are the numbers of pairs of the groups.
+    `pairs` (G,) are the numbers of pairs of the groups that `whole` selects, those that are part of averages.
     """
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    accuracies = np.array([model.accuracies for model in models])
+    accuracies = np.array([model.accuracies for model in models])[:, whole]
     averages, stds = accuracies.mean(1), std(accuracies)
     margin = max(0.5, 0.08 * np.ptp(averages))
     along = np.linspace(averages.min() - margin, min(100, averages.max() + margin), 12)

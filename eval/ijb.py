@@ -34,6 +34,7 @@ from utils.data import images
 from utils.data.align import TEMPLATE, align
 from utils.data.columns import Column, cut
 from utils.errors import InputError
+from utils.prepare.work import path_of
 from utils.process import run, setup
 from utils.storage.arrays import read
 from utils.storage.files import sha256, write_json, write_text
@@ -340,8 +341,8 @@ def command(argv: list[str] | None = None) -> None:
         epilog="Also every setting of config/config.py: --network, --device, --infer_batch_size, --output, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--folder", type=Path, required=True, help="holds meta and loose_crop")
-    parser.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="state dicts of --network")
+    parser.add_argument("--folder", type=path_of, required=True, help="holds meta and loose_crop")
+    parser.add_argument("--checkpoint", type=path_of, required=True, nargs="+", help="state dicts of --network")
     parser.add_argument("--no_detector_score", action="store_true", help="do not weight images by the detector's score")
     parser.add_argument("--no_norm", action="store_true", help="scale features to unit length before pooling")
     own, settings = parser.parse_known_args(argv)

@@ -7,7 +7,18 @@ import numpy as np
 from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
-from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
+from eval.uncertainty import (
+    FEWEST_PAIRS,
+    METHOD,
+    by_chance,
+    difference,
+    fewest,
+    interval,
+    is_within_chance,
+    resampled,
+    stds,
+)
+from utils.data.pairs import lacking
 from utils.tables import Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
@@ -31,11 +42,33 @@ class Results:
     def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
         self.models, self.same, self.notes = models, same, notes
         self.of_groups = of_groups and len(same) > 1
-        self.pairs = tuple(len(labels) for labels in same.values())
         self.accuracies = np.array([one.accuracies for one in models])
         self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
         by_model = self._samples.transpose(1, 2, 0)
         self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
+        self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
+        self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
+        self.intervals[:, [name in self.few for name in same]] = np.nan
+        self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
+
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """The numbers of pairs of the sets that are part of averages."""
+        return tuple(len(labels) for name, labels in self.same.items() if name not in self.lacking)
+
+    @property
+    def has_few(self) -> bool:
+        """Tells whether a set that is part of averages has too few pairs for intervals and verdicts."""
+        return any(name not in self.lacking for name in self.few)
+
+    def _whole(self, one: Scored) -> tuple[float, ...]:
+        """Returns the accuracies of a model that are part of averages."""
+        return tuple(np.array(one.accuracies)[self.whole].tolist())
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """The names of the sets; those that are left out of averages are marked by a star."""
+        return tuple(f"{name} *" if name in self.lacking else name for name in self.same)
 
     @property
     def of_one_kind(self) -> list[str]:
@@ -75,12 +108,13 @@ class Results:
 
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
-        rows, header = [], (*NAMES, *self.same, "Average")
+        rows, header = [], (*NAMES, *self._columns, "Average")
         if self.of_groups:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
-            average, std, ser = summary(one.accuracies)
-            spread = (std, ser, is_within_chance(one.accuracies, self.pairs)) if self.of_groups else ()
+            average, std, ser = summary(self._whole(one))
+            verdict = None if self.has_few else is_within_chance(self._whole(one), self.pairs)
+            spread = (std, ser, verdict) if self.of_groups else ()
             rows.append((*_names(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
@@ -90,9 +124,10 @@ class Results:
     def _chance(self) -> Table:
         rows = []
         for one in self.models:
-            average, std, ser = summary(one.accuracies)
+            average, std, ser = summary(self._whole(one))
             chance = by_chance(round(average, 2), self.pairs)
-            figures = (std, chance.std_mean, chance.std_95, ser, chance.ser_95, rates.average_minus_std(one.accuracies))
+            mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
+            figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
             rows.append((*_names(one), average, *figures))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
@@ -104,16 +139,17 @@ class Results:
     def _intervals(self) -> Table:
         rows = []
         for m, one in enumerate(self.models):
-            samples = self._samples[:, m]
+            samples = self._samples[:, m, self.whole]
             cells = [Estimate(a, *i) for a, i in zip(one.accuracies, self.intervals[m].tolist(), strict=True)]
-            average, std, _ = summary(one.accuracies)
-            cells.append(Estimate(average, *interval(samples.mean(1))))
+            average, std, _ = summary(self._whole(one))
+            cells.append(Estimate(average, *self._interval(samples.mean(1))))
             if self.of_groups:
-                cells.append(Estimate(std, *interval(stds(samples))))
+                cells.append(Estimate(std, *self._interval(stds(samples))))
             rows.append((*_names(one), *cells))
-        header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
+        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.of_groups else ()))
         notes = [METHOD]
-        if (count := fewest(self.same)) < FEW_PAIRS:
+        shown = {name: labels for name, labels in self.same.items() if name not in self.few}
+        if shown and (count := fewest(shown)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
@@ -121,14 +157,15 @@ class Results:
 
     def _differences(self) -> Table:
         """Returns the difference of every two models, the one with the better average first."""
-        order = np.argsort(-self.accuracies.mean(1), kind="stable")
+        accuracies, samples = self.accuracies[:, self.whole], self._samples[:, :, self.whole]
+        order = np.argsort(-accuracies.mean(1), kind="stable")
         rows = []
         for i, one in enumerate(order):
             for other in order[i + 1 :]:
-                found = difference(one, other, self.accuracies, self._samples)
-                cells = [Estimate(found.average, *found.average_interval), _excludes_zero(found.average_interval)]
+                found = difference(one, other, accuracies, samples)
+                cells = self._compared(found.average, found.average_interval)
                 if self.of_groups:
-                    cells += [Estimate(found.std, *found.std_interval), _excludes_zero(found.std_interval)]
+                    cells += self._compared(found.std, found.std_interval)
                 rows.append((self.models[one].title, self.models[other].title, *cells))
         of_groups = ("STD", "STD sure") if self.of_groups else ()
         header = ("Model", "minus", "Average", "Sure", *of_groups)
@@ -137,6 +174,16 @@ class Results:
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
         return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
+
+    def _interval(self, values: np.ndarray) -> tuple[float, float]:
+        """Returns the interval of an average over sets, (NaN, NaN) if a set has too few pairs."""
+        return (np.nan, np.nan) if self.has_few else interval(values)
+
+    def _compared(self, value: float, bounds: tuple[float, float]) -> list[Cell]:
+        """Returns a difference with its interval, and whether it is sure; without both if pairs are too few."""
+        if self.has_few:
+            return [Estimate(value, np.nan, np.nan), None]
+        return [Estimate(value, *bounds), _excludes_zero(bounds)]
 
     def _rates(self, name: str) -> Table:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
@@ -175,7 +222,13 @@ class Results:
         return Table("Impostors across groups", header, rows, 3, self._notes(note), is_printed=False)
 
     def _notes(self, *notes: str) -> tuple[str, ...]:
-        return (*self.notes, *notes)
+        left_out = [f"* {name}: {reason}. Left out of averages, STD and SER." for name, reason in self.lacking.items()]
+        if few := [name for name in self.few if name not in self.lacking]:
+            left_out.append(
+                f"No interval and no verdict where a set has fewer than {FEWEST_PAIRS} genuine or impostor pairs in a "
+                f"fold: {', '.join(few)}."
+            )
+        return (*self.notes, *notes, *left_out)
 
 
 def _names(one: Scored) -> tuple[Cell, ...]:

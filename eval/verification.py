@@ -8,7 +8,7 @@ from torch import nn
 
 from config.config import Config
 from utils.data.columns import Column, cut
-from utils.data.pairs import FOLDS, Pairs, fold_of
+from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.data.pairs import load_bin as load_bin
 from utils.errors import InputError
 from utils.training.engine import Validate, infer
@@ -167,15 +167,17 @@ def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: 
     """Returns a function that verifies `network` on all sets, for `utils.training.engine.fit`.
 
     It returns the accuracies in percent by set, with their average, and the score that selects the best epoch: the
-    accuracy on the set `best_on`, or the average if `best_on` is empty.
+    accuracy on the set `best_on`, or the average if `best_on` is empty. Sets without both kinds of pairs in every fold
+    are left out of the average, and select no epoch.
     """
+    whole = [name for name, pairs in sets.items() if not lacking(pairs.same)]
 
     def validate() -> tuple[dict[str, float], float]:
         scores = {}
         for name, pairs in sets.items():
             distance = pair_distances(views(network, pairs.distinct, cfg, f"verify {name}"), pairs.rows)
             scores[name] = round(accuracy(distance, pairs.same), 4)
-        scores["average"] = round(sum(scores.values()) / len(scores), 4)
-        return scores, scores[best_on or "average"]
+        scores["average"] = round(sum(scores[name] for name in whole) / len(whole), 4)
+        return scores, scores[best_on if best_on in whole else "average"]
 
     return validate

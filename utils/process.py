@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from config.config import Config
+from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 from utils.distributed import launch
 from utils.distributed.world import is_launched, launcher, share_of_cores, world_size
 from utils.environment import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
+from utils.storage.files import read_json
 
 ALONE = ("baseline_data_split.py", "-m eval.evaluation")
 """Scripts that run as one process, without torchrun."""
@@ -187,6 +189,33 @@ def command(cfg: Config, script: str) -> str:
     ethnicity = "All" if cfg.ada_source == "adaptor" else cfg.ethnicity
     start = "python" if script in ALONE else launcher()
     return f"{start} {script} {shlex.join(dataclasses.replace(cfg, ethnicity=ethnicity).changed)}".rstrip()
+
+
+def command_of_run(cfg: Config, script: str, folder: Path | None = None) -> str:
+    """Returns the command that makes what is missing, with the settings that the stage `script` reads.
+
+    They are those with which the run in `folder` was started, so that it is resumed, or those of `cfg` if it was not.
+    Paths, and other settings that change no number, are those of `cfg`.
+    """
+    path = folder and folder / "config.json"
+    if path and path.exists():
+        about = read_json(path)
+        stored, trained_by = about.get("all settings", {}), script_that_trains(about.get("kind", ""))
+        # What is missing may be the flipped view, which the run was started without.
+        names = {*stored} - CHANGES_NO_NUMBER - {"flip_targets"}
+        names = {field.name for field in dataclasses.fields(cfg) if field.name in names}
+        names = {name for name in names if reads(trained_by, name)}
+        with contextlib.suppress(InputError):  # settings of another version
+            cfg = dataclasses.replace(cfg, **{name: stored[name] for name in names})
+    start, settings = command(cfg, script).split(script, 1)
+    words = shlex.split(settings)
+    kept = [
+        word
+        for name, value in zip(words[::2], words[1::2], strict=True)
+        if reads(script, name.removeprefix("--"))
+        for word in (name, value)
+    ]
+    return f"{start}{script} {shlex.join(kept)}".rstrip()
 
 
 def this_command() -> str:

@@ -17,7 +17,7 @@ LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval; `low` and `high` are NaN if the interval is unknown."""
 
     value: float
     low: float
@@ -145,6 +145,8 @@ class Table:
                 return "yes" if cell else "no"
             case float():
                 return f"{cell:z.{self.digits}f}"  # never -0.00
+            case Estimate() if math.isnan(cell.low):
+                return self._text(cell.value)
             case Estimate():
                 return f"{self._text(cell.value)} [{self._text(cell.low)}, {self._text(cell.high)}]"
             case Rate():
@@ -154,5 +156,5 @@ class Table:
 
 def _plain(cell: Cell) -> str | float | bool | dict | None:
     if isinstance(cell, Estimate | Rate):
-        return vars(cell)
+        return {name: _plain(value) for name, value in vars(cell).items()}
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell

@@ -16,7 +16,7 @@ from utils.data.split import read_quarter, require_split
 from utils.data.store import ImageStore
 from utils.distributed.world import rank, total_batch, world_size
 from utils.errors import InputError
-from utils.process import command
+from utils.process import command_of_run
 from utils.storage.files import sha256
 
 ORDER, FLIPS, STEP = 1, 2, 3  # the first word of a seed: separates random streams by purpose
@@ -49,9 +49,15 @@ class Faces:
         if teacher and cfg.is_teacher_baseline:
             require_split(cfg)
         if inputs:
-            self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
+            self._require(
+                [cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views],
+                EXTRACT,
+                cfg.teacher_dir(inputs[0]),
+            )
         if target:
-            self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
+            self._require(
+                [cfg.source_embeddings(view) for view in cfg.target_views], self._source_script, cfg.source_dir
+            )
         if cfg.leave_out and store is None:
             left_out(cfg, find_images(cfg))  # refuses a wrong list before the images are decoded
         self.store = store or ImageStore(cfg, checked=not inputs)  # adaptors read embeddings and no images
@@ -91,17 +97,18 @@ class Faces:
         """Name of the script that writes the targets."""
         return script_that_trains(self.cfg.source) if self.cfg.ada_source == "adaptor" else EXTRACT
 
-    def _require(self, paths: list[Path], script: str) -> None:
-        """Raises InputError that names the missing files and the script that writes them."""
+    def _require(self, paths: list[Path], script: str, run: Path) -> None:
+        """Raises InputError that names the missing files and the command that writes them, of the run folder `run`."""
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            raise InputError(f"Missing: {', '.join(missing)}. Run first: {command(self.cfg, script)}")
+            raise InputError(f"Missing: {', '.join(missing)}. Run first: {command_of_run(self.cfg, script, run)}")
 
     def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
         """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
-        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
+        again = command_of_run(self.cfg, script, run)
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, again)
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, again)
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
@@ -133,7 +140,8 @@ class Faces:
             raise InputError(
                 f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
             )
-        again = f"{command(self.cfg, EXTRACT)} and {command(self.cfg, self._source_script)}"
+        extract = command_of_run(self.cfg, EXTRACT, self.cfg.teacher_dir(self.cfg.teachers[0]))
+        again = f"{extract} and {command_of_run(self.cfg, self._source_script, self.cfg.source_dir)}"
         for name, made_from in inputs.items():
             check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
 

@@ -17,9 +17,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from utils.data.listing import is_hidden
 from utils.data.pairs import FOLDS
 from utils.errors import InputError
-from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_lines, read_pairs
+from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_pairs
+from utils.prepare.tables import read_lines
 from utils.prepare.work import add_processes, path_of
 
 IN_A_ROW = 300
@@ -65,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
 
 def find_lists(release: Path) -> dict[str, Path]:
     """Finds the list of pairs of each ethnicity, sorted. Raises InputError if there is none, or one is missing."""
-    folders = sorted(path for path in release.glob("txts/*") if path.is_dir())
+    folders = sorted(path for path in release.glob("txts/*") if path.is_dir() and not is_hidden(path.name))
     lists = {folder.name: folder / f"{folder.name}_pairs.txt" for folder in folders}
     missing = [path for path in lists.values() if not path.is_file()]
     if len(missing) == len(lists):

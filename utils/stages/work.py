@@ -60,7 +60,7 @@ def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
 
     Raises InputError for a folder that cannot be used.
     """
-    index = scan(Path(cfg.data), cfg.selected_ethnicities)
+    index = scan(Path(cfg.data), cfg.selected_ethnicities, nested=cfg.nested_images)
     used = index.identity[~left_out(cfg, index)]
     of_identity = dict(zip(index.identities, np.bincount(used, minlength=len(index.identities)).tolist(), strict=True))
     seen = {"All": list(index.identities)}

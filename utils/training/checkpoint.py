@@ -21,6 +21,7 @@ from typing import Any
 from config.config import Config
 from config.published import scaled_milestones
 from config.registry import ADA_LOSSES
+from utils.data.index import difference
 from utils.distributed.collectives import on_first
 from utils.distributed.world import is_first, total_batch, world_size
 from utils.environment import versions
@@ -68,6 +69,8 @@ class Run:
         stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
         if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
+            if "identities changed" in different and (names := self._read_identities()):
+                text = text.replace("identities changed", f"identities changed, {difference(names, self.identities)}")
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
                 text = text.replace("batch_size was", "batch_size of all processes was")
             raise InputError(
@@ -75,6 +78,13 @@ class Run:
                 "set them as they were, set another output, or move the folder away to train anew."
             )
         return True
+
+    def _read_identities(self) -> list[str]:
+        """Returns the identities that the run was started with, [] if they were not written."""
+        path = self.folder / "identities.txt"
+        if not path.exists():
+            return []
+        return path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
 
     def load(self) -> dict | None:
         """Returns the newest intact checkpoint; None if the run has none, and on ranks other than 0.

@@ -64,7 +64,7 @@ def fit(
     measure is not returned; and if a loss or gradient is not finite, in which case that step is not taken.
     """
     columns = _columns_of(losses, faces)
-    _require_batch(faces, cfg)
+    _require_batch(faces, folder, cfg, kind)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
         run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
@@ -199,7 +199,7 @@ def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     Another process may be working on the folder, the folder may hold a run of other settings or data, or the images may
     be fewer than one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
-    _require_batch(faces, cfg)
+    _require_batch(faces, folder, cfg, kind)
     collectives.on_first(lambda: refuse_if_locked(folder))
     Run(folder, cfg, kind, faces.sources, faces.identities)
 
@@ -228,12 +228,18 @@ def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     return {name: faces.columns[name] for name in names}
 
 
-def _require_batch(faces: Faces, cfg: Config) -> None:
-    """Raises InputError if the images are fewer than one batch, or if the ranks have different data."""
+def _require_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
+    """Raises InputError for fewer rows than one batch, for one identity only, and if ranks have different data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
+    who = f"Teacher {folder.name}" if kind == "teacher" else folder.name
     if len(faces) < total_batch(cfg):
         each = len(faces) // (1 if cfg.global_batch else world_size())
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+        raise InputError(f"{who}: {len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+    if len(faces.identities) == 1:
+        raise InputError(
+            f"{who}: all {len(faces):,} images are of one identity, {faces.identities[0]}, and a classifier needs two "
+            f"or more: set data, or label its images."
+        )
 
 
 # Inference ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Columns: rows, labels and targets of a stage, and the refusal of embeddings with another provenance."""
 
+import dataclasses
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from config.config import Config
 from tests.conftest import encode, noise
 from tests.runs import write_embeddings, write_targets
 from utils.data.columns import Cached, Column, cache, cut, stream, to_network
@@ -122,6 +126,28 @@ def test_missing_embeddings_are_all_named(cfg):
         InputError, match=r"A_flipped.npy.*B_flipped.npy. Run first: python extract_all.py .*--flip_targets True"
     ):
         Faces(replace(cfg, flip_targets=True), inputs=cfg.teachers)
+
+
+def test_the_command_that_is_missing_has_the_settings_of_its_run(cfg):
+    """The run of the adaptor was started with other settings than the student's script is called with."""
+    caller = replace(cfg, num_epoch=7, loss_lambda=3.0, num_epoch_fc=9, is_dual_layer=True, has_dropout=True)
+    with pytest.raises(InputError) as error:
+        Faces(caller, target=True)
+    assert "dual_layer_EAF-Fusion.py" in str(error.value) and "--num_epoch_fc 9" in str(error.value)
+    assert not any(name in str(error.value) for name in ("loss_lambda", "--num_epoch 7"))
+    started = replace(caller, num_epoch_fc=3, lr_fc=0.5, data="/elsewhere", seed=5)
+    folder = cfg.adaptor_dir("DLDPO")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"kind": "DLDPO", "all settings": {**dataclasses.asdict(started), "gone": 1}})
+    )
+    with pytest.raises(InputError) as error:
+        Faces(caller, target=True)
+    words = shlex.split(str(error.value).split("Run first: ")[1])
+    assert words[:2] == ["python", "dual_layer_EAF-Fusion.py"]
+    found = Config.from_args(words[2:])
+    assert (found.num_epoch_fc, found.lr_fc, found.seed, found.data) == (3, 0.5, 5, cfg.data)
+    assert found.decisive("DLDPO") == started.decisive("DLDPO")
 
 
 def test_embeddings_of_other_images_are_refused(cfg):

@@ -140,9 +140,8 @@ def test_an_ethnicity_with_bad_images_is_not_written(release):
         run_rfw(release)
     text, listed = str(error.value), release / "txts/African/African_pairs.txt"
     failures = output / "African_test_failures.csv"
-    assert text.startswith(
-        f"4 of the 9 images in {folder} that {listed} names cannot be used (all listed in {failures}):\n  m.0"
-    )
+    assert text.startswith(f"4 of the 9 images in {folder} that {listed} names cannot be used, which costs ")
+    assert f" of 6,000 pairs (all listed in {failures}):\n  m.0" in text
     assert text.endswith(f"\nAdd or repair them.\n{output / 'African_test.bin'} is still that of an earlier run.")
     reasons = {
         "m.0a/m.0a_0001.jpg": "is not there",
@@ -352,8 +351,7 @@ def test_folds_that_cannot_be_scored_give_a_warning(tmp_path, capsys):
     write_faces(tmp_path / "faces", {"a": 2, "b": 1})
     put_together(tmp_path / "faces", "\n".join(["a 1 2"] * 6 + ["a 1 b 1"] * 14).encode())
     err = capsys.readouterr().err
-    assert "pairs.txt: 7 of 10 folds hold no genuine pair: a fold is a tenth of the list as it stands" in err
-    assert "pairs.txt: 3 of 10 folds hold no impostor pair" in err
+    assert "pairs.txt: 7 of 10 folds hold no genuine pair and 3 of 10 folds hold no impostor pair: a fold is a" in err
     put_together(tmp_path / "faces", "\n".join(["a 1 2"] * 9).encode())
     assert "pairs.txt: 9 pairs are too few for the 10 folds of evaluation." in capsys.readouterr().err
     put_together(tmp_path / "faces", "\n".join(["a 1 2", "a 1 b 1"] * 10).encode())
@@ -387,7 +385,6 @@ def test_implausible_pairs_give_a_warning(faces, capsys):
         (b"Ada\t1\t" + b"9" * 5000, "line 1: expected"),
         ("Ada\t1\t٣".encode(), "line 1: expected"),  # an Arabic digit
         (b"Ada\0\t1\t2", r"line 1: expected .*, found 'Ada.x00 1 2'"),
-        ("Ada 1 2".encode("utf-16"), "line 1: expected"),
         (face(1), "line 1: expected"),
     ],
 )
@@ -407,7 +404,9 @@ def test_missing_images_are_counted_and_the_first_twenty_named(faces):
         *(f"  Nobody/Nobody_{k:04d}.jpg is not there" for k in range(1, 21)),
         "  ...",
     ]
-    assert text.endswith("\nSet --images to the folder in which Nobody/Nobody_0001.jpg lies.")
+    advice = "Set --images to the folder in which Nobody/Nobody_0001.jpg lies."
+    assert "cannot be used, which costs 29 of 29 pairs (all listed in" in text
+    assert text.endswith(f"\n{advice} {faces} holds Ada/Ada_0001.jpg, for example.")
     assert len((faces.parent / "out" / "x_failures.csv").read_text().splitlines()) == 31
     assert files(faces.parent / "out") == ["x_failures.csv"]
 
@@ -686,7 +685,7 @@ def test_a_mutated_list_is_read_or_refused(tmp_path):
     for case in range(400):
         path.write_bytes(mutated(np.random.default_rng(case), text))
         try:
-            for pair in pairs.read_list(path):
+            for pair in pairs.read_list(path).pairs:
                 assert {*map(type, pair[1:3])} == {Face}
                 lists.read_image(tmp_path, pair.one)
             outcomes["read"] += 1

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
 
 from config.config import Config
+from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
@@ -974,8 +975,16 @@ def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
 
 
 def test_fewer_rows_than_a_batch_are_refused(cfg):
-    with pytest.raises(InputError, match="20 images are fewer than one batch: set batch_size to 20 or less"):
+    with pytest.raises(InputError, match="^Teacher T: 20 images are fewer than one batch: set batch_size to 20 or"):
         train(replace(cfg, batch_size=32))
+
+
+def test_one_identity_is_refused_before_it_trains_with_loss_0(cfg):
+    one = replace(cfg, data=f"{cfg.data}/one", ethnicities=())
+    write_images(Path(one.data), {".": {"x": 6}})
+    with pytest.raises(InputError, match="^Teacher T: all 6 images are of one identity, x, and a classifier needs two"):
+        train(one)
+    assert not one.teacher_dir("T").exists()
 
 
 def test_cuda_is_refused_where_there_is_none(cfg, monkeypatch):
