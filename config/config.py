@@ -14,7 +14,7 @@ from config import arguments
 from config.errors import InputError
 from config.paths import expanded
 from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
-from config.readers import ADA, CHANGES_NO_NUMBER, EAF_KD, SCRIPTS, reads, script_that_trains
+from config.readers import ADA, CHANGES_NO_NUMBER, SCRIPTS, reads, script_that_trains
 from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
 
 
@@ -30,7 +30,7 @@ class Config:
     leave_out: str | None = None  # a file that names identities and images to train without, one a line: utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
-    # What a script works on
+    # Selection
     ethnicity: str = "All"  # one group (one quarter of a baseline: quarter1, quarter2, ...), or All in turn
     is_teacher_baseline: bool = False  # teachers of one quarter of each group, instead of one group each
     is_standalone: bool = False  # one teacher of all groups together, as for data without groups
@@ -47,8 +47,8 @@ class Config:
     loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
     m: float | None = None  # margin of teachers, adaptors and EAF-KD; None: as published, Arc 0.5, Cos 0.35
-    std: float | None = None  # spread of an elastic margin; None: 0.05, ElasticArcFace+ 0.0175, ElasticCosFace+ 0.02
-    std_fc: float | None = None  # spread of the elastic margin of adaptors; None: 0.0125, as in the published code
+    std: float | None = None  # standard deviation of an elastic margin; None: as published for the loss
+    std_fc: float | None = None  # that of the adaptors' elastic margin; None: 0.0125, as in the published code
     loss_lambda: float = 10000.0  # weight of the distillation loss of the students
     flip_targets: bool = False  # a student that sees a flipped image learns the target of the flipped image
 
@@ -64,11 +64,11 @@ class Config:
     milestones: tuple[int, ...] | None = None  # epochs of learning rate drops; None: as published, scaled to num_epoch
     lr: float = 0.1  # learning rate of teachers and students for 512 images a step
     num_epoch_fc: int = 26  # epochs of the adaptors
-    milestones_fc: tuple[int, ...] | None = None  # their drops; None: as published, scaled to num_epoch_fc
+    milestones_fc: tuple[int, ...] | None = None  # epochs at which it drops; None: as published, scaled to num_epoch_fc
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
     batch_size: int = 128  # images (or rows) a step, of each process
     global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
-    sync_bn: bool = False  # processes share the statistics of batch normalisation, instead of each its own as published
+    sync_bn: bool = False  # synchronise batch normalisation across processes; False: each its own, as published
     momentum: float = 0.9  # of stochastic gradient descent
     weight_decay: float = 5e-4  # on every parameter
     max_grad_norm: float = 5.0  # gradients of the network, not of the header, are clipped to this norm
@@ -83,7 +83,7 @@ class Config:
     device_cache_gb: float | None = None  # data kept on the device; None: half of a GPU's free memory, on a CPU nothing
     num_threads: int | None = None  # CPU threads; None: one for each core
     num_workers: int = 2  # threads that read batches ahead of the step; with 0 each batch is read when it is needed
-    infer_batch_size: int = 256  # images a step where nothing is trained
+    infer_batch_size: int = 256  # batch size of inference
     weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
     checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
@@ -334,11 +334,14 @@ class Config:
         milestones = scaled_milestones(epochs) if milestones is None else milestones
         return Schedule(epochs, lr, milestones)
 
-    def margin(self, kind: str) -> tuple[float, float]:
-        """Mean and standard deviation of the margin in training `kind`; published values where the setting is None."""
+    def margin(self, kind: str, name: str = "") -> tuple[float, float]:
+        """Mean and standard deviation of the margin in training `kind`; published values where the setting is None.
+
+        `name` is the loss, by default that of our scripts.
+        """
         if script_that_trains(kind) == ADA:
             return ADA_LOSSES[self.ada_loss].m if self.ada_m is None else self.ada_m, 0.0
-        loss = LOSSES[self.loss if kind == "teacher" else "ElasticArcFace"]
+        loss = LOSSES[name or (self.loss if kind == "teacher" else "ElasticArcFace")]
         m = loss.m if self.m is None else self.m
         if loss.std == 0:
             return m, 0.0  # the margin of this loss does not vary, whatever `std` is for others
@@ -352,7 +355,8 @@ class Config:
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
         script = script_that_trains(kind)
-        script = script if script in SCRIPTS else EAF_KD  # a method of one's own has the settings of a student
+        if script not in SCRIPTS:  # it may have any header, or none
+            values = {name: value for name, value in values.items() if name in ("num_epoch", "milestones")}
         return {name: value for name, value in values.items() if reads(script, name)}
 
     def described(self, kind: str) -> str:

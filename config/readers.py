@@ -67,7 +67,12 @@ def script_that_trains(kind: str) -> str:
 
 
 def reads(script: str, setting: str) -> bool:
-    """Returns True if a script reads a setting. A script that is not in SCRIPTS may read all of them."""
+    """Returns True if a script reads a setting.
+
+    A script of METHODS that is not in SCRIPTS reads what KD_CEL.py reads, any other unknown script all settings.
+    """
+    if script not in SCRIPTS and script in METHODS.values():
+        script = EAF_KD
     return script not in SCRIPTS or script in READ_BY.get(setting, SCRIPTS)
 
 

@@ -54,7 +54,7 @@ LOSSES = {
     "CosFace": Loss("utils.losses.margin:CosFace", 0.35),
     "CurricularFace": Loss("utils.losses.margin:CurricularFace", 0.50),
 }
-"""Losses of teachers. Their margins are those of MST-KD (paper 4.2) and of ElasticFace's configuration."""
+"""Losses that `--loss` can name. Margins are those of MST-KD (paper 4.2) and of ElasticFace's configuration."""
 
 ADA_LOSSES = {
     "AdaArcDistill": Loss("utils.losses.adadistill:AdaDistill", 0.45, 0.0, {"margin": "arc"}),
@@ -106,5 +106,8 @@ def build(entry: Network | Loss, *inputs: Any, **options: Any) -> Any:
 
 
 def class_of(entry: Network | Loss) -> type:
-    """Imports the class of an entry."""
-    return resolve_name(entry.module)
+    """Imports the class of an entry. Raises InputError if there is none."""
+    try:
+        return resolve_name(entry.module)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"config/registry.py names {entry.module}, which cannot be imported: {error}.") from error

@@ -25,7 +25,7 @@ START_TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for all others to start."""
 
 TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives. A killed rank is noticed at once; a machine that cannot be reached is noticed after this."""
+"""Timeout of collectives. A killed rank is noticed at once; an unreachable machine only after this."""
 
 CPU_TIMEOUT = timedelta(days=7)
 """Timeout of the CPU group's collectives, in which ranks also wait while rank 0 decodes millions of images."""
@@ -105,7 +105,7 @@ def _set_gpu(local: int) -> None:
         raise InputError("device = 'cuda' under torchrun needs NCCL, which this PyTorch lacks: set device to cpu.")
     if local >= torch.cuda.device_count():
         raise InputError(
-            f"Process {local} of this machine has no GPU, of which it has {torch.cuda.device_count()}: "
+            f"Process {local} of this machine has no GPU, since the machine has {torch.cuda.device_count()}: "
             "set torchrun's --nproc_per_node to as many, or device to cpu."
         )
     torch.cuda.set_device(local)
@@ -124,7 +124,7 @@ def _wait_for_start(store: dist.Store, rank: int, world_size: int) -> None:
             sys.exit(1)  # another rank has ended and printed why
         if time.monotonic() > end:
             missing = ", ".join(str(number) for number, key in enumerate(keys) if not store.check([key]))
-            raise InputError(f"Process {missing} has not started: see what torchrun says of it.")
+            raise InputError(f"Process {missing} has not started: see torchrun's log.")
         time.sleep(0.1)
 
 

@@ -69,7 +69,7 @@ class AdaDistill(Header):
 
 
 class FrozenDistill(AdaDistill):
-    """A margin softmax against the teacher's own class centres, which are frozen (Eq. 4): alpha is 1."""
+    """A margin softmax against the teacher's own class centres, which are frozen (Eq. 4), so alpha is 1."""
 
     def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
         """Leaves the centres unchanged and sets `alpha` to 1."""

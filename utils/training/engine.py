@@ -1,4 +1,4 @@
-"""The training loop and the inference loop of all stages; both know nothing of the method that they run."""
+"""The training loop and the inference loop of all stages, independent of the method."""
 
 import contextlib
 import inspect
@@ -49,12 +49,12 @@ def fit(
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
-    The parameters of `losses` are names of columns of `faces`; it gets a batch of each and returns scalars by name.
-    Those named in `measures` are logged only, all others are losses and summed.
+    The parameters of `losses` are names of columns of `faces`. It is called with a batch of each, and returns a dict of
+    scalar tensors. Those named in `measures` are logged only, all others are losses and summed.
 
-    `kind` is "teacher", the name of an adaptor or the method of a student; a kind that config does not know is trained
-    as a student. It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change
-    when the run is resumed (`cfg.decisive`).
+    `kind` is "teacher", the name of an adaptor or the method of a student; any other kind uses the students' schedule.
+    It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change when the run is
+    resumed (`cfg.decisive`).
 
     Gradients of the backbone are clipped to `cfg.max_grad_norm`. After every epoch `validate` scores it; without
     `validate`, the epoch with the lowest training loss is the best. If `fit` is called again, an interrupted run is
@@ -105,7 +105,7 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    # A step without images is shorter than launching its kernels.
+    # Steps on embeddings are bound by launching kernels, so they run as a CUDA graph.
     captured = device.type == "cuda" and "image" not in columns and world_size() == 1
     columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
@@ -132,7 +132,7 @@ def _train(
                         progress.save()
                         where = f"epoch {progress.epoch + 1} after step {progress.step} of {steps}"
                         stop.leave(f"stopped in {where}", signal)
-                        agreement.now(0)  # discards the all_reduce in flight: it holds the `due` that was just served
+                        agreement.now(0)  # the all_reduce in flight still asks for the checkpoint that was just saved
             means = progress.means()  # synchronises a GPU, so the steps are timed whole
             trained = time.monotonic()
             scores, value = _validate(validate, means, progress, stop, agreement)
@@ -173,7 +173,7 @@ def _validate(
         raise
 
 
-# `validate` takes no arguments and may call `infer` any number of times, so this cannot be passed on as one.
+# `validate` takes no arguments, so the hook cannot be an argument of `infer`.
 _after_batch: ContextVar[Callable[[], None]] = ContextVar("after_batch", default=lambda: None)
 """`infer` calls it after each batch."""
 

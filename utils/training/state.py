@@ -188,13 +188,13 @@ class Progress:
         self.optimizer.zero_grad()
         self._total_loss(named).backward()
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
-        header_parameters = [] if self.header is None else self.header.parameters()
-        header_gradients = [one.grad for one in header_parameters if one.grad is not None]
+        header_gradients = self._header_gradients()
         if header_gradients:
             values[HEADER_GRADIENT] = nn.utils.get_total_norm(header_gradients)  # of this rank's shard, if sharded
         if len(values) > NUMBERS:
             raise InputError(
-                f"{', '.join(values)} are {len(values)} numbers: utils.training.state.NUMBERS must be as large."
+                f"{', '.join(values)} are {len(values)} losses, measures and gradient norms, and at most {NUMBERS} are "
+                "recorded: raise NUMBERS in utils/training/state.py."
             )
         self.names = list(values)
         numbers = torch.zeros_like(self.sums)
@@ -206,6 +206,8 @@ class Progress:
 
     def _total_loss(self, named: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the sum of the losses. Raises InputError if what is returned does not agree with `measures`."""
+        if not isinstance(named, dict) or any(getattr(value, "ndim", None) != 0 for value in named.values()):
+            raise InputError('The loss function must return a dict of scalar tensors by name, such as {"kd": loss}.')
         if missing := [name for name in self.measures if name not in named]:
             raise InputError(
                 f"measures lists {missing[0]!r}, which the loss function does not return: it returns {_names(named)}."
@@ -218,6 +220,17 @@ class Progress:
                 f"No gradient reaches the loss {constant[0]!r}: list it in the measures of fit if it is only logged."
             )
         return sum(losses.values())  # type: ignore[return-value]
+
+    def _header_gradients(self) -> list[torch.Tensor]:
+        """Returns the gradients of the header. Raises InputError if a parameter got none: it would never be trained."""
+        parameters = [] if self.header is None else [*self.header.named_parameters()]
+        untrained = [name for name, one in parameters if one.requires_grad and one.grad is None]
+        if untrained:
+            raise InputError(
+                f"No gradient reaches the header's parameter {untrained[0]!r}: use it in the losses outside "
+                "target_logit, which is differentiated by the cosine only, or make it a buffer."
+            )
+        return [one.grad for _, one in parameters if one.grad is not None]
 
     def _tensors(self) -> list[torch.Tensor]:
         """Returns all tensors that a step changes."""

@@ -305,7 +305,7 @@ def connect(monkeypatch) -> Iterator[Callable[..., dist.Store]]:
 def test_ranks_that_do_not_start_are_named(connect, monkeypatch):
     monkeypatch.setattr(launch, "START_TIMEOUT", timedelta(seconds=0.1))
     for rank, missing in ((1, "0, 2"), (0, "2")):
-        with pytest.raises(InputError, match=f"^Process {missing} has not started: see what torchrun says of it.$"):
+        with pytest.raises(InputError, match=f"^Process {missing} has not started: see torchrun's log.$"):
             launch._wait_for_start(connect(rank), rank, 3)
     launch._wait_for_start(connect(2), 2, 3)
 

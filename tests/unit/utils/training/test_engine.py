@@ -26,7 +26,7 @@ from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
 from utils.environment import versions
 from utils.errors import InputError
-from utils.losses import CurricularFace, ElasticArcFace
+from utils.losses import ArcFace, CurricularFace, ElasticArcFace
 from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
@@ -295,6 +295,37 @@ def test_losses_and_measures_that_disagree_with_what_is_returned_are_refused(cfg
         fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher", measures=measures)
     assert len(calls) == 1
     assert torch.equal(network.fc.weight, before)
+
+
+@pytest.mark.parametrize("returned", [lambda loss: loss, lambda loss: {"kd": loss.repeat(2)}, lambda loss: {"kd": 1.0}])
+def test_losses_that_are_no_dict_of_scalars_are_refused(cfg, returned):
+    setup(cfg)
+    network = Linear()
+
+    def losses(image):
+        return returned(network(image).norm())
+
+    with pytest.raises(InputError, match="^The loss function must return a dict of scalar tensors by name"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher")
+
+
+def test_a_parameter_of_a_header_that_would_never_be_trained_is_refused(cfg):
+    class Learned(ArcFace):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            self.learned = torch.nn.Parameter(torch.tensor(0.3))
+
+        def target_logit(self, target):
+            return target - self.learned
+
+    setup(cfg)
+    network, header = Linear(), Learned(16, 5)
+
+    def losses(image, label):
+        return {"margin": header.loss(network(image), label)}
+
+    with pytest.raises(InputError, match="^No gradient reaches the header's parameter 'learned': use it in the losses"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
 
 
 def test_a_folder_and_kind_of_ones_own_are_trained_and_resumed(cfg, tmp_path, capsys):
