@@ -106,7 +106,7 @@ class Config:
             if isinstance(value, list):
                 value = tuple(value)
             if field.name in PATHS:
-                value = _expanded(value)
+                value = expanded(value)
             object.__setattr__(self, field.name, value)
             if not (type(value) is kind or (value is None and is_optional)):
                 raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}{' or None' * is_optional}.")
@@ -397,13 +397,6 @@ PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
 ASSIGNED_ORDER = ("African", "Asian", "Caucasian", "Indian")
-
-
-def _expanded(value: Any) -> Any:
-    """Expands ~ in a path or a tuple of paths; returns other values unchanged."""
-    if isinstance(value, tuple):
-        return tuple(map(_expanded, value))
-    return expanded(value) if isinstance(value, str) else value
 
 
 def _are_milestones(epochs: tuple) -> bool:

@@ -22,11 +22,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def is_shown(path: str) -> bool:
-    """Tells whether no part of a relative path with slashes is hidden."""
-    return not any(map(is_hidden, path.split("/")))
-
-
 def entries(folder: str | os.PathLike[str], hidden: list[str] | None = None) -> list[os.DirEntry[str]]:
     """Returns the entries of a folder that are not hidden, unsorted; appends the paths of the others to `hidden`.
 

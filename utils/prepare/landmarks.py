@@ -71,9 +71,8 @@ def read_landmarks(path: Path) -> Landmarks:
         group = path.name.removesuffix("_lmk.txt")
         paths = [f"{group}/{name}" if name.count("/") == 1 else name for name in paths]
     points, kept, text = _in_likeliest_order(rows)
-    strays += [
-        (rows[k].line, "has no number behind its landmarks, as most have") for k in set(range(len(rows))) - {*kept}
-    ]
+    fewer = sorted({*range(len(rows))} - {*kept})
+    strays += [(rows[k].line, "has no number behind its landmarks, as most have") for k in fewer]
     if several:
         text += f"; {several:,} images show several faces, of which the largest is taken"
     named = sum(not _has_ending(name) for name in paths)
