@@ -34,7 +34,7 @@ from utils.process import setup
 from utils.storage.files import write_json, write_text
 from utils.training.engine import fit, infer
 
-PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
+PUBLISHED = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet")
 CLASSES, IMAGES = 27_997, 1_248_932  # identities and images of the paper's training set
 TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # epochs of a teacher; of an adaptor or student
 ADAPTORS, STUDENTS = 3, 6  # trained for one column of the paper's table
