@@ -1,5 +1,6 @@
 """Trained weights: where they lie in a run folder, and loading them, verified by their SHA-256."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from backbones import build_backbone
+from backbones.safetensors import read_safetensors
 from backbones.state_dicts import fit_state_dict
 from config.config import Config
 from utils.errors import Damaged, InputError
@@ -65,17 +67,22 @@ def weights_with_digest(folder: Path, digest: str) -> Path | None:
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Loads a published or own state dict strictly (see `fit_state_dict`), and gives the SHA-256 of the file.
+    """Loads a file of weights, of any tool (see `fit_state_dict`), and returns its SHA-256.
 
-    Raises InputError also where the file is one of ours and not as it was written.
+    Prints what was taken off, if the file holds more than the state dict. Raises InputError also if the file is one of
+    ours and is corrupted.
     """
-    state, digest = _load_verified(Path(path))
-    fit_state_dict(module, state, path)
+    content, digest = _load_verified(Path(path))
+    if note := fit_state_dict(module, content, path):
+        print(f"Loaded {path}: {note}.")
     return digest
 
 
 def _load_verified(path: Path) -> tuple[Any, str]:
     """Returns the content and the SHA-256 of a file of weights; InputError for a damaged one says how to restore it."""
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        return read_safetensors(content, path), hashlib.sha256(content).hexdigest()
     try:
         return load_with_digest(path)
     except Damaged as error:
