@@ -123,6 +123,7 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
+    "onnx_channels": ("RGB", "BGR"),
 }
 """The values that a setting can have."""
 

@@ -19,7 +19,7 @@ from utils.environment import numerics
 from utils.storage.arrays import Filling, outdated
 from utils.storage.locks import locked
 from utils.training.engine import infer
-from utils.weights import load_weights, need_weights
+from utils.weights import load_weights, need_weights, size_of
 
 BLOCK = 4096  # embeddings that are checked together, at least
 
@@ -39,7 +39,7 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
     All in one pass, which goes on where an earlier attempt at the same stopped. Of several processes each computes its
     share, and rank 0 writes. Raises InputError where another process writes one of them.
     """
-    shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
+    shape = (len(next(iter(columns.values())).arrays[0]), size_of(network, cfg))
     require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
     with contextlib.ExitStack() as locks:
         which = on_first(lambda: _stale(outputs, shape, locks))
