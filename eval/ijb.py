@@ -88,7 +88,8 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
         scores = pair_scores(embeddings, benchmark.pairs)
         results[name] = tar_at_far(scores[benchmark.same], scores[~benchmark.same])
         about |= {"network": "onnx" if checkpoint.suffix == ".onnx" else cfg.network}
-        about |= {"checkpoint": str(checkpoint), "weights": digest, "input": input_of(network).get("input", [""])}
+        about.pop("input", None)
+        about |= {"checkpoint": str(checkpoint), "weights": digest, **input_of(network)}
         about |= {"row": cfg.row, "printed TAR in %": printed} if printed else {}
         write_json(place / f"{stem}.json", {**about, "at FAR": results[name]})
         write_text(place / f"{stem}.md", as_table({name: results[name]}, about, printed) + "\n")
