@@ -102,7 +102,7 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             self._failure = _line(error)
             return {}
-        return {name: array for name, array in zip(names, arrays, strict=True) if np.ndim(array)}
+        return {name: one for name, one in zip(names, arrays, strict=True) if isinstance(one, np.ndarray) and one.ndim}
 
     def _as_input(self, image: np.ndarray) -> np.ndarray:
         image = image.transpose(0, 2, 3, 1) if self._channels_last else image
