@@ -28,7 +28,7 @@ from utils.environment import device_of, versions
 from utils.process import setup
 from utils.stages.rates import adaptor_rate, inference_rate, teacher_rate
 
-PUBLISHED = [name for name in NETWORKS if name != "iresnet_tiny"]
+PUBLISHED = ("iresnet18", "iresnet34", "iresnet50", "iresnet100", "mobilefacenet")
 CLASSES, IMAGES = 27_997, 1_248_932  # identities and images of the paper's training set
 TEACHER_EPOCHS, EPOCHS_AFTER = 52, 26  # epochs of a teacher; of an adaptor or student
 ADAPTORS, STUDENTS = 3, 6  # trained for one column of the paper's table

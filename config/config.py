@@ -91,7 +91,10 @@ class Config:
     # Evaluation
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
-    teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    teacher: tuple[str, ...] = ()  # files of teachers: those below an adaptor's `checkpoint`, in its order
+    onnx_channels: str | None = None  # channels that an .onnx file takes, RGB or BGR; None: as in its metadata, or RGB
+    onnx_mean: tuple[float, ...] | None = None  # of its input, 0 to 255; None: as in its metadata, or 127.5
+    onnx_std: tuple[float, ...] | None = None  # likewise: it gets (value - mean) / std; None: metadata, or 127.5
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     report: bool = False  # write report.html too, with all tables and pictures
@@ -129,7 +132,8 @@ class Config:
         for name in PATHS:
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
-        self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
+        for name in ("onnx_mean", "onnx_std"):
+            self._check(name, lambda numbers: len(numbers) in (1, 3), "one number, or one for each channel")
         names = self.ethnicities
         self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
         self._require("ethnicities", len(set(names)) == len(names), "different names")

@@ -14,10 +14,14 @@ from config.errors import InputError
 
 @dataclass(frozen=True)
 class Network:
-    """A face network: its class and the options of its constructor."""
+    """A face network: its class, the options of its constructor, and the order of the channels that it takes.
+
+    Images are RGB everywhere; `build_backbone` reverses them for a network whose published weights expect BGR.
+    """
 
     module: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channels: str = "RGB"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Loss:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_EVOLVE = {"middle_bn": False, "affine": True, "dropout": 0.5}  # face.evoLVe's definition
+
 NETWORKS = {
     "iresnet18": Network("backbones.iresnet:IResNet", {"blocks": (2, 2, 2, 2)}),
     "iresnet34": Network("backbones.iresnet:IResNet", {"blocks": (3, 4, 6, 3)}),
@@ -43,6 +49,34 @@ NETWORKS = {
     "iresnet_tiny": Network(
         "backbones.iresnet:IResNet", {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2}
     ),
+    # Networks of other projects, for their published weights (docs/evaluation.md). All take values in [-1, 1].
+    "mbf": Network("backbones.mbf:MBF"),
+    "mbf_large": Network("backbones.mbf:MBF", {"blocks": (2, 8, 12, 4), "scale": 4}),
+    "tface_ir_18": Network("backbones.ir:IR", {"blocks": (2, 2, 2, 2)}),
+    "tface_ir_34": Network("backbones.ir:IR", {"blocks": (3, 4, 6, 3)}),
+    "tface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3)}),
+    "tface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3)}),
+    "tface_ir_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), "bottleneck": True}),
+    "tface_ir_200": Network("backbones.ir:IR", {"blocks": (3, 24, 36, 3), "bottleneck": True}),
+    "tface_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True}),
+    "tface_ir_se_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "use_se": True}),
+    "adaface_ir_18": Network("backbones.ir:IR", {"blocks": (2, 2, 2, 2)}, "BGR"),
+    "adaface_ir_34": Network("backbones.ir:IR", {"blocks": (3, 4, 6, 3)}, "BGR"),
+    "adaface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3)}, "BGR"),
+    "adaface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3)}, "BGR"),
+    "adaface_ir_200": Network("backbones.ir:IR", {"blocks": (3, 24, 36, 3), "bottleneck": True}, "BGR"),
+    "adaface_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True}, "BGR"),
+    "curricularface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "middle_bn": False}),
+    "curricularface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "middle_bn": False}),
+    "curricularface_ir_se_50": Network(
+        "backbones.ir:IR", {"blocks": (3, 4, 14, 3), "middle_bn": False, "use_se": True}
+    ),
+    "evolve_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), **_EVOLVE}),
+    "evolve_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), **_EVOLVE}),
+    "evolve_ir_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), **_EVOLVE}),
+    "evolve_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True, **_EVOLVE}),
+    "evolve_ir_se_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "use_se": True, **_EVOLVE}),
+    "evolve_ir_se_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), "use_se": True, **_EVOLVE}),
 }
 
 LOSSES = {
@@ -89,6 +123,7 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
+    "onnx_channels": ("RGB", "BGR"),
 }
 """The values that a setting can have."""
 

@@ -7,6 +7,7 @@ Writes  <output>/evaluation/ (a subfolder of it for other sets or given files): 
         results.json; scores/ with a line per pair; pictures; with --report also report.html; distances/, which an
         interrupted or repeated evaluation reuses
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
+        python -m eval.evaluation --checkpoint FILE.onnx
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
 """
 
@@ -34,6 +35,8 @@ def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
     folder = cfg.evaluation_dir
+    if cfg.teacher and not cfg.checkpoint:
+        raise InputError("teacher names files below an adaptor: set checkpoint to that of the adaptor.")
     model = model_of_files(cfg) if cfg.checkpoint else None
     found = [] if model else _families(cfg)
     sets = load_pairs(cfg)
@@ -42,7 +45,9 @@ def main(cfg: Config) -> None:
         scored = Scores(cfg, sets, folder / "distances").of([model])
     else:
         scored = [one for family in found for one in _score_family(family, sets, folder)]
-    scored.sort(key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS].index(one.network), KINDS.index(one.kind)))
+    scored.sort(
+        key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS, "onnx"].index(one.network), KINDS.index(one.kind))
+    )
 
     results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
     compared = paper.compare(printed, scored, cfg, _notes(cfg))

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from backbones import build_adaptor
+from backbones.onnx_model import OnnxNetwork
 from backbones.state_dicts import UnexpectedAdaptor
 from config.config import Config
 from config.registry import ADAPTORS, METHODS, NETWORKS
 from utils.errors import InputError
 from utils.training.checkpoint import decided_by
-from utils.weights import find_weights, load_backbone, load_weights, weights_with_digest
+from utils.weights import find_weights, load_backbone, load_weights, size_of, weights_with_digest
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
@@ -66,14 +67,23 @@ def model_of_files(cfg: Config) -> Model:
             network, digest = load_backbone(cfg.network, path, cfg)
         except UnexpectedAdaptor as error:
             raise InputError(f"{error} Name the teachers below it, in its order: --teacher a.pth,b.pth,...") from error
-        return Model("checkpoint", f"{path.name} {cfg.network}", (digest,), (network,))
+        return Model("checkpoint", f"{path.name} {_called(network, cfg)}".strip(), (digest,), (network,))
     if len(teachers) != len(cfg.teachers):
         raise InputError(
             f"teacher names {len(teachers)} files: an adaptor takes those of {', '.join(cfg.teachers)}, in this order."
         )
     loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
+    sizes = {teacher.name: size_of(one, cfg) for teacher, (one, _) in zip(teachers, loaded, strict=True)}
+    if wrong := [f"{name} {size}" for name, size in sizes.items() if size != cfg.embedding_size]:
+        raise InputError(f"embedding_size is {cfg.embedding_size}; that of {', '.join(wrong)} is another.")
     adaptor = build_adaptor("DuL" if cfg.is_dual_layer else "SL", cfg)
-    return _on_teachers("checkpoint", f"{path.name} on {cfg.network}", adaptor, path, loaded)
+    below = _called(loaded[0][0], cfg) or "onnx"
+    return _on_teachers("checkpoint", f"{path.name} on {below}", adaptor, path, loaded)
+
+
+def _called(network: nn.Module, cfg: Config) -> str:
+    """Returns what the name of a model says of its network: the definition, of an .onnx file an unusual input."""
+    return network.convention if isinstance(network, OnnxNetwork) else cfg.network
 
 
 def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers: list[tuple[nn.Module, str]]) -> Model:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from backbones.onnx_model import OnnxNetwork
 from config.config import Config
 from eval.models import Model
 from eval.verification import accuracy, embed, normalize, squared_distances, views
@@ -15,6 +16,7 @@ from utils.environment import numerics
 from utils.errors import InputError
 from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
+from utils.weights import input_of, size_of
 
 SAMPLE = 1000  # images per set whose embeddings are kept, for impostor pairs across groups
 
@@ -24,7 +26,7 @@ class Scored:
     """A model, and its distances and accuracy on each verification set."""
 
     setting: str  # one of config.config.SETTINGS; empty for a file given by --checkpoint
-    network: str  # of the teachers
+    network: str  # of the teachers; "onnx" for a file given by --checkpoint that is one
     kind: str  # one of `eval.models.KINDS`
     name: str  # teacher, adaptor, or a student's source and network
     distances: dict[str, np.ndarray]  # per set (P,) float64, squared
@@ -57,9 +59,10 @@ class Scores:
         return [self._scored(model, of_sets) for model, of_sets in found.items()]
 
     def _scored(self, model: Model, of_sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
+        is_file = model.kind == "checkpoint"
         return Scored(
-            "" if model.kind == "checkpoint" else self._cfg.setting,
-            self._cfg.network,
+            "" if is_file else self._cfg.setting,
+            "onnx" if is_file and isinstance(model.networks[0], OnnxNetwork) else self._cfg.network,
             model.kind,
             model.name,
             {name: distances for name, (distances, _) in of_sets.items()},
@@ -74,10 +77,12 @@ class Scores:
         """Returns distances (P,) and sample (K, D) of a model on one set; reuses and extends `features`, by network."""
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
+        made_from |= input_of(*model.networks)
+        size = self._cfg.embedding_size if model.adaptor else size_of(model.networks[0], self._cfg)
         which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
         forms = [
             (folder / f"{name}.npy", (len(pairs.same),), np.float64),
-            (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32),
+            (folder / f"{name}.sample.npy", (len(which), size), np.float32),
         ]
         if any(outdated(*form, made_from) is not None for form in forms):
             for network in set(model.networks) - features.keys():

@@ -1,5 +1,6 @@
 """Trained weights: finds them in a run folder and loads them, verified by their SHA-256."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import torch
 from torch import nn
 
 from backbones import build_backbone
+from backbones.onnx_model import OnnxNetwork
+from backbones.safetensors import read_safetensors
 from backbones.state_dicts import fit_state_dict
 from config.config import Config
 from utils.errors import Damaged, InputError
 from utils.storage.files import sha256
-from utils.storage.tensors import load_with_digest
+from utils.storage.tensors import OURS, load_with_digest
 
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".onnx")
 IDENTITIES = "identities"
 """Key in the metadata of a header's state dict, under which the identities of its classes are listed.
 
@@ -20,18 +24,34 @@ It is no parameter, so `load_state_dict` ignores it.
 """
 
 
-def find_weights(folder: Path, which: str) -> Path | None:
-    """Returns the path of the backbone's state dict in a run folder; None if there is none.
+def weights_in(folder: Path) -> list[Path]:
+    """Returns every file of a backbone's weights in a run folder, our own and released ones, sorted by name.
 
-    That is the released `<step>backbone.pth`, or else our own `which` (best or last). Raises InputError if the folder
+    Released are `*backbone.pth`, and any name with another of SUFFIXES. Of files with the same stem the first by
+    SUFFIXES counts, since export.py writes the others beside it. Headers are no backbones.
+    """
+    if not folder.is_dir():
+        return []
+    found: dict[str, Path] = {}
+    for suffix in SUFFIXES:
+        for path in folder.glob(f"*backbone{suffix}" if suffix == ".pth" else f"*{suffix}"):
+            if not path.stem.endswith("header"):
+                found.setdefault(path.stem, path)
+    return sorted(found.values())
+
+
+def find_weights(folder: Path, which: str) -> Path | None:
+    """Returns the path of the backbone's weights in a run folder; None if there are none.
+
+    That is a released file (see `weights_in`), or else our own `which` (best or last). Raises InputError if the folder
     holds several released files, or a released one beside our own.
     """
-    own = [folder / f"{kind}_backbone.pth" for kind in ("best", "last")]
-    released = sorted(set(folder.glob("*backbone.pth")).difference(own))
-    if released and len(found := released + [path for path in own if path.exists()]) > 1:
+    found = weights_in(folder)
+    released = [path for path in found if not OURS.fullmatch(path.name)]
+    if released and len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(path.name for path in found)}: keep the one that is to be used.")
     mine = folder / f"{which}_backbone.pth"
-    return released[0] if released else mine if mine.exists() else None
+    return released[0] if released else mine if mine in found else None
 
 
 def need_weights(folders: list[Path], which: str) -> list[Path]:
@@ -40,9 +60,20 @@ def need_weights(folders: list[Path], which: str) -> list[Path]:
     missing = [str(folder) for folder, path in zip(folders, found, strict=True) if path is None]
     if missing:
         raise InputError(
-            f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth there."
+            f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth, or a "
+            f"file of any name that ends with {', '.join(SUFFIXES[1:])}, there."
         )
     return found
+
+
+def given_teachers(cfg: Config, names: tuple[str, ...]) -> list[Path]:
+    """Returns the files that `cfg.teacher` names for the teachers `names`; raises InputError for another number."""
+    paths = [Path(path) for path in cfg.teacher]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise InputError(f"There is no file {', '.join(missing)}: set teacher to files of weights.")
+    if paths and len(paths) != len(names):
+        raise InputError(f"teacher names {len(paths)} files: expected those of {', '.join(names)}, in this order.")
+    return paths
 
 
 def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
@@ -52,6 +83,8 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
     SHA-256 of the file. Raises InputError if there is no such header.
     """
     path = weights.with_name(weights.name.replace("backbone", "header"))
+    if path == weights:
+        raise InputError(f"{weights} has no header: its centres are needed beside it, in a file <step>header.pth.")
     state, digest = _load_verified(path)
     kernel = state.get("kernel") if isinstance(state, dict) else None
     is_dense = isinstance(kernel, torch.Tensor) and kernel.layout == torch.strided and kernel.is_floating_point()
@@ -64,22 +97,35 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
 
 
 def weights_with_digest(folder: Path, digest: str) -> Path | None:
-    """Returns the path of the backbone in a run folder whose SHA-256 is `digest`, best, last or released; else None."""
-    return next((path for path in sorted(folder.glob("*backbone.pth")) if sha256(path) == digest), None)
+    """Returns the path of the backbone in a run folder whose SHA-256 is `digest`; None if there is none."""
+    return next((path for path in weights_in(folder) if digest_of(path) == digest), None)
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file of weights; of an .onnx file with weights in <name>.data, that of both digests."""
+    beside = path.with_name(f"{path.name}.data")
+    if path.suffix != ".onnx" or not beside.is_file():
+        return sha256(path)
+    return hashlib.sha256(f"{sha256(path)} {sha256(beside)}".encode()).hexdigest()
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Loads a published or own state dict strictly (see `fit_state_dict`) and returns the SHA-256 of the file.
+    """Loads a file of weights, of any tool (see `fit_state_dict`), and returns its SHA-256.
 
-    Raises InputError if it does not fit, or if the file is one of ours and corrupted.
+    Prints what was taken off, if the file holds more than the state dict. Raises InputError also if the file is one of
+    ours and is corrupted.
     """
-    state, digest = _load_verified(Path(path))
-    fit_state_dict(module, state, path)
+    content, digest = _load_verified(Path(path))
+    if note := fit_state_dict(module, content, path):
+        print(f"Loaded {path}: {note}.")
     return digest
 
 
 def _load_verified(path: Path) -> tuple[Any, str]:
     """Returns the content and the SHA-256 of a file of weights. Raises InputError if it is corrupted."""
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        return read_safetensors(content, path), hashlib.sha256(content).hexdigest()
     try:
         return load_with_digest(path)
     except Damaged as error:
@@ -87,7 +133,26 @@ def _load_verified(path: Path) -> tuple[Any, str]:
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
-    """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from."""
+    """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from.
+
+    An .onnx file is the network itself, whatever `name` is; what is known of its input is printed.
+    """
+    if path.suffix == ".onnx":
+        given = {"channel_order": cfg.onnx_channels, "input_mean": cfg.onnx_mean, "input_std": cfg.onnx_std}
+        network = OnnxNetwork(path, given)
+        print(network.described)
+        return network.eval(), digest_of(path)
     backbone = build_backbone(name, cfg.embedding_size)
     digest = load_weights(backbone, path)
     return backbone.eval(), digest
+
+
+def size_of(network: nn.Module, cfg: Config) -> int:
+    """Returns the number of dimensions of a network's features: those of an .onnx file, else `cfg.embedding_size`."""
+    return network.embedding_size if isinstance(network, OnnxNetwork) else cfg.embedding_size
+
+
+def input_of(*networks: nn.Module) -> dict[str, list[str]]:
+    """Returns what `made_from` says of the input of `networks` beside their weights: of .onnx files, if unusual."""
+    conventions = [network.convention if isinstance(network, OnnxNetwork) else "" for network in networks]
+    return {"input": conventions} if any(conventions) else {}

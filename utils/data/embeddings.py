@@ -6,8 +6,7 @@ import numpy as np
 
 from utils.errors import Damaged, InputError
 from utils.storage.arrays import about, read
-from utils.storage.files import sha256
-from utils.weights import find_weights
+from utils.weights import digest_of, find_weights
 
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
@@ -54,5 +53,5 @@ def check_weights(path: Path, digest: str, run: Path, which: str, command: str) 
     A run folder without weights passes: embeddings may be copied without them.
     """
     weights = find_weights(run, which)
-    if weights and sha256(weights) != digest:
+    if weights and digest_of(weights) != digest:
         raise InputError(f"{path} was made by other weights than {weights}. Run again: {command}")

@@ -8,6 +8,7 @@ from typing import Any
 from config.config import Config
 from config.readers import reads, script_that_trains
 from config.registry import ADAPTORS
+from utils.weights import weights_in
 
 FIXED = (
     "ethnicity",
@@ -61,7 +62,7 @@ class Stage:
     @property
     def results(self) -> list[Path]:
         """The files that show that a stage is finished: the weights in a run folder, else the files that it writes."""
-        folders = [sorted(path.glob("*backbone.pth")) if path.is_dir() else [path] for path in self.writes]
+        folders = [weights_in(path) if path.is_dir() else [path] for path in self.writes]
         return [file for files in folders for file in files]
 
 

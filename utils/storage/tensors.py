@@ -73,4 +73,5 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
             refused = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
             reason = refused if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]
             reason = "it ends too early" if isinstance(error, OSError | EOFError) else reason
-            raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): replace it.") from error
+            advice = "save the state_dict() of the network instead" if asked else "replace it"
+            raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): {advice}.") from error

@@ -19,7 +19,7 @@ from utils.environment import numerics
 from utils.storage.arrays import Filling, outdated
 from utils.storage.locks import locked
 from utils.training.engine import infer
-from utils.weights import load_weights, need_weights
+from utils.weights import load_weights, need_weights, size_of
 
 BLOCK = 4096  # the fewest embeddings in a block, which has one SHA-256
 
@@ -39,7 +39,7 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
     Skips arrays that exist and have the same `made_from`, and resumes an interrupted pass. Several ranks share the
     rows, and rank 0 writes. Raises InputError if another process is writing one of the arrays.
     """
-    shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
+    shape = (len(next(iter(columns.values())).arrays[0]), size_of(network, cfg))
     require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
     with contextlib.ExitStack() as locks:
         which = on_first(lambda: _stale(outputs, shape, locks))
