@@ -28,8 +28,8 @@ def main(cfg: Config) -> None:
     for name, (teacher, digest) in zip(names, teachers, strict=True):
         extract(cfg, faces, name, teacher, digest)
     alone = cfg.setting == "standalone"  # one teacher needs no adaptor
-    source = "teacher" if alone else cfg.ada_source
-    announce(
+    following = replace(cfg, teacher=(), ada_source="teacher" if alone else cfg.ada_source)
+    announce(following, cfg.network_dir / "embeddings", "KD_AdaDistill.py" if alone else "fc_EArc.py")
         replace(cfg, teacher=(), ada_source=source),
         cfg.network_dir / "embeddings",
         "KD_AdaDistill.py" if alone else "fc_EArc.py",
