@@ -105,8 +105,7 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    # A step without images is shorter than launching its kernels.
-    captured = device.type == "cuda" and "image" not in columns and world_size() == 1
+    captured = cfg.capture and device.type == "cuda" and world_size() == 1
     columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
@@ -126,7 +125,7 @@ def _train(
                     progress.step += 1
                     bar.update(batch_size)
                     signal, due = agreement.after_step(stop.received, progress.due(cfg.checkpoint_minutes))
-                    if device.type == "cpu" or bar.due():  # reading a loss synchronises a GPU
+                    if device.type == "cpu" or bar.due():  # means() synchronises a GPU, and finds a NaN
                         bar.set_postfix_str(listed(progress.means()), refresh=False)
                     if signal or due:
                         progress.save()
@@ -306,9 +305,9 @@ class _Bar(tqdm):
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Returns True at most every half second."""
+        """Returns True at most every half second; every minute if the bar is not shown."""
         now = time.monotonic()
-        if now - self._shown < 0.5:
+        if now - self._shown < (60 if self.disable else 0.5):
             return False
         self._shown = now
         return True

@@ -171,8 +171,12 @@ class Progress:
         def take_step(batch: dict[str, torch.Tensor]) -> None:
             self._take_step(losses(**batch), max_grad_norm)
 
+        # torch.manual_seed also seeds GPUs; where none is in use, it formats a stack trace for each of them.
+        is_on_gpu = self._check.failed.is_cuda
+        seed_generators = torch.manual_seed if is_on_gpu else torch.default_generator.manual_seed
+
         def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
-            torch.manual_seed(seed)
+            seed_generators(seed)
             take_step(batch)
 
         if captured:

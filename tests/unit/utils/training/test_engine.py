@@ -716,27 +716,13 @@ def graph_in_python(function):
 _RUNNING = []  # the progress of the run whose step is captured
 
 
-def failing_graph(function):
-    function()
-    raise RuntimeError("operation not permitted\nwhile capturing")
-
-
 def graph_that_forgets(function):
     function()
     return lambda: None
 
 
-@pytest.mark.parametrize(
-    ("graph", "said"),
-    [
-        (graph_in_python, ""),
-        (failing_graph, "The step could not be captured (operation not permitted): its kernels are launched one by"),
-        (graph_that_forgets, "The step could not be captured (it gave other numbers): its kernels are launched one by"),
-    ],
-)
-def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
-    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
-    train(cfg)
+def capture_with(monkeypatch, graph):
+    """Makes runs on a CPU capture their steps with `graph` in place of CUDA's."""
     plain = Progress.stepper
 
     def stepper(self, losses, max_grad_norm, _):
@@ -745,16 +731,53 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
 
     monkeypatch.setattr(Progress, "stepper", stepper)
     monkeypatch.setattr("utils.training.cuda_graph.capture", graph)
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [(graph_in_python, ""), (graph_that_forgets, "The captured step gives other numbers: its kernels are launched")],
+)
+def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
+    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
+    train(cfg)
+    capture_with(monkeypatch, graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
     assert_equal_runs(cfg, captured)
     printed = capsys.readouterr().out
     assert said in printed
-    assert printed.count("could not be captured") == bool(said)
+    assert printed.count("other numbers") == bool(said)
     with pytest.raises(Interrupted):
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
     train(stopped)
     assert_equal_runs(cfg, stopped)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            RuntimeError("operation not permitted\nwhile capturing"),
+            InputError,
+            r"^The training step could not be captured .* \(operation not permitted\): set capture to False.$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_a_capture_that_fails_ends_the_run_which_goes_on_without(cfg, monkeypatch, error, kind, sentence):
+    def failing_graph(function):
+        function()
+        raise error
+
+    train(cfg)
+    failed = replace(cfg, output=cfg.output + "2", checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch:
+        capture_with(patch, failing_graph)
+        with pytest.raises(kind, match=sentence):
+            train(failed)
+    assert checkpoint(failed)["step"] == 1
+    train(replace(failed, capture=False))
+    assert_equal_runs(cfg, failed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
