@@ -1,6 +1,7 @@
 """The training loop and the inference loop of all stages; both know nothing of the method that they run."""
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,8 @@ def fit(
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
     The parameters of `losses` are names of columns of `faces`; it gets a batch of each and returns scalars by name.
-    Those named in `measures` are logged only, all others are losses and summed.
+    Those named in `measures` are logged only, all others are losses and summed. A parameter `repeats` gets an int: no
+    label occurs more often in a batch of all ranks in this epoch, so a loss need not wait for a GPU to count it.
 
     `kind` is "teacher", the name of an adaptor or the method of a student; a kind that config does not know is trained
     as a student. It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change
@@ -84,6 +86,7 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
+        losses = _with_repeats(losses, faces, progress)
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
@@ -218,13 +221,21 @@ def _name_of_given(folder: Path) -> str:
 
 def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     """Returns the columns that the parameters of `losses` name. Raises InputError if one is no column."""
-    names = inspect.signature(losses).parameters
+    names = [name for name in inspect.signature(losses).parameters if name != "repeats"]
     if unknown := [name for name in names if name not in faces.columns]:
         raise InputError(
             f"The loss function has the parameter {unknown[0]!r}, which is no column: "
             f"the columns are {', '.join(faces.columns)}."
         )
     return {name: faces.columns[name] for name in names}
+
+
+def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
+    """Returns `losses` with the `repeats` of the epoch (see `fit`), if that is one of its parameters."""
+    if "repeats" not in inspect.signature(losses).parameters:
+        return losses
+    repeats = functools.lru_cache(1)(faces.repeats)
+    return lambda **batch: losses(**batch, repeats=repeats(progress.epoch))
 
 
 def _require_batch(faces: Faces, cfg: Config) -> None:

@@ -21,7 +21,8 @@ from utils.training.cuda_graph import CapturedStep
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Returns the losses and measures of a batch by name, as scalars.
 
-Its parameters are names of columns (see utils.data.columns). Losses are summed, measures are only logged.
+Its parameters are names of columns (see utils.data.columns), or `repeats` (see `fit`). Losses are summed, measures are
+only logged.
 """
 
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"

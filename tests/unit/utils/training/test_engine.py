@@ -18,14 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones import build_backbone
 from config.config import Config
+from config.registry import ADA_LOSSES, LOSSES
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
 from utils.environment import versions
 from utils.errors import InputError
-from utils.losses import CurricularFace, ElasticArcFace
+from utils.losses import AdaDistill, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
@@ -751,6 +754,49 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
     train(stopped)
     assert_equal_runs(cfg, stopped)
+
+
+def test_a_captured_step_moves_the_centres_of_adadistill_and_counts_the_repeats_of_every_epoch(cfg, monkeypatch):
+    def train_student(cfg):
+        setup(cfg)
+        faces, network = Faces(cfg, flip=True), Linear()
+        header, counts = AdaDistill(16, faces.num_classes, s=8.0), []
+
+        def losses(image, label, repeats):
+            counts.append(repeats)
+            return {"ada": header.loss(F.normalize(network(image)), image.flatten(1)[:, :16], label, repeats=repeats)}
+
+        cfg = replace(cfg, num_epoch=3)
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
+        return [faces.repeats(epoch) for epoch in range(3)], counts
+
+    cfg = replace(cfg, seed=1)
+    wanted, counts = train_student(cfg)
+    assert wanted == [3, 2, 3]
+    assert counts == [count for count in wanted for _ in range(5)]
+    captured = replace(cfg, output=cfg.output + "2")
+    capture_with(monkeypatch, graph_in_python)
+    train_student(captured)
+    assert_equal_runs(cfg, captured)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *ADA_LOSSES])
+def test_no_step_waits_for_a_number_of_the_device(cfg, name):
+    """A tensor without values raises an error where the host reads it; such a read could not be captured."""
+    is_distilled = name in ADA_LOSSES
+    cfg = replace(cfg, ada_loss=name) if is_distilled else replace(cfg, loss=name)
+    with FakeTensorMode():
+        network = build_backbone("iresnet_tiny", 16)
+        header = build_header(name, 5, cfg, name if is_distilled else "teacher")
+        optimizer = torch.optim.SGD([*network.parameters(), *header.parameters()], 0.1, momentum=0.9, fused=True)
+
+        def losses(image, label, target):
+            others = {"repeats": 2} if is_distilled else {}
+            return {"loss": header.loss(F.normalize(network(image)), *[target] * is_distilled, label, **others)}
+
+        step = Progress(None, network, header, optimizer, cfg.schedule("teacher")).stepper(losses, 5.0, captured=False)
+        for seed in range(2):
+            step({"image": torch.ones(4, 3, 112, 112), "label": torch.arange(4), "target": torch.ones(4, 16)}, seed)
 
 
 @pytest.mark.parametrize(
