@@ -25,7 +25,13 @@ from utils.losses.sharded import ShardedHeader
 from utils.process import Interrupted, StopSignals
 from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import (
+    compiled,
+    eager_fp32,
+    eagerly_if_compiling_fails,
+    mixed_precision,
+    timing_compilation,
+)
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
 
@@ -113,6 +119,8 @@ def _train(
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
+    if cfg.compile:
+        take_step = timing_compilation(progress.backbone, take_step)
     agreement = collectives.Agreement()
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")

@@ -583,17 +583,23 @@ def graphs() -> int:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
+def test_a_compiled_run_is_captured_and_stopped_and_goes_on_alike(cfg, monkeypatch, capsys):
     def stop(call):
         if call == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     whole, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
     train(whole)
+    assert capsys.readouterr().out.count("compile: the first step, in which the network is compiled, took") == 1
     with pytest.raises(Interrupted):
         train(stopped, before_step=stop)
     train(stopped)
     assert_equal_runs(whole, stopped)
+    captured = replace(whole, output=f"{cfg.output}4")
+    with monkeypatch.context() as patch:
+        capture_with(patch, graph_in_python)
+        train(captured)
+    assert_equal_runs(whole, captured)
     network, images = Small().eval(), torch.randn(4, 3, 112, 112)
     plain = network(images)
     with compiled(network):
@@ -626,14 +632,14 @@ class NoCompiler(TorchDynamoException):
     pass
 
 
-def _fails_in_the_first_call(_):
+def _fails_in_the_first_call(_, **__):
     def forward(*_):
         raise NoCompiler("no compiler here.")
 
     return forward
 
 
-def _fails_at_once(_):
+def _fails_at_once(_, **__):
     raise RuntimeError("no compiler here.")
 
 
@@ -645,7 +651,9 @@ def test_without_a_compiler_a_run_is_eager(cfg, monkeypatch, capsys, compiler, p
     monkeypatch.setattr(torch, "compile", compiler)
     failing = replace(cfg, output=cfg.output + "2", compile=True)
     train(failing)
-    assert capsys.readouterr().out.count("compile: no compiler here. Training without compilation.\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("compile: no compiler here. Training without compilation.\n") == 1
+    assert "compile: the first step" not in printed
     assert_equal_runs(cfg, failing)
 
 
