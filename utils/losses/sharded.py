@@ -111,6 +111,7 @@ class ShardedHeader(nn.Module):
         self.kernel[:, :-1] = kernel[:, self.columns.start : self.columns.stop]
 
     # Files --------------------------------------------------------------------------------------------------------
+    # Shards are sent from CPU to CPU, by gloo: NCCL would make a communicator for every pair of ranks.
 
     def dense_state_dict(self) -> dict[str, torch.Tensor] | None:
         """Returns the state dict of the dense header, `kernel` (D, C) on the CPU, on rank 0; None on the others.
@@ -153,12 +154,12 @@ class ShardedHeader(nn.Module):
         """
         if not is_first():
             if self.columns:
-                dist.send(columns[:, :-1].contiguous(), 0)
+                dist.send(columns[:, :-1].cpu().contiguous(), 0)
             return None
         whole = torch.empty(len(columns), self.classes, dtype=columns.dtype)
         whole[:, : len(self.columns)] = columns[:, :-1]
         for other, shard in self._other_shards():
-            part = columns.new_empty(len(columns), len(shard))
+            part = torch.empty(len(columns), len(shard), dtype=columns.dtype)
             dist.recv(part, other)
             whole[:, shard.start : shard.stop] = part
         return whole
@@ -169,13 +170,13 @@ class ShardedHeader(nn.Module):
         columns[:, -1] = 0
         if not is_first():
             if self.columns:
-                part = columns.new_empty(len(columns), len(self.columns))
+                part = torch.empty(len(columns), len(self.columns), dtype=columns.dtype)
                 dist.recv(part, 0)
                 columns[:, :-1] = part
             return
         columns[:, :-1] = whole[:, : len(self.columns)]
         for other, shard in self._other_shards():
-            dist.send(whole[:, shard.start : shard.stop].to(columns).contiguous(), other)
+            dist.send(whole[:, shard.start : shard.stop].to("cpu", columns.dtype).contiguous(), other)
 
     def _other_shards(self) -> list[tuple[int, range]]:
         """Returns (rank, classes) of every rank other than 0 that holds classes."""
