@@ -79,7 +79,7 @@ class Config:
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
     capture: bool = True  # on one GPU, a training step is one CUDA graph: no kernel waits for Python to launch it
     cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
-    device_cache_gb: float | None = None  # data kept on the device; None: half of a GPU's free memory, on a CPU nothing
+    device_cache_gb: float | None = None  # data kept on the device; None: half of what a GPU has free after a step
     num_threads: int | None = None  # CPU threads; None: one for each core
     num_workers: int = 2  # threads that read batches ahead of the step; with 0 each batch is read when it is needed
     infer_batch_size: int = 256  # images a step where nothing is trained

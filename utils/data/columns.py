@@ -135,9 +135,8 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """Returns the free GPU memory in bytes, including what PyTorch's allocator has reserved and does not use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Returns the free GPU memory in bytes, without what PyTorch's allocator has reserved: the steps use it again."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def stream(

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import inspect
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def _train(
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
     captured = cfg.capture and device.type == "cuda" and world_size() == 1
-    columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
+    reader = _Reader(columns, faces, cfg)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
@@ -128,7 +129,7 @@ def _train(
         while progress.epoch < epochs:
             first, started = progress.step, time.monotonic()
             progress.start_epoch()
-            batches = stream(columns, faces.batches(progress.epoch, first), device, cfg.num_workers)
+            batches = reader.batches(progress.epoch, first)
             bar = _Bar(f"epoch {progress.epoch + 1}/{epochs}", steps * batch_size, first * batch_size)
             with contextlib.closing(batches), bar:  # closing ends the reader's threads, garbage collection may not
                 for batch in batches:
@@ -148,11 +149,36 @@ def _train(
             scores, value = _validate(validate, means, progress, stop, agreement)
             line = progress.finish_epoch(means, scores, value)
             if steps > first:  # a run that was stopped while verifying has no steps left to time
-                seconds = (trained - started) / (steps - first)
+                seconds = (trained - started - reader.seconds_caching) / (steps - first)
                 left = (epochs - progress.epoch) * (seconds * steps + time.monotonic() - trained)
                 line += f"  {batch_size / seconds:,.0f} images/s, {duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
+
+
+class _Reader:
+    """Reads the batches of a run, after its first step from the memory of the device (see `cache`).
+
+    Only after a step is it known how much of that memory training needs.
+    """
+
+    def __init__(self, columns: dict[str, Column], faces: Faces, cfg: Config):
+        self._columns, self._faces, self._cfg, self._is_cached = columns, faces, cfg, False
+        self.seconds_caching = 0.0  # in the epoch that was read last
+
+    def batches(self, epoch: int, first: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        """Yields the batches of an epoch from step `first` on."""
+        device, self.seconds_caching = device_of(self._cfg), 0.0
+        if not self._is_cached:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # else what an earlier run has freed is not counted as free
+            only = itertools.islice(self._faces.batches(epoch, first), 1)
+            for batch in [*stream(self._columns, only, device, 0)]:
+                yield batch
+                first, started = first + 1, time.monotonic()
+                self._columns = cache(self._columns, self._faces.rows, device, self._cfg.device_cache_gb)
+                self._is_cached, self.seconds_caching = True, time.monotonic() - started
+        yield from stream(self._columns, self._faces.batches(epoch, first), device, self._cfg.num_workers)
 
 
 def _step_seed(cfg: Config, progress: Progress) -> int:

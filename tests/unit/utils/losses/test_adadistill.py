@@ -210,11 +210,11 @@ def test_a_stopped_student_resumes_with_its_centres(moved, monkeypatch):
     run_script("KD_AdaDistill.py", whole)
     plain, calls = AdaDistill.forward, []
 
-    def interrupted(self, *inputs):
+    def interrupted(self, *inputs, **options):
         calls.append(1)
         if len(calls) == 11:  # in the second epoch; an epoch has eight steps
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *inputs)
+        return plain(self, *inputs, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(AdaDistill, "forward", interrupted)

@@ -557,9 +557,12 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
 
 def test_a_run_from_cached_columns_is_the_same_run(cfg, monkeypatch):
     train(cfg)
-    monkeypatch.setattr(Column, "gather", lambda *_: pytest.fail("streamed"))
+    plain, streamed = Column.gather, []
+    monkeypatch.setattr(Column, "gather", lambda self, *batch: streamed.append(1) or plain(self, *batch))
     cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
-    train(cached)
+    steps = []
+    train(cached, before_step=lambda call: steps.append(len(streamed)))
+    assert steps == [2] * 15  # the images and labels of the first step
     assert_equal_runs(cfg, cached)
 
 
