@@ -30,10 +30,6 @@ def main(cfg: Config) -> None:
     alone = cfg.setting == "standalone"  # one teacher needs no adaptor
     following = replace(cfg, teacher=(), ada_source="teacher" if alone else cfg.ada_source)
     announce(following, cfg.network_dir / "embeddings", "KD_AdaDistill.py" if alone else "fc_EArc.py")
-        replace(cfg, teacher=(), ada_source=source),
-        cfg.network_dir / "embeddings",
-        "KD_AdaDistill.py" if alone else "fc_EArc.py",
-    )
 
 
 def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: str) -> None:

@@ -79,8 +79,9 @@ class Config:
     precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
     header_sharding: bool = False  # spread the classes of the header over the processes: for millions of them
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
+    capture: bool = True  # on one GPU, a training step is one CUDA graph: no kernel waits for Python to launch it
     cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
-    device_cache_gb: float | None = None  # data kept on the device; None: half of a GPU's free memory, on a CPU nothing
+    device_cache_gb: float | None = None  # data kept on the device; None: half of what a GPU has free after a step
     num_threads: int | None = None  # CPU threads; None: one for each core
     num_workers: int = 2  # threads that read batches ahead of the step; with 0 each batch is read when it is needed
     infer_batch_size: int = 256  # batch size of inference

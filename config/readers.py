@@ -42,6 +42,7 @@ _TABLE = (
     ("batch_size global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
+    ("capture", _TRAINING),
     ("checkpoint published_adaptor_input report", (EVALUATION,)),
     ("teacher", (EXTRACT, EVALUATION)),
     ("onnx_channels onnx_mean onnx_std", (EXTRACT, EVALUATION, IJB)),
@@ -58,7 +59,7 @@ CHANGES_NO_NUMBER = {
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
-    *("device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+    *("capture", "device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
 }
 """Settings that may differ when a run is resumed. All others that its script reads must be equal."""
 

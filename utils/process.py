@@ -56,7 +56,7 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
         launch.close()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb.")
+        _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb, or set capture to False.")
     except (InputError, OSError) as error:
         _end(2, str(error))
     except Interrupted as stop:

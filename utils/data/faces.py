@@ -151,14 +151,27 @@ class Faces:
         All rows are visited in random order; the incomplete last batch is dropped. Order and flips depend on (seed,
         epoch, step) only, so a run can be resumed within an epoch.
         """
-        seed, size = self.cfg.seed, total_batch(self.cfg)
-        order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
+        seed, size, order = self.cfg.seed, total_batch(self.cfg), self._order(epoch)
         each = size // world_size()
         part = slice(rank() * each, (rank() + 1) * each)
         for step in range(first, len(self.rows) // size):
             rows = order[step * size : (step + 1) * size]
             flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
             yield rows[part], flips if flips is None else flips[part]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Returns all rows in the order in which an epoch visits them."""
+        return self.rows[np.random.default_rng((ORDER, self.cfg.seed, epoch)).permutation(len(self.rows))]
+
+    def repeats(self, epoch: int) -> int:
+        """Returns how many images of one identity a batch of all ranks holds at most in an epoch."""
+        size = total_batch(self.cfg)
+        whole = self._order(epoch)[: len(self.rows) // size * size]
+        label = np.sort(self.columns["label"].arrays[0][whole].reshape(-1, size))
+        count = 1
+        while count < size and (label[:, count:] == label[:, :-count]).any():
+            count += 1
+        return count
 
 
 def left_out(cfg: Config, index: Index) -> np.ndarray:

@@ -6,6 +6,7 @@ teacher's embeddings, which are a further input. Headers normalise the embedding
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from utils.distributed import collectives
 class Header(nn.Module):
     """Base class of all headers. Each rank holds b of the B samples of a global batch, and the whole `kernel`."""
 
-    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def loss(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
         """Returns the mean cross-entropy of this rank's samples.
 
-        `inputs` are those of `forward`: embeddings (b, D), one or two, then labels (b,) int64.
+        `inputs` are those of `forward`: embeddings (b, D), one or two, then labels (b,) int64. Its other parameters are
+        given by name.
         """
-        return F.cross_entropy(self(*inputs), inputs[-1])
+        return F.cross_entropy(self(*inputs, **options), inputs[-1])
 
     kernel: torch.Tensor
 

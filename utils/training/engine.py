@@ -1,9 +1,11 @@
 """The training loop and the inference loop of all stages, independent of the method."""
 
 import contextlib
+import functools
 import inspect
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -24,7 +26,13 @@ from utils.losses.sharded import ShardedHeader
 from utils.process import Interrupted, StopSignals
 from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import (
+    compiled,
+    eager_fp32,
+    eagerly_if_compiling_fails,
+    mixed_precision,
+    timing_compilation,
+)
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
 
@@ -50,7 +58,9 @@ def fit(
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
     The parameters of `losses` are names of columns of `faces`. It is called with a batch of each, and returns a dict of
-    scalar tensors. Those named in `measures` are logged only, all others are losses and summed.
+    scalar tensors. Those named in `measures` are logged only, all others are losses and summed. A parameter
+    `repeats` gets an int: no label occurs more often in a batch of all ranks in this epoch, so a loss need not wait for
+    a GPU to count it.
 
     `kind` is "teacher", the name of an adaptor or the method of a student; any other kind uses the students' schedule.
     It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change when the run is
@@ -84,6 +94,7 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
+        losses = _with_repeats(losses, faces, progress)
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
@@ -105,12 +116,13 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    # Steps on embeddings are bound by launching kernels, so they run as a CUDA graph.
-    captured = device.type == "cuda" and "image" not in columns and world_size() == 1
-    columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
+    captured = cfg.capture and device.type == "cuda" and world_size() == 1
+    reader = _Reader(columns, faces, cfg)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
+    if cfg.compile:
+        take_step = timing_compilation(progress.backbone, take_step)
     agreement = collectives.Agreement()
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
@@ -118,7 +130,7 @@ def _train(
         while progress.epoch < epochs:
             first, started = progress.step, time.monotonic()
             progress.start_epoch()
-            batches = stream(columns, faces.batches(progress.epoch, first), device, cfg.num_workers)
+            batches = reader.batches(progress.epoch, first)
             bar = _Bar(f"epoch {progress.epoch + 1}/{epochs}", steps * batch_size, first * batch_size)
             with contextlib.closing(batches), bar:  # closing ends the reader's threads, garbage collection may not
                 for batch in batches:
@@ -126,7 +138,7 @@ def _train(
                     progress.step += 1
                     bar.update(batch_size)
                     signal, due = agreement.after_step(stop.received, progress.due(cfg.checkpoint_minutes))
-                    if device.type == "cpu" or bar.due():  # reading a loss synchronises a GPU
+                    if device.type == "cpu" or bar.due():  # means() synchronises a GPU, and finds a NaN
                         bar.set_postfix_str(listed(progress.means()), refresh=False)
                     if signal or due:
                         progress.save()
@@ -138,11 +150,36 @@ def _train(
             scores, value = _validate(validate, means, progress, stop, agreement)
             line = progress.finish_epoch(means, scores, value)
             if steps > first:  # a run that was stopped while verifying has no steps left to time
-                seconds = (trained - started) / (steps - first)
+                seconds = (trained - started - reader.seconds_caching) / (steps - first)
                 left = (epochs - progress.epoch) * (seconds * steps + time.monotonic() - trained)
                 line += f"  {batch_size / seconds:,.0f} images/s, {duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
+
+
+class _Reader:
+    """Reads the batches of a run, after its first step from the memory of the device (see `cache`).
+
+    Only after a step is it known how much of that memory training needs.
+    """
+
+    def __init__(self, columns: dict[str, Column], faces: Faces, cfg: Config):
+        self._columns, self._faces, self._cfg, self._is_cached = columns, faces, cfg, False
+        self.seconds_caching = 0.0  # in the epoch that was read last
+
+    def batches(self, epoch: int, first: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        """Yields the batches of an epoch from step `first` on."""
+        device, self.seconds_caching = device_of(self._cfg), 0.0
+        if not self._is_cached:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # else what an earlier run has freed is not counted as free
+            only = itertools.islice(self._faces.batches(epoch, first), 1)
+            for batch in [*stream(self._columns, only, device, 0)]:
+                yield batch
+                first, started = first + 1, time.monotonic()
+                self._columns = cache(self._columns, self._faces.rows, device, self._cfg.device_cache_gb)
+                self._is_cached, self.seconds_caching = True, time.monotonic() - started
+        yield from stream(self._columns, self._faces.batches(epoch, first), device, self._cfg.num_workers)
 
 
 def _step_seed(cfg: Config, progress: Progress) -> int:
@@ -219,13 +256,21 @@ def _name_of_given(folder: Path) -> str:
 
 def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     """Returns the columns that the parameters of `losses` name. Raises InputError if one is no column."""
-    names = inspect.signature(losses).parameters
+    names = [name for name in inspect.signature(losses).parameters if name != "repeats"]
     if unknown := [name for name in names if name not in faces.columns]:
         raise InputError(
             f"The loss function has the parameter {unknown[0]!r}, which is no column: "
             f"the columns are {', '.join(faces.columns)}."
         )
     return {name: faces.columns[name] for name in names}
+
+
+def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
+    """Returns `losses` with the `repeats` of the epoch (see `fit`), if that is one of its parameters."""
+    if "repeats" not in inspect.signature(losses).parameters:
+        return losses
+    repeats = functools.lru_cache(1)(faces.repeats)
+    return lambda **batch: losses(**batch, repeats=repeats(progress.epoch))
 
 
 def _require_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
@@ -312,9 +357,9 @@ class _Bar(tqdm):
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Returns True at most every half second."""
+        """Returns True at most every half second; every minute if the bar is not shown."""
         now = time.monotonic()
-        if now - self._shown < 0.5:
+        if now - self._shown < (60 if self.disable else 0.5):
             return False
         self._shown = now
         return True

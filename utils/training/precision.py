@@ -1,10 +1,12 @@
 """How a network computes: in training in the precision that is set, and compiled on request; in inference in fp32."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -40,10 +42,13 @@ def mixed_precision(network: nn.Module, precision: str, device: torch.device) ->
 
 @contextlib.contextmanager
 def compiled(network: nn.Module) -> Iterator[None]:
-    """Compiles `network` in this context; if there is no compiler, prints one line and leaves it as it is."""
+    """Compiles `network` in this context; if there is no compiler, prints one line and leaves it as it is.
+
+    It is compiled for the shapes of a training batch. What runs in eval mode is not compiled (see `eager_fp32`).
+    """
     try:
         torch.compiler.reset()  # PyTorch stops recompiling code after a few networks of the same class
-        network.compile()
+        network.compile(dynamic=False)
     except RuntimeError as error:  # a Python version or a system for which there is no compiler
         _run_eagerly(network, error)
     try:
@@ -64,6 +69,23 @@ def eagerly_if_compiling_fails(network: nn.Module, losses: Callable) -> Callable
             return losses(**batch)
 
     return repeated
+
+
+def timing_compilation(network: nn.Module, take_step: Callable) -> Callable:
+    """Returns `take_step`; its first call prints how long it took, if it has compiled `network`."""
+    is_first = True
+
+    def timed(batch: dict[str, torch.Tensor], seed: int) -> None:
+        nonlocal is_first
+        started = time.monotonic()
+        take_step(batch, seed)
+        if is_first and network._compiled_call_impl is not None:
+            tqdm.write(
+                f"compile: the first step, in which the network is compiled, took {time.monotonic() - started:.0f} s."
+            )
+        is_first = False
+
+    return timed
 
 
 def _run_eagerly(network: nn.Module, error: Exception) -> None:

@@ -21,7 +21,8 @@ from utils.training.cuda_graph import CapturedStep
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Returns the losses and measures of a batch by name, as scalars.
 
-Its parameters are names of columns (see utils.data.columns). Losses are summed, measures are only logged.
+Its parameters are names of columns (see utils.data.columns), or `repeats` (see `fit`). Losses are summed, measures are
+only logged.
 """
 
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
@@ -171,8 +172,12 @@ class Progress:
         def take_step(batch: dict[str, torch.Tensor]) -> None:
             self._take_step(losses(**batch), max_grad_norm)
 
+        # torch.manual_seed also seeds GPUs; where none is in use, it formats a stack trace for each of them.
+        is_on_gpu = self._check.failed.is_cuda
+        seed_generators = torch.manual_seed if is_on_gpu else torch.default_generator.manual_seed
+
         def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
-            torch.manual_seed(seed)
+            seed_generators(seed)
             take_step(batch)
 
         if captured:

@@ -63,6 +63,15 @@ def test_each_epoch_has_another_order_and_drops_the_incomplete_batch(cfg):
     assert flips.mean() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("size", [2, 6, 20])
+def test_repeats_are_those_of_the_batch_with_the_most(cfg, size):
+    faces = Faces(replace(cfg, batch_size=size))
+    label = faces.columns["label"].arrays[0]
+    for epoch in range(5):
+        counts = [np.unique(label[rows], return_counts=True)[1].max() for rows, _ in faces.batches(epoch, 0)]
+        assert faces.repeats(epoch) == max(counts)
+
+
 def test_images_are_normalised_and_flipped_as_published():
     images = np.stack([noise(k) for k in range(3)])
     flips = np.array([False, True, False])

@@ -18,15 +18,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones import build_backbone
 from config.config import Config
+from config.registry import ADA_LOSSES, LOSSES
 from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
 from utils.environment import versions
 from utils.errors import InputError
-from utils.losses import ArcFace, CurricularFace, ElasticArcFace
+from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
@@ -586,9 +589,12 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
 
 def test_a_run_from_cached_columns_is_the_same_run(cfg, monkeypatch):
     train(cfg)
-    monkeypatch.setattr(Column, "gather", lambda *_: pytest.fail("streamed"))
+    plain, streamed = Column.gather, []
+    monkeypatch.setattr(Column, "gather", lambda self, *batch: streamed.append(1) or plain(self, *batch))
     cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
-    train(cached)
+    steps = []
+    train(cached, before_step=lambda call: steps.append(len(streamed)))
+    assert steps == [2] * 15  # the images and labels of the first step
     assert_equal_runs(cfg, cached)
 
 
@@ -612,17 +618,23 @@ def graphs() -> int:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
+def test_a_compiled_run_is_captured_and_stopped_and_goes_on_alike(cfg, monkeypatch, capsys):
     def stop(call):
         if call == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     whole, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
     train(whole)
+    assert capsys.readouterr().out.count("compile: the first step, in which the network is compiled, took") == 1
     with pytest.raises(Interrupted):
         train(stopped, before_step=stop)
     train(stopped)
     assert_equal_runs(whole, stopped)
+    captured = replace(whole, output=f"{cfg.output}4")
+    with monkeypatch.context() as patch:
+        capture_with(patch, graph_in_python)
+        train(captured)
+    assert_equal_runs(whole, captured)
     network, images = Small().eval(), torch.randn(4, 3, 112, 112)
     plain = network(images)
     with compiled(network):
@@ -655,14 +667,14 @@ class NoCompiler(TorchDynamoException):
     pass
 
 
-def _fails_in_the_first_call(_):
+def _fails_in_the_first_call(_, **__):
     def forward(*_):
         raise NoCompiler("no compiler here.")
 
     return forward
 
 
-def _fails_at_once(_):
+def _fails_at_once(_, **__):
     raise RuntimeError("no compiler here.")
 
 
@@ -674,7 +686,9 @@ def test_without_a_compiler_a_run_is_eager(cfg, monkeypatch, capsys, compiler, p
     monkeypatch.setattr(torch, "compile", compiler)
     failing = replace(cfg, output=cfg.output + "2", compile=True)
     train(failing)
-    assert capsys.readouterr().out.count("compile: no compiler here. Training without compilation.\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("compile: no compiler here. Training without compilation.\n") == 1
+    assert "compile: the first step" not in printed
     assert_equal_runs(cfg, failing)
 
 
@@ -748,27 +762,13 @@ def graph_in_python(function):
 _RUNNING = []  # the progress of the run whose step is captured
 
 
-def failing_graph(function):
-    function()
-    raise RuntimeError("operation not permitted\nwhile capturing")
-
-
 def graph_that_forgets(function):
     function()
     return lambda: None
 
 
-@pytest.mark.parametrize(
-    ("graph", "said"),
-    [
-        (graph_in_python, ""),
-        (failing_graph, "The step could not be captured (operation not permitted): its kernels are launched one by"),
-        (graph_that_forgets, "The step could not be captured (it gave other numbers): its kernels are launched one by"),
-    ],
-)
-def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
-    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
-    train(cfg)
+def capture_with(monkeypatch, graph):
+    """Makes runs on a CPU capture their steps with `graph` in place of CUDA's."""
     plain = Progress.stepper
 
     def stepper(self, losses, max_grad_norm, _):
@@ -777,16 +777,96 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
 
     monkeypatch.setattr(Progress, "stepper", stepper)
     monkeypatch.setattr("utils.training.cuda_graph.capture", graph)
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [(graph_in_python, ""), (graph_that_forgets, "The captured step gives other numbers: its kernels are launched")],
+)
+def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
+    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
+    train(cfg)
+    capture_with(monkeypatch, graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
     assert_equal_runs(cfg, captured)
     printed = capsys.readouterr().out
     assert said in printed
-    assert printed.count("could not be captured") == bool(said)
+    assert printed.count("other numbers") == bool(said)
     with pytest.raises(Interrupted):
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
     train(stopped)
     assert_equal_runs(cfg, stopped)
+
+
+def test_a_captured_step_moves_the_centres_of_adadistill_and_counts_the_repeats_of_every_epoch(cfg, monkeypatch):
+    def train_student(cfg):
+        setup(cfg)
+        faces, network = Faces(cfg, flip=True), Linear()
+        header, counts = AdaDistill(16, faces.num_classes, s=8.0), []
+
+        def losses(image, label, repeats):
+            counts.append(repeats)
+            return {"ada": header.loss(F.normalize(network(image)), image.flatten(1)[:, :16], label, repeats=repeats)}
+
+        cfg = replace(cfg, num_epoch=3)
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
+        return [faces.repeats(epoch) for epoch in range(3)], counts
+
+    cfg = replace(cfg, seed=1)
+    wanted, counts = train_student(cfg)
+    assert wanted == [3, 2, 3]
+    assert counts == [count for count in wanted for _ in range(5)]
+    captured = replace(cfg, output=cfg.output + "2")
+    capture_with(monkeypatch, graph_in_python)
+    train_student(captured)
+    assert_equal_runs(cfg, captured)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *ADA_LOSSES])
+def test_no_step_waits_for_a_number_of_the_device(cfg, name):
+    """A tensor without values raises an error where the host reads it; such a read could not be captured."""
+    is_distilled = name in ADA_LOSSES
+    cfg = replace(cfg, ada_loss=name) if is_distilled else replace(cfg, loss=name)
+    with FakeTensorMode():
+        network = build_backbone("iresnet_tiny", 16)
+        header = build_header(name, 5, cfg, name if is_distilled else "teacher")
+        optimizer = torch.optim.SGD([*network.parameters(), *header.parameters()], 0.1, momentum=0.9, fused=True)
+
+        def losses(image, label, target):
+            others = {"repeats": 2} if is_distilled else {}
+            return {"loss": header.loss(F.normalize(network(image)), *[target] * is_distilled, label, **others)}
+
+        step = Progress(None, network, header, optimizer, cfg.schedule("teacher")).stepper(losses, 5.0, captured=False)
+        for seed in range(2):
+            step({"image": torch.ones(4, 3, 112, 112), "label": torch.arange(4), "target": torch.ones(4, 16)}, seed)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            RuntimeError("operation not permitted\nwhile capturing"),
+            InputError,
+            r"^The training step could not be captured .* \(operation not permitted\): set capture to False.$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_a_capture_that_fails_ends_the_run_which_goes_on_without(cfg, monkeypatch, error, kind, sentence):
+    def failing_graph(function):
+        function()
+        raise error
+
+    train(cfg)
+    failed = replace(cfg, output=cfg.output + "2", checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch:
+        capture_with(patch, failing_graph)
+        with pytest.raises(kind, match=sentence):
+            train(failed)
+    assert checkpoint(failed)["step"] == 1
+    train(replace(failed, capture=False))
+    assert_equal_runs(cfg, failed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -873,8 +953,8 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == 2
-    sentence = "train.py: CUDA out of memory: lower batch_size, infer_batch_size or device_cache_gb.\n"
-    assert capsys.readouterr().err == sentence
+    advice = "lower batch_size, infer_batch_size or device_cache_gb, or set capture to False"
+    assert capsys.readouterr().err == f"train.py: CUDA out of memory: {advice}.\n"
 
 
 def test_convolutions_repeat_unless_they_may_be_timed(cfg):
