@@ -100,8 +100,11 @@ class Faces:
     def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
         """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
-        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
+        again = command(self.cfg, script)
+        array, self.origins[path] = read_embeddings(
+            path, shape, self.store.digest, flipped, self.cfg.infer_precision, again
+        )
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, again)
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from utils.losses.sharded import ShardedHeader
 from utils.process import Interrupted, StopSignals
 from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import compiled, eagerly_if_compiling_fails, mixed_precision, uncompiled
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
 
@@ -251,9 +251,9 @@ def infer(
 ) -> np.ndarray | None:
     """Applies `function` to all rows of `columns` in order, with `network` in eval mode: returns (N, ...) float32.
 
-    Always computes in fp32, so embeddings and scores do not depend on the precision of training. With `parts`, only
-    those ranges of rows are computed. With `receive`, it is called with the rows and the results of each batch, in
-    order, and nothing is returned. Several ranks share the batches, and each gets all results.
+    Computes in `cfg.infer_precision`, so embeddings and scores do not depend on the precision of training. With
+    `parts`, only those ranges of rows are computed. With `receive`, it is called with the rows and the results of each
+    batch, in order, and nothing is returned. Several ranks share the batches, and each gets all results.
     """
     device = device_of(cfg)
     count = len(next(iter(columns.values())).arrays[0])
@@ -268,7 +268,8 @@ def infer(
     try:
         loaded = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)
         bar = _Bar(title, count, count - sum(map(len, parts)))
-        with eager_fp32(cfg.compile), contextlib.closing(loaded), bar:
+        precision = mixed_precision(network, cfg.infer_precision, device, training=False)
+        with uncompiled(cfg.compile), precision, contextlib.closing(loaded), bar:
             for k, batch in enumerate(loaded):
                 results = _gathered(function(**batch).float(), cfg.infer_batch_size).cpu().numpy()
                 for rows, result in zip(batches[k * ranks : (k + 1) * ranks], np.split(results, ranks), strict=False):
