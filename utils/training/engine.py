@@ -60,11 +60,14 @@ def fit(
     `validate`, the epoch with the lowest training loss is the best. If `fit` is called again, an interrupted run is
     resumed from its last checkpoint and a finished run is left unchanged.
 
-    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a loss gets no gradient; if a
-    measure is not returned; and if a loss or gradient is not finite, in which case that step is not taken.
+    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a label is no class of the
+    header; if a loss gets no gradient; if a measure is not returned; and if a loss or gradient is not finite, in which
+    case that step is not taken.
     """
     columns = _columns_of(losses, faces)
     _require_batch(faces, cfg)
+    if header is not None and "label" in columns:
+        _require_classes(columns["label"].arrays[0][faces.rows], header)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
         run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
@@ -228,6 +231,16 @@ def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     return {name: faces.columns[name] for name in names}
 
 
+def _require_classes(label: np.ndarray, header: nn.Module) -> None:
+    """Raises InputError if a label (N,) is no class of the header; a GPU would end the process by an assertion."""
+    kernel = getattr(header, "kernel", None)
+    if kernel is None:
+        return
+    classes = header.classes if isinstance(header, ShardedHeader) else kernel.shape[1]
+    if label.min() < 0 or label.max() >= classes:
+        raise InputError(f"The labels are {label.min()} to {label.max()}, but the header has {classes} classes.")
+
+
 def _require_batch(faces: Faces, cfg: Config) -> None:
     """Raises InputError if the images are fewer than one batch, or if the ranks have different data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
@@ -269,7 +282,7 @@ def infer(
         loaded = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)
         bar = _Bar(title, count, count - sum(map(len, parts)))
         precision = mixed_precision(network, cfg.infer_precision, device, training=False)
-        with uncompiled(cfg.compile), precision, contextlib.closing(loaded), bar:
+        with uncompiled(network), precision, contextlib.closing(loaded), bar:
             for k, batch in enumerate(loaded):
                 results = _gathered(function(**batch).float(), cfg.infer_batch_size).cpu().numpy()
                 for rows, result in zip(batches[k * ranks : (k + 1) * ranks], np.split(results, ranks), strict=False):

@@ -74,6 +74,7 @@ def _run_eagerly(network: nn.Module, error: Exception) -> None:
     print(f"compile: {(str(error) or 'it failed.').splitlines()[0]} Training without compilation.")
 
 
-def uncompiled(compiles: bool) -> contextlib.AbstractContextManager:
-    """Returns a context that runs networks without compilation; `compiles` says whether one may have been compiled."""
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
+def uncompiled(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Returns a context that runs `network` without compilation, also inside `compiled`."""
+    # Setting the stance imports the compiler, which takes a second.
+    return contextlib.nullcontext() if network._compiled_call_impl is None else torch.compiler.set_stance("force_eager")

@@ -217,6 +217,8 @@ def test_cached_and_streamed_columns_give_equal_batches(monkeypatch, workers):
 
 def test_the_cache_takes_half_of_the_free_gpu_memory_by_default(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 80_000))
+    for name in ("memory_reserved", "memory_allocated"):  # other tests may have used a GPU
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     loaded = []
     monkeypatch.setattr(
         "utils.data.columns.Cached", lambda column, rows, device: loaded.append(column.row_bytes * len(rows))

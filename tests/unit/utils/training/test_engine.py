@@ -596,7 +596,7 @@ def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
     with compiled(network):
         assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
         before = graphs()
-        with uncompiled(True):
+        with uncompiled(network):
             assert torch.equal(network(images[:3]), network.forward(images[:3]))
         assert graphs() == before > 0
     assert torch.equal(network(images), plain)
