@@ -76,7 +76,8 @@ class Config:
 
     # Running
     device: str | None = None  # cpu | cuda; None: a GPU where there is one
-    precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
+    precision: str = "tf32"  # of networks in training: fp32 | tf32 | bf16; tf32 as published, on a CPU it is fp32
+    infer_precision: str = "tf32"  # of networks where nothing is trained: extraction, verification, IJB
     header_sharding: bool = False  # spread the classes of the header over the processes: for millions of them
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
     capture: bool = True  # on one GPU, a training step is one CUDA graph: no kernel waits for Python to launch it

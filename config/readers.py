@@ -24,7 +24,8 @@ _TABLE = (
     ("is_standalone", (*_STAGES, EVALUATION)),
     ("is_dual_layer", (*_STUDENTS, EVALUATION)),
     ("has_dropout", (DUAL, *_STUDENTS)),
-    ("network embedding_size device cudnn_benchmark num_threads num_workers infer_batch_size", SCRIPTS[1:]),
+    ("network embedding_size device cudnn_benchmark num_threads num_workers", SCRIPTS[1:]),
+    ("infer_batch_size infer_precision", SCRIPTS[1:]),
     ("weights", SCRIPTS[1:-1]),
     ("student_network", (A_KD, EAF_KD)),
     ("middle_layer_size", (DUAL, EVALUATION)),
@@ -59,7 +60,7 @@ CHANGES_NO_NUMBER = {
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
-    *("capture", "device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+    *("infer_precision", "capture", "device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
 }
 """Settings that may differ when a run is resumed. All others that its script reads must be equal."""
 

@@ -113,6 +113,8 @@ METHODS = {
 }
 """The distillation methods, and the script that trains a student by each. The evaluation looks for these students."""
 
+PRECISIONS = ("fp32", "tf32", "bf16")
+
 CHOICES = {
     "network": NETWORKS,
     "student_network": NETWORKS,
@@ -121,7 +123,8 @@ CHOICES = {
     "ada_loss": ADA_LOSSES,
     "ada_source": ("adaptor", "teacher"),
     "device": ("cpu", "cuda"),
-    "precision": ("fp32", "tf32", "bf16"),
+    "precision": PRECISIONS,
+    "infer_precision": PRECISIONS,
     "weights": ("best", "last"),
     "onnx_channels": ("RGB", "BGR"),
 }

@@ -11,8 +11,9 @@ from config.config import Config
 from eval.models import Model
 from eval.verification import accuracy, embed, normalize, squared_distances, views
 from utils.data.columns import Column
+from utils.data.embeddings import in_precision
 from utils.data.pairs import Pairs
-from utils.environment import numerics
+from utils.environment import computed_in, device_of, numerics
 from utils.errors import InputError
 from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
@@ -78,6 +79,7 @@ class Scores:
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
         made_from |= input_of(*model.networks)
+        made_from = in_precision(made_from, computed_in(self._cfg.infer_precision, device_of(self._cfg)))
         size = self._cfg.embedding_size if model.adaptor else size_of(model.networks[0], self._cfg)
         which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
         forms = [

@@ -59,7 +59,10 @@ def torchrun(processes: int, *command: str, options: tuple[str, ...] = (), **env
 
 
 def arguments(faces: Path, output: Path) -> list[str]:
-    """Returns the settings of all stages as a command line: a tiny network on `faces`, with the cache beside them."""
+    """Returns the settings of all stages as a command line: a tiny network on `faces`, with the cache beside them.
+
+    The device is the CPU, whose numbers most tests compare with; tests/unit/test_gpu.py trains on a GPU.
+    """
     paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
     paths += ["--cache", str(faces.parent / "cache")]
     networks = "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny"

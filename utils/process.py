@@ -111,9 +111,11 @@ def setup(cfg: Config, trains: bool = True) -> None:
         launch.require_whole_batch(cfg)
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
-        if reason := _missing_for(cfg.precision, device_of(cfg)):
-            print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
         torch.manual_seed(cfg.seed)
+    settings = ("precision", "infer_precision") if trains else ("infer_precision",)
+    for name in settings:
+        if getattr(cfg, name) == "bf16" and not _has_bf16(device_of(cfg)):
+            print(f"{name} = 'bf16': this device has no bf16 units, which makes it no faster than fp32 here.")
     if threads := cfg.num_threads or share_of_cores():
         torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
@@ -121,18 +123,14 @@ def setup(cfg: Config, trains: bool = True) -> None:
     torch.set_flush_denormal(True)  # the header's gradient has many denormals, with which a CPU computes slowly
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
     torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
+    # Networks allow TF32 in their convolutions where it is set (utils.training.precision), as PyTorch does by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded by one thread per core already
 
 
-def _missing_for(precision: str, device: torch.device) -> str:
-    """Returns what a precision needs and the device does not have; an empty string if it has all."""
-    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "this device computes in fp32 only"
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "this device has no bf16 units"
-    return ""
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:

@@ -10,7 +10,7 @@ from utils.weights import digest_of, find_weights
 
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
-    """Returns the provenance (`made_from`) of embeddings.
+    """Returns the provenance (`made_from`) of embeddings, to which `embed_all` adds the precision.
 
     `images` and `weights` are the SHA-256 digests of the image store and of the weights. For an adaptor, `inputs` maps
     each teacher, in order, to the `made_from` of its embeddings.
@@ -19,13 +19,26 @@ def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | N
     return made_from if inputs is None else {**made_from, "inputs": inputs}
 
 
+def in_precision(made_from: dict, precision: str) -> dict:
+    """Returns `made_from` with the precision of the computation; fp32 is not named, as in files of earlier versions."""
+    return made_from if precision == "fp32" else {**made_from, "precision": precision}
+
+
+def accepted(infer_precision: str) -> tuple[str, ...]:
+    """Returns the precisions of files that serve where `infer_precision` is set.
+
+    tf32 is fp32 on devices without TF32 units, so files of both may be moved between devices.
+    """
+    return ("tf32", "fp32") if infer_precision == "tf32" else (infer_precision,)
+
+
 def read_embeddings(
-    path: Path, shape: tuple[int, int], images: str, flipped: bool, command: str
+    path: Path, shape: tuple[int, int], images: str, flipped: bool, infer_precision: str, command: str
 ) -> tuple[np.ndarray, dict]:
     """Memory-maps embeddings (N, D) float32 read-only; returns them and their `made_from`.
 
     `command` is the command that makes them, for error messages. Raises InputError if the array is missing, corrupted,
-    of another shape, or made from other images or the other view.
+    of another shape, or made from other images, the other view or in a precision that is not `accepted`.
     """
     try:
         found = about(path)
@@ -37,6 +50,12 @@ def read_embeddings(
         raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
     if found["made from"].get("flipped") != flipped:
         raise InputError(f"{path} is of the images {'as they are' if flipped else 'flipped'}. Run again: {command}")
+    precision = found["made from"].get("precision", "fp32")
+    if precision not in accepted(infer_precision):
+        raise InputError(
+            f"{path} was computed in {precision}, but infer_precision is {infer_precision}: set it to {precision}, "
+            f"or run again: {command}"
+        )
     if found["shape"] != [*shape]:
         raise InputError(
             f"{path} is of shape {tuple(found['shape'])}, expected {shape}: set embedding_size, or run again: {command}"

@@ -107,7 +107,8 @@ class Faces:
         """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
         shape = (len(self.store.index.paths), self.cfg.embedding_size)
         again = command_of_run(self.cfg, script, run)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, again)
+        precision = self.cfg.infer_precision
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, precision, again)
         check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, again)
         return array
 

@@ -24,7 +24,7 @@ from config.registry import ADA_LOSSES
 from utils.data.index import difference
 from utils.distributed.collectives import on_first
 from utils.distributed.world import is_first, total_batch, world_size
-from utils.environment import versions
+from utils.environment import computed_in, device_of, versions
 from utils.errors import Damaged, InputError
 from utils.storage.files import write_json, write_text
 from utils.storage.seals import check_seal
@@ -54,7 +54,7 @@ class Run:
     def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
         """Raises InputError if the folder holds a run of another kind, or of other settings or data."""
         self.folder, self.cfg, self.identities = folder, cfg, identities
-        self.decided_by = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
+        self.decided_by: dict[str, Any] = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
         self.sessions: list[dict] = []  # position and versions at each start of the run
         self._is_described = False
         self._state: dict | None = None
@@ -67,6 +67,9 @@ class Run:
         if self._state is None:
             return False
         stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
+        before, now = (side["settings"]["precision"] for side in (stored, self.decided_by))
+        if computed_in(before, device_of(self.cfg)) == computed_in(now, device_of(self.cfg)):
+            stored["settings"]["precision"] = now  # on a CPU, fp32 and tf32 are the same numbers
         if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
             if "identities changed" in different and (names := self._read_identities()):
@@ -102,7 +105,8 @@ class Run:
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
-        before, now = {"processes": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
+        earlier = {"processes": "1", "infer_precision": "fp32"}  # of versions of this code that did not record them
+        before, now = {**earlier, **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
         return state

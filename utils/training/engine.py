@@ -28,10 +28,10 @@ from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
 from utils.training.precision import (
     compiled,
-    eager_fp32,
     eagerly_if_compiling_fails,
     mixed_precision,
     timing_compilation,
+    uncompiled,
 )
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
@@ -70,11 +70,14 @@ def fit(
     `validate`, the epoch with the lowest training loss is the best. If `fit` is called again, an interrupted run is
     resumed from its last checkpoint and a finished run is left unchanged.
 
-    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a loss gets no gradient; if a
-    measure is not returned; and if a loss or gradient is not finite, in which case that step is not taken.
+    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a label is no class of the
+    header; if a loss gets no gradient; if a measure is not returned; and if a loss or gradient is not finite, in which
+    case that step is not taken.
     """
     columns = _columns_of(losses, faces)
     _require_batch(faces, folder, cfg, kind)
+    if header is not None and "label" in columns:
+        _require_classes(columns["label"].arrays[0][faces.rows], header)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
         run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
@@ -273,6 +276,16 @@ def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
     return lambda **batch: losses(**batch, repeats=repeats(progress.epoch))
 
 
+def _require_classes(label: np.ndarray, header: nn.Module) -> None:
+    """Raises InputError if a label (N,) is no class of the header; a GPU would end the process by an assertion."""
+    kernel = getattr(header, "kernel", None)
+    if kernel is None:
+        return
+    classes = header.classes if isinstance(header, ShardedHeader) else kernel.shape[1]
+    if label.min() < 0 or label.max() >= classes:
+        raise InputError(f"The labels are {label.min()} to {label.max()}, but the header has {classes} classes.")
+
+
 def _require_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     """Raises InputError for fewer rows than one batch, for one identity only, and if ranks have different data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
@@ -302,9 +315,9 @@ def infer(
 ) -> np.ndarray | None:
     """Applies `function` to all rows of `columns` in order, with `network` in eval mode: returns (N, ...) float32.
 
-    Always computes in fp32, so embeddings and scores do not depend on the precision of training. With `parts`, only
-    those ranges of rows are computed. With `receive`, it is called with the rows and the results of each batch, in
-    order, and nothing is returned. Several ranks share the batches, and each gets all results.
+    Computes in `cfg.infer_precision`, so embeddings and scores do not depend on the precision of training. With
+    `parts`, only those ranges of rows are computed. With `receive`, it is called with the rows and the results of each
+    batch, in order, and nothing is returned. Several ranks share the batches, and each gets all results.
     """
     device = device_of(cfg)
     count = len(next(iter(columns.values())).arrays[0])
@@ -319,7 +332,8 @@ def infer(
     try:
         loaded = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)
         bar = _Bar(title, count, count - sum(map(len, parts)))
-        with eager_fp32(cfg.compile), contextlib.closing(loaded), bar:
+        precision = mixed_precision(network, cfg.infer_precision, device, training=False)
+        with uncompiled(network), precision, contextlib.closing(loaded), bar:
             for k, batch in enumerate(loaded):
                 results = _gathered(function(**batch).float(), cfg.infer_batch_size).cpu().numpy()
                 for rows, result in zip(batches[k * ranks : (k + 1) * ranks], np.split(results, ranks), strict=False):

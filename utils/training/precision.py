@@ -1,4 +1,4 @@
-"""How a network computes: in training in the precision that is set, and compiled on request; in inference in fp32."""
+"""How a network computes: in the precision set for training or inference, and compiled in training on request."""
 
 import contextlib
 import time
@@ -10,8 +10,11 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def mixed_precision(network: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Runs the forward pass of `network`, when it is in training mode, in `precision`; its outputs are fp32.
+def mixed_precision(network: nn.Module, precision: str, device: torch.device, training: bool = True) -> Iterator[None]:
+    """Runs the forward pass of `network` in `precision`; its outputs are fp32.
+
+    bf16 applies in training mode only, or with `training` False in eval mode only, so that the network can be verified
+    in another precision while it is trained.
 
     bf16 is autocast in forward hooks, so it ends where the network ends: headers, losses and the optimizer stay in
     fp32. tf32 is allowed in convolutions only, so the matrix products of headers stay in fp32.
@@ -21,7 +24,7 @@ def mixed_precision(network: nn.Module, precision: str, device: torch.device) ->
     with contextlib.ExitStack() as autocast:
 
         def enter(module: nn.Module, _) -> None:
-            if module.training:
+            if module.training == training:
                 autocast.enter_context(torch.autocast(device.type, torch.bfloat16))
 
         def leave(module: nn.Module, _, output: torch.Tensor | None) -> torch.Tensor | None:
@@ -93,16 +96,7 @@ def _run_eagerly(network: nn.Module, error: Exception) -> None:
     print(f"compile: {(str(error) or 'it failed.').splitlines()[0]} Training without compilation.")
 
 
-@contextlib.contextmanager
-def eager_fp32(compiles: bool) -> Iterator[None]:
-    """Runs networks in eval mode in fp32 and without compilation, also inside the contexts above.
-
-    `compiles` says whether a network may have been compiled.
-    """
-    allow_tf32 = torch.backends.cudnn.allow_tf32
-    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.allow_tf32 = allow_tf32
+def uncompiled(network: nn.Module) -> contextlib.AbstractContextManager:
+    """Returns a context that runs `network` without compilation, also inside `compiled`."""
+    # Setting the stance imports the compiler, which takes a second.
+    return contextlib.nullcontext() if network._compiled_call_impl is None else torch.compiler.set_stance("force_eager")

@@ -27,7 +27,7 @@ from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
-from utils.environment import versions
+from utils.environment import computed_in, versions
 from utils.errors import InputError
 from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
@@ -35,7 +35,7 @@ from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
 from utils.training.engine import _seed, fit, infer
 from utils.training.extract import BlockWriter
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import compiled, eagerly_if_compiling_fails, mixed_precision, uncompiled
 from utils.training.state import FiniteCheck, Progress
 
 
@@ -640,7 +640,7 @@ def test_a_compiled_run_is_captured_and_stopped_and_goes_on_alike(cfg, monkeypat
     with compiled(network):
         assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
         before = graphs()
-        with eager_fp32(True):
+        with uncompiled(network):
             assert torch.equal(network(images[:3]), network.forward(images[:3]))
         assert graphs() == before > 0
     assert torch.equal(network(images), plain)
@@ -708,16 +708,21 @@ def test_an_error_in_the_losses_is_not_taken_for_one_of_the_compiler():
         eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)(image=None)
 
 
-def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
+def test_embeddings_are_computed_in_their_own_precision_however_the_network_is_trained(cfg):
     network = torch.nn.Linear(64, 32)
     columns = {"embedding": Column((np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32),))}
 
-    def embed():
-        return infer(lambda embedding: network(embedding), network, columns, cfg, "test")
+    def embed(precision="tf32"):
+        given = replace(cfg, infer_precision=precision)
+        return infer(lambda embedding: network(embedding), network, columns, given, "test")
 
-    plain = embed()
+    plain, rounded = embed(), embed("bf16")
+    assert np.array_equal(embed("fp32"), plain)  # on a CPU
+    assert not np.array_equal(rounded, plain)
+    assert np.allclose(rounded, plain, atol=0.05)
     with mixed_precision(network, "bf16", torch.device("cpu")):
         assert np.array_equal(embed(), plain)
+        assert np.array_equal(embed("bf16"), rounded)
         lowered = network(torch.from_numpy(columns["embedding"].arrays[0]))
         assert lowered.dtype == torch.float32
         assert not np.array_equal(lowered.detach().numpy(), plain)
@@ -726,7 +731,8 @@ def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
     assert not network._forward_hooks and not network._forward_pre_hooks
 
 
-def test_tf32_is_allowed_in_training_and_not_in_inference(cfg):
+@pytest.mark.parametrize("infer_precision", ["fp32", "tf32", "bf16"])
+def test_tf32_is_allowed_where_it_is_set(cfg, infer_precision):
     network, seen, before = torch.nn.Linear(4, 2), [], torch.backends.cudnn.allow_tf32
     columns = {"embedding": Column((np.ones((3, 4), np.float32),))}
 
@@ -736,9 +742,9 @@ def test_tf32_is_allowed_in_training_and_not_in_inference(cfg):
 
     with mixed_precision(network, "tf32", torch.device("cpu")):
         assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-        infer(embedding, network, columns, cfg, "test")
+        infer(embedding, network, columns, replace(cfg, infer_precision=infer_precision), "test")
         assert torch.backends.cudnn.allow_tf32
-    assert seen == [False]
+    assert seen == [infer_precision == "tf32"]
     assert torch.backends.cudnn.allow_tf32 is before
 
 
@@ -988,9 +994,43 @@ def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg)
     assert np.array_equal(np.load(forms[1][0]), 2 * rows)
 
 
-def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):
-    setup(replace(cfg, precision="tf32"))
-    assert "precision = 'tf32': this device computes in fp32 only" in capsys.readouterr().out
+def test_a_precision_that_makes_nothing_faster_is_said(cfg, monkeypatch, capsys):
+    setup(cfg)
+    setup(replace(cfg, precision="bf16", infer_precision="bf16"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("utils.process._has_bf16", lambda _: False)
+    setup(replace(cfg, precision="bf16"))
+    assert capsys.readouterr().out.startswith("precision = 'bf16': this device has no bf16 units")
+    setup(replace(cfg, precision="bf16", infer_precision="bf16"), trains=False)
+    assert capsys.readouterr().out.startswith("infer_precision = 'bf16': this device has no bf16 units")
+
+
+def test_a_run_in_fp32_is_resumed_in_tf32_where_that_is_fp32(cfg, monkeypatch, capsys):
+    assert cfg.precision == "tf32"
+    whole = replace(cfg, output=cfg.output + "2")
+    train(whole)
+    with pytest.raises(Interrupted):
+        train(
+            replace(cfg, precision="fp32"), before_step=lambda call: call == 7 and os.kill(os.getpid(), signal.SIGTERM)
+        )
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.checkpoint.computed_in", lambda precision, _: precision)  # as on a GPU
+        with pytest.raises(InputError, match=r"\(precision was 'fp32', now 'tf32'\)"):
+            train(cfg)
+    train(cfg)
+    assert "other conditions" not in capsys.readouterr().out
+    one, other = (checkpoint(given)["backbone"] for given in (cfg, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tf32_is_fp32_without_its_units(monkeypatch):
+    device = torch.device("cuda")
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "tf32"), ((9, 0), "tf32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert computed_in("tf32", device) == expected
+    assert computed_in("tf32", torch.device("cpu")) == computed_in("fp32", device) == "fp32"
+    assert computed_in("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
