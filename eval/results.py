@@ -1,13 +1,15 @@
 """Tables from the distances of all models: accuracy, intervals, differences, error rates at shared thresholds."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
 from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
-from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
+from eval.uncertainty import by_chance, difference, fewest, interval, is_within_chance, method, resampled, stds
 from utils.tables import Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
@@ -25,15 +27,25 @@ MEASURES = {
 class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
-    `same` holds for each set (P,) bool, which pairs are genuine.
+    `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
+    pair, None or no entry if they are not known.
     """
 
-    def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        models: list[Scored],
+        same: dict[str, np.ndarray],
+        of_groups: bool,
+        notes: tuple[str, ...] = (),
+        identities: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+    ):
         self.models, self.same, self.notes = models, same, notes
+        self.identities = {name: identities.get(name) for name in same}
         self.of_groups = of_groups and len(same) > 1
         self.pairs = tuple(len(labels) for labels in same.values())
         self.accuracies = np.array([one.accuracies for one in models])
-        self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
+        distances = [one.distances for one in models]
+        self._samples = resampled(distances, same, identities=self.identities)  # (resamples, models, sets)
         by_model = self._samples.transpose(1, 2, 0)
         self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
 
@@ -112,7 +124,7 @@ class Results:
                 cells.append(Estimate(std, *interval(stds(samples))))
             rows.append((*_names(one), *cells))
         header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
-        notes = [METHOD]
+        notes = [method(self.identities)]
         if (count := fewest(self.same)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
@@ -136,7 +148,7 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
 
     def _rates(self, name: str) -> Table:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""

@@ -1,5 +1,6 @@
 """Reads lists of pairs and the faces that they name, and writes both as verification sets (.bin)."""
 
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -7,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.data.identities import sidecar_of, write_identities
 from utils.data.images import read_bytes, reason_of
 from utils.data.index import EXTENSIONS
 from utils.data.store import SIZE, decode
 from utils.errors import InputError
 from utils.prepare.work import in_processes, write_failures
-from utils.storage.files import replaced
+from utils.storage.files import replaced, sha256
 
 PROTOCOL = 2  # pickle protocol of the published .bin files
 NAMED = 20  # bad images named in a message; the CSV file lists all
@@ -120,6 +122,7 @@ def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processe
 
     Every image is decoded first. If one cannot be used, the .bin is not written, an existing one stays, and all such
     images are listed in `<output's stem>_failures.csv`. Returns the error message for the user then, otherwise "".
+    The identities of the pairs, where the list tells them, are written beside the .bin (`utils.data.identities`).
     Raises NotWritten if the disk is full.
     """
     lines: dict[Face, int] = {}  # the line that names a face first
@@ -138,8 +141,23 @@ def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processe
             f"{len(bad):,} of the {len(lines):,} images in {folder} that {path} names cannot be used "
             f"(all listed in {failures}):{''.join(shown)}\n{_advice(bad, len(lines))}{kept}"
         )
+    sidecar_of(output).unlink(missing_ok=True)  # it belongs to the .bin that is replaced
     write_bin(output, [found[face].content for pair in pairs for face in pair[1:3]], [pair.same for pair in pairs])
+    if identities := identities_of(pairs):
+        write_identities(output, sha256(output), identities)
     return ""
+
+
+def identities_of(pairs: list[Pair]) -> list[tuple[str, str]]:
+    """Returns the identities of both faces of each pair, or an empty list if the list of pairs does not tell them.
+
+    A list of paths tells them by folders: every genuine pair must lie in one folder, and every impostor pair in two.
+    """
+    if all(face.identity for pair in pairs for face in pair[1:3]):
+        return [(pair.one.identity, pair.other.identity) for pair in pairs]
+    folders = [tuple(face.identity or os.path.dirname(face.places[0]) for face in pair[1:3]) for pair in pairs]
+    fits = all(one and other and (one == other) == pair.same for (one, other), pair in zip(folders, pairs, strict=True))
+    return folders if fits else []
 
 
 def read_image(folder: Path, face: Face) -> Image:

@@ -5,6 +5,7 @@ Reads   <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, whose lines have colum
           id1 n1 id2 n2    an impostor pair
         <images>/<ethnicity>/<id>/<id>_%04d.jpg, or <images>/data/<ethnicity>/..., aligned to 112 x 112
 Writes  <output>/<ethnicity>_test.bin, with the pairs in the order of the list, encoded images unchanged
+        <output>/<ethnicity>_test_identities.json, the identities of each pair
         If an image is missing or cannot be decoded, <output>/<ethnicity>_test_failures.csv is written instead, and an
           existing .bin stays.
 Run     python -m utils.prepare rfw --release RFW --images aligned/RFW --output data/RFW
