@@ -92,6 +92,8 @@ class Config:
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
+    reference_group: str | None = None  # rates are compared with this group's; None: the one with the best accuracy
+    threshold: float | None = None  # a threshold on the squared distance, to report error rates at it too
     report: bool = False  # write report.html too, with all tables and pictures
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ class Config:
         for name in (*margins, "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes", "device_cache_gb"):
             self._check(name, lambda x: 0 <= x < math.inf, "0 or more")
         self._check("momentum", lambda x: x < 1, "below 1")
+        self._check("threshold", lambda x: 0 < x < math.inf, "a number above 0")
         self._check("seed", lambda n: 0 <= n < 2**63, "0 or more, and below 2**63")
         self._check("num_threads", lambda n: 1 <= n <= 1024, "between 1 and 1024")
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")

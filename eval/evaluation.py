@@ -16,10 +16,13 @@ from pathlib import Path
 
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
-from eval import figures, paper, report
+from eval import acquisition, figures, paper, report
+from eval.audit import Audit
 from eval.models import KINDS, families, model_of_files, models_of
+from eval.operating import check_reference
 from eval.results import Results
 from eval.scores import Scored, Scores
+from utils.data.identities import in_two_groups
 from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
@@ -34,6 +37,8 @@ LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the p
 def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
+    if cfg.of_groups:
+        check_reference(list(cfg.ethnicities), cfg.reference_group)
     folder = cfg.evaluation_dir
     model = model_of_files(cfg) if cfg.checkpoint else None
     found = [] if model else _families(cfg)
@@ -47,9 +52,11 @@ def main(cfg: Config) -> None:
 
     same = {name: pairs.same for name, pairs in sets.items()}
     identities = {name: pairs.identities for name, pairs in sets.items()}
+    if shared := in_two_groups(identities):
+        print(shared)
     results = Results(scored, same, cfg.of_groups, _notes(cfg), identities)
     compared = paper.compare(printed, scored, cfg, _notes(cfg))
-    tables = results.tables()
+    tables = results.tables() | _audit(cfg, results)
     forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
     if compared:
         tables |= compared.tables()
@@ -73,6 +80,15 @@ def main(cfg: Config) -> None:
         written["report.html"] = ["report.html"]
     _remove_stale(folder, {folder / name for names in written.values() for name in names})
     print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
+
+
+def _audit(cfg: Config, results: Results) -> dict[str, Table]:
+    """Returns the tables of the fairness audit by file name; none where the sets are no groups."""
+    if not results.of_groups or not any(results.shared):
+        return {}
+    tables = Audit(results, cfg.reference_group, cfg.threshold).tables()
+    failures = acquisition.table(Path(cfg.pairs), list(results.same), results.notes)
+    return tables | ({"acquisition": failures} if failures else {})
 
 
 def _families(cfg: Config) -> list[Config]:

@@ -93,7 +93,7 @@ class Results:
         for one in self.models:
             average, std, ser = summary(one.accuracies)
             spread = (std, ser, is_within_chance(one.accuracies, self.pairs)) if self.of_groups else ()
-            rows.append((*_names(one), *one.accuracies, average, *spread))
+            rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
@@ -105,7 +105,7 @@ class Results:
             average, std, ser = summary(one.accuracies)
             chance = by_chance(round(average, 2), self.pairs)
             figures = (std, chance.std_mean, chance.std_95, ser, chance.ser_95, rates.average_minus_std(one.accuracies))
-            rows.append((*_names(one), average, *figures))
+            rows.append((*names_of(one), average, *figures))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
             "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
@@ -122,7 +122,7 @@ class Results:
             cells.append(Estimate(average, *interval(samples.mean(1))))
             if self.of_groups:
                 cells.append(Estimate(std, *interval(stds(samples))))
-            rows.append((*_names(one), *cells))
+            rows.append((*names_of(one), *cells))
         header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
         notes = [method(self.identities)]
         if (count := fewest(self.same)) < FEW_PAIRS:
@@ -161,7 +161,7 @@ class Results:
                 found = rates.error_rates(self._groups(one), threshold)
                 cells = (threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values()))
                 cells += tuple(measure(found) for measure in MEASURES.values())
-            rows.append((*_names(one), *cells))
+            rows.append((*names_of(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
@@ -190,7 +190,8 @@ class Results:
         return (*self.notes, *notes)
 
 
-def _names(one: Scored) -> tuple[Cell, ...]:
+def names_of(one: Scored) -> tuple[Cell, ...]:
+    """Returns the cells of NAMES."""
     return one.setting or "-", one.network, one.kind, one.name
 
 
