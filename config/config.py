@@ -90,6 +90,8 @@ class Config:
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    scores: str | None = None  # evaluate this file of somebody's scores instead of models: see docs/evaluation.md
+    score_forms: tuple[str, ...] = ()  # write the scores of each pair in these forms too: favfa, fairlearn, bob
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     reference_group: str | None = None  # rates are compared with this group's; None: the one with the best accuracy
@@ -125,9 +127,11 @@ class Config:
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             self._check(name, _are_milestones, "increasing epoch numbers above 1")
-        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint"):
+        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "scores"):
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
+        self._check("score_forms", lambda forms: set(forms) <= {*SCORE_FORMS}, f"of {', '.join(SCORE_FORMS)}")
+        self._check("scores", lambda _: not self.checkpoint, "left out where a checkpoint is given")
         self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
         names = self.ethnicities
         self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
@@ -299,6 +303,9 @@ class Config:
     def evaluation_dir(self) -> Path:
         """Folder of the results: <output>/evaluation for the best weights on the groups, else a subfolder of it."""
         parts = ["last"] if self.weights == "last" and not self.checkpoint else []
+        if self.scores:
+            digest = hashlib.sha256(os.fsencode(Path(self.scores).resolve())).hexdigest()[:8]
+            return Path(self.output, "evaluation", f"{Path(self.scores).stem}-{digest}")
         parts += ["published adaptor input"] if self.published_adaptor_input else []
         parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
         if self.checkpoint:
@@ -387,6 +394,7 @@ class Config:
 
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
+SCORE_FORMS = ("favfa", "fairlearn", "bob")
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")

@@ -11,7 +11,7 @@ from utils.tables import Cell, Table
 
 
 class Audit:
-    """Computes the tables for all models; the sets must be groups that each have genuine and impostor pairs.
+    """Computes the tables for all models; the sets must be groups, or a single set, with both kinds of pairs each.
 
     `reference` is the group with which others are compared, None for the group with the best accuracy of each model;
     `threshold` a further operating point on the squared distance. Raises InputError for an unknown group.
@@ -23,19 +23,38 @@ class Audit:
         self._identified = Identified(results.same, results.identities)
 
     def tables(self) -> dict[str, Table]:
-        """Returns all tables by file name, without extension."""
-        return {
+        """Returns all tables that have a row by file name, without extension."""
+        found = {
+            "one_threshold": self._one_threshold(),
             "operating": self._operating(),
             "score_shifts": self._score_shifts(),
-            "indices": self._indices(),
-            "definitions": definitions(),
         }
+        if len(self._results.same) > 1:
+            found |= {"indices": self._indices(), "definitions": definitions()}
+        return {name: table for name, table in found.items() if table.rows}
 
     def _groups(self, one: Scored) -> rates.Groups:
         return {name: (one.distances[name], labels) for name, labels in self._results.same.items()}
 
     def _reference(self, one: Scored) -> str:
         return reference_of(dict(zip(self._results.same, one.accuracies, strict=True)), self._wanted)
+
+    def _one_threshold(self) -> Table:
+        """Returns the accuracy of each group, and of all pairs, at the threshold that is best for all of them."""
+        rows = []
+        for one in self._results.models:
+            threshold, accuracy = rates.threshold_of_best_accuracy(self._groups(one))
+            right = [(one.distances[name] < threshold) == same for name, same in self._results.same.items()]
+            each = [100 * float(of_group.mean()) for of_group in right]
+            rows.append((*names_of(one), threshold, *(each if len(each) > 1 else ()), 100 * accuracy))
+        names = [*self._results.same] if len(self._results.same) > 1 else []
+        note = (
+            "Accuracy in percent at one threshold on the squared distance for all pairs: the best of all for these same "
+            "pairs, so that the accuracy is a little above that on new pairs."
+        )
+        header = (*NAMES, "Threshold", *names, "All pairs")
+        printed = not self._results.of_groups
+        return Table("Accuracy at one threshold", header, rows, len(NAMES), self._notes(note), is_printed=printed)
 
     def _operating(self) -> Table:
         """Returns FMR and FNMR of each group at each operating point, with ratios to the reference group."""

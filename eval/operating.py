@@ -56,13 +56,12 @@ def points(groups: rates.Groups, reference: str, given: float | None = None) -> 
     """
     found = []
     for fmr in FMRS:
-        single = {name: rates.threshold_at_fmr({name: pairs}, fmr) for name, pairs in groups.items()}
-        worst = None if None in single.values() else min(single.values())
-        found += [
-            Point(f"{reference} at FMR {fmr:g}", single[reference]),
-            Point(f"all groups at FMR {fmr:g}", rates.threshold_at_fmr(groups, fmr)),
-            Point(f"worst group at FMR {fmr:g}", worst),
-        ]
+        found.append(Point(f"all groups at FMR {fmr:g}", rates.threshold_at_fmr(groups, fmr)))
+        if len(groups) > 1:
+            single = {name: rates.threshold_at_fmr({name: pairs}, fmr) for name, pairs in groups.items()}
+            worst = None if None in single.values() else min(single.values())
+            found.append(Point(f"{reference} at FMR {fmr:g}", single[reference]))
+            found.append(Point(f"worst group at FMR {fmr:g}", worst))
     if given is not None:
         every = np.concatenate([distance for distance, _ in groups.values()])
         if not every.min() < given <= every.max():

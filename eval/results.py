@@ -82,7 +82,8 @@ class Results:
         if self.of_groups and any(self.shared):
             for name in self.shared[0]:
                 tables[f"rates_{name.replace(' ', '_')}"] = self._rates(name)
-            tables["impostors"] = self._impostors()
+            if self.models[0].samples:
+                tables["impostors"] = self._impostors()
         return tables
 
     def _accuracy(self) -> Table:
@@ -192,7 +193,7 @@ class Results:
 
 def names_of(one: Scored) -> tuple[Cell, ...]:
     """Returns the cells of NAMES."""
-    return one.setting or "-", one.network, one.kind, one.name
+    return one.setting or "-", one.network or "-", one.kind, one.name
 
 
 def _excludes_zero(bounds: tuple[float, float]) -> bool:

@@ -21,6 +21,13 @@ def results():
     return Results(models, SAME, True, ("Note.",))
 
 
+def test_one_threshold_is_that_of_all_pairs(results):
+    table, model = Audit(results).tables()["one_threshold"], results.models[1]
+    threshold = table.rows[1][4]
+    right = [(model.distances[name] < threshold) == SAME[name] for name in GROUPS]
+    assert table.rows[1][5:] == pytest.approx((100 * right[0].mean(), 100 * right[1].mean(), 100 * np.mean(right)))
+
+
 def test_operating_points_have_their_rates_and_ratios(results):
     table = Audit(results, "A", 1.0).tables()["operating"]
     model = results.models[1]
