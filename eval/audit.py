@@ -49,7 +49,7 @@ class Audit:
             rows.append((*names_of(one), threshold, *(each if len(each) > 1 else ()), 100 * accuracy))
         names = [*self._results.same] if len(self._results.same) > 1 else []
         note = (
-            "Accuracy in percent at one threshold on the squared distance for all pairs: the best of all for these same "
+            "Accuracy in percent at one threshold on the squared distance for all pairs: the best for these same "
             "pairs, so that the accuracy is a little above that on new pairs."
         )
         header = (*NAMES, "Threshold", *names, "All pairs")

@@ -15,6 +15,7 @@ Analysis 23(4), 2015), or of independent pairs if that is larger, and set around
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -77,7 +78,8 @@ class Ends:
 
     def weights(self, random: np.random.Generator, draws: int) -> np.ndarray:
         """Returns how often each pair counts (draws, P) float64, in draws of identities with replacement."""
-        times = random.multinomial(self.count, np.full(self.count, 1 / self.count), draws).astype(np.float64)
+        drawn = random.integers(self.count, size=(draws, self.count)) + self.count * np.arange(draws)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
         return np.where(self._two, times[:, self.one] * times[:, self.other], times[:, self.one])
 
 
@@ -94,7 +96,7 @@ def resampled(
     stratum = 2 * fold + same
     sizes = np.bincount(stratum, minlength=2 * FOLDS)
     strata = _indicator(stratum, 2 * FOLDS)
-    cells = [_indicator(stratum * (len(THRESHOLDS) + 1) + first_above(one), _cells()) for one in distances]
+    cells = [_cells(one, stratum) for one in distances]
     result = np.empty((draws, len(distances)))
     for part in cut(range(draws), BLOCK):
         weights = ends.weights(random, len(part))
@@ -108,8 +110,15 @@ def resampled(
     return result
 
 
-def _cells() -> int:
-    return 2 * FOLDS * (len(THRESHOLDS) + 1)
+def _cells(distance: np.ndarray, stratum: np.ndarray) -> csr_matrix:
+    """Returns the matrix that sums values of pairs by first threshold above their distance and stratum.
+
+    Thresholds below or above all distances are left out: they decide as the lowest or the highest that is kept.
+    """
+    first = first_above(distance)
+    lowest = max(int(first.min()) - 1, 0)
+    kept = min(int(first.max()), len(THRESHOLDS) - 1) - lowest + 1
+    return _indicator((first - lowest) * 2 * FOLDS + stratum, 2 * FOLDS * (kept + 1))
 
 
 def _indicator(cell: np.ndarray, cells: int) -> csr_matrix:
@@ -118,8 +127,11 @@ def _indicator(cell: np.ndarray, cells: int) -> csr_matrix:
 
 
 def _accuracies(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Returns the ten-fold accuracies in percent (draws,) from weighted counts (cells, draws)."""
-    accepted = counts.T.reshape(-1, FOLDS, 2, len(THRESHOLDS) + 1).cumsum(3)[..., :-1]
+    """Returns the ten-fold accuracies in percent (draws,) from weighted counts (cells, draws), which it overwrites."""
+    by_threshold = counts.reshape(-1, 2 * FOLDS, counts.shape[1])
+    for before, here in pairwise(by_threshold):  # many times faster than cumsum along the first axis
+        here += before
+    accepted = by_threshold[:-1].reshape(-1, FOLDS, 2, counts.shape[1]).transpose(3, 1, 2, 0)
     impostors, genuine = sizes.reshape(FOLDS, 2, 1).transpose(1, 0, 2)
     return 100 * Counts(accepted[:, :, 1], accepted[:, :, 0], genuine, impostors).accuracies().mean(1)
 

@@ -49,8 +49,8 @@ def test_variances_equal_the_plain_loops():
 
 def test_a_pair_counts_as_often_as_its_identities_are_drawn():
     ends = Ends.of(np.array([["a", "a"], ["a", "b"], ["c", "b"]]))
-    times = np.random.default_rng(1).multinomial(3, [1 / 3] * 3, 50)
-    expected = [(a, a * b, c * b) for a, b, c in times]
+    drawn = np.random.default_rng(1).integers(3, size=(50, 3)).tolist()
+    expected = [(a, a * b, c * b) for a, b, c in ([of.count(k) for k in range(3)] for of in drawn)]
     assert ends.weights(np.random.default_rng(1), 50).tolist() == [[float(x) for x in row] for row in expected]
 
 
