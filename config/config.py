@@ -96,6 +96,7 @@ class Config:
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
     reference_group: str | None = None  # rates are compared with this group's; None: the one with the best accuracy
     threshold: float | None = None  # a threshold on the squared distance, to report error rates at it too
+    corrections: bool = False  # compare with corrections of scores after training; keeps 20 MB for 10,000 images
     report: bool = False  # write report.html too, with all tables and pictures
 
     # ------------------------------------------------------------------------------------------------------------------

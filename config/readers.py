@@ -41,7 +41,10 @@ _TABLE = (
     ("batch_size global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
-    ("checkpoint teacher published_adaptor_input reference_group threshold scores score_forms report", (EVALUATION,)),
+    (
+        "checkpoint teacher published_adaptor_input reference_group threshold scores score_forms corrections report",
+        (EVALUATION,),
+    ),
     ("row", (EVALUATION, IJB)),
 )
 READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
-from eval import acquisition, figures, paper, report
+from eval import acquisition, calibration, figures, paper, report
 from eval.audit import Audit
 from eval.exchange import read_scores, written
 from eval.models import KINDS, families, model_of_files, models_of
@@ -62,7 +62,7 @@ def main(cfg: Config) -> None:
     same = {name: pairs.same for name, pairs in sets.items()}
     results = Results(scored, same, measured.of_groups, measured.notes, identities)
     compared = paper.compare(measured.printed, scored, cfg, measured.notes)
-    tables = results.tables() | _audit(cfg, results)
+    tables = results.tables() | _audit(cfg, results, sets)
     forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
     if compared:
         tables |= compared.tables()
@@ -125,12 +125,14 @@ def _write_exchanged(cfg: Config, results: Results, sets: dict[str, Pairs], fold
     return names
 
 
-def _audit(cfg: Config, results: Results) -> dict[str, Table]:
+def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, Table]:
     """Returns the tables of the fairness audit by file name; none for several sets that are no groups."""
     if results.of_one_kind or not (results.of_groups or len(results.same) == 1):
         return {}
     tables = Audit(results, cfg.reference_group, cfg.threshold).tables()
     failures = acquisition.table(Path(cfg.pairs), list(results.same), results.notes)
+    if cfg.corrections and results.of_groups:
+        tables["corrections"] = calibration.table(results, {name: pairs.rows for name, pairs in sets.items()})
     return tables | ({"acquisition": failures} if failures else {})
 
 
