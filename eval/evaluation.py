@@ -17,7 +17,7 @@ from pathlib import Path
 
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
-from eval import acquisition, calibration, figures, paper, report
+from eval import acquisition, attributes, calibration, figures, paper, report
 from eval.audit import Audit
 from eval.exchange import read_scores, written
 from eval.models import KINDS, families, model_of_files, models_of
@@ -131,6 +131,9 @@ def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, T
         return {}
     tables = Audit(results, cfg.reference_group, cfg.threshold).tables()
     failures = acquisition.table(Path(cfg.pairs), list(results.same), results.notes)
+    by_attribute = attributes.table(results, {name: pairs.attributes for name, pairs in sets.items()})
+    if by_attribute:
+        tables["attributes"] = by_attribute
     if cfg.corrections and results.of_groups:
         tables["corrections"] = calibration.table(results, {name: pairs.rows for name, pairs in sets.items()})
     return tables | ({"acquisition": failures} if failures else {})

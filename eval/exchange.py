@@ -7,19 +7,21 @@ fairlearn  y_true,y_score,<group>              y_score: similarity, larger is mo
 bob.bio    <claimed identity> <reference> <real identity> <probe> <similarity>, without a header, separated by spaces
 
 A CSV may have further columns: `group` (or `set`, `ethnicity`, `sensitive_feature`), `same` (1 genuine, 0 impostor),
-`identity_1` and `identity_2`. Without `same`, FaVFA's names tell the identities: the folder of a path, else the name up
-to the last underscore. A similarity in [-1, 1] counts as a cosine; others are mapped linearly to [0, 4].
+`identity_1` and `identity_2`, and attributes (`utils.data.attributes`); BFW's names of all these are known. Without
+`same`, FaVFA's names tell the identities: the folder of a path, else the name up to the last underscore. A similarity
+in [-1, 1] counts as a cosine; others are mapped linearly to [0, 4].
 """
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from eval.scores import Scored
 from eval.verification import accuracy
+from utils.data.attributes import SAME_COLUMNS, attributes_of
 from utils.data.identities import checked
 from utils.data.pairs import FOLDS, Pairs, fold_of
 from utils.errors import InputError
@@ -27,7 +29,8 @@ from utils.storage.files import sha256
 
 ALL = "all"  # the set of scores without a group
 GROUP_COLUMNS = ("group", "set", "ethnicity", "sensitive_feature")
-TRUE_COLUMNS, SCORE_COLUMNS = ("y_true", "same"), ("y_score", "score")
+SCORE_COLUMNS = ("y_score", "score")
+IDENTITY_COLUMNS = (("identity_1", "identity_2"), ("id1", "id2"))
 DEALT = "Pairs are dealt to the ten folds in turn, since the order of the file leaves folds without a kind of pair."
 
 
@@ -49,6 +52,7 @@ class _Lines:
     identities: np.ndarray | None  # (P, 2)
     group: np.ndarray  # (P,) names
     note: str
+    attributes: dict[str, np.ndarray] = field(default_factory=dict)  # (P,) by attribute
 
 
 def read_scores(path: Path) -> Theirs:
@@ -73,8 +77,9 @@ def read_scores(path: Path) -> Theirs:
             notes.append(DEALT)
         which = which[order]
         identities = None if lines.identities is None else lines.identities[which]
+        attributes = {attribute: values[which] for attribute, values in lines.attributes.items()}
         empty = np.empty((0, 112, 112, 3), np.uint8)
-        sets[name] = Pairs(empty, np.empty(0, np.int64), lines.same[which], digest, identities)
+        sets[name] = Pairs(empty, np.empty(0, np.int64), lines.same[which], digest, identities, attributes)
         distances[name] = lines.distance[which]
     accuracies = tuple(accuracy(distances[name], pairs.same) for name, pairs in sets.items())
     scored = Scored("", "", "scores", path.stem, distances, {}, accuracies, (digest,))
@@ -113,7 +118,7 @@ def _parsed(path: Path, text: str) -> _Lines:
     group = next((columns[name] for name in GROUP_COLUMNS if name in columns), [ALL] * len(rows))
     if identities is not None:
         checked(path, identities, labels)
-    return _Lines(distance, labels, identities, np.array(group, object), note)
+    return _Lines(distance, labels, identities, np.array(group, object), note, attributes_of(columns))
 
 
 def _five_columns(path: Path, text: str) -> _Lines:
@@ -141,7 +146,7 @@ def _numbers(path: Path, texts: list[str], what: str, first: int = 2) -> np.ndar
 
 
 def _labels(path: Path, columns: dict[str, list[str]], required: bool) -> np.ndarray | None:
-    name = next((name for name in TRUE_COLUMNS if name in columns), None)
+    name = next((name for name in SAME_COLUMNS if name in columns), None)
     if name is None:
         if required:
             raise InputError(f"{path} has no column y_true, 1 for genuine and 0 for impostor pairs: add it.")
@@ -154,9 +159,8 @@ def _labels(path: Path, columns: dict[str, list[str]], required: bool) -> np.nda
 
 
 def _known(columns: dict[str, list[str]]) -> np.ndarray | None:
-    if not {"identity_1", "identity_2"} <= columns.keys():
-        return None
-    return np.array([columns["identity_1"], columns["identity_2"]], object).T.reshape(-1, 2)
+    ends = next((two for two in IDENTITY_COLUMNS if {*two} <= columns.keys()), None)
+    return ends and np.array([columns[end] for end in ends], object).T.reshape(-1, 2)
 
 
 def _identity(name: str) -> str:

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
+from utils.data.attributes import read_attributes
 from utils.data.identities import read_identities
 from utils.data.store import BLOCK, SIZE, decode
 from utils.errors import InputError, NotWritten
@@ -35,6 +36,9 @@ class Pairs:
     same: np.ndarray  # (P,) bool, True if both images show the same identity
     digest: str  # SHA-256 of the .bin file
     identities: np.ndarray | None = None  # (P, 2) names of the identities of both ends; None if they are not known
+    attributes: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # (P,) values of both ends by attribute, where known
 
     @property
     def images(self) -> np.ndarray:
@@ -221,8 +225,9 @@ def fold_of(pairs: int, folds: int = FOLDS) -> np.ndarray:
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
     """Reads the verification sets of all groups, or those that `pairs_sets` names.
 
-    Identities are read from the file beside each set, if there is one (`utils.data.identities`). Raises InputError if a
-    file is missing or holds fewer pairs than folds, or if the identities do not fit it.
+    Identities and attributes are read from the files beside each set, where they exist (`utils.data.identities`,
+    `utils.data.attributes`). Raises InputError if a file is missing or holds fewer pairs than folds, or if the files
+    beside it do not fit it.
     """
     paths = cfg.pairs_files
     missing = [str(path) for path in paths.values() if not path.is_file()]
@@ -232,5 +237,6 @@ def load_pairs(cfg: Config) -> dict[str, Pairs]:
     for name, pairs in sets.items():
         if len(pairs.same) < FOLDS:
             raise InputError(f"{paths[name]} holds {len(pairs.same)} pairs, too few for {FOLDS} folds.")
-        sets[name] = replace(pairs, identities=read_identities(paths[name], pairs.same, pairs.digest))
+        identities = read_identities(paths[name], pairs.same, pairs.digest)
+        sets[name] = replace(pairs, identities=identities, attributes=read_attributes(paths[name], pairs.same))
     return sets
