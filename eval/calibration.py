@@ -24,8 +24,9 @@ from utils.data.pairs import FOLDS, fold_of
 from utils.tables import Rate, Table
 
 CLUSTERS = 100  # as FairCal
+ROUNDS, INITIAL = 5, 2000  # passes of k-means over the images, and images that it starts from
 PAIRS_OF_CLUSTER = 20  # of each kind; a cluster with fewer is calibrated by all pairs
-COHORT = 1000  # images
+COHORT = 300  # images
 TARGET = 1e-2  # FMR of all groups together on nine folds
 EDGE = 1e-6  # scores are kept this far from 0 and 1, whose logarithms calibration uses
 NOTE = (
@@ -83,7 +84,8 @@ def clusters(pairs: Pooled, fitted: np.ndarray) -> np.ndarray:
     """Calibrates by clusters of embeddings, as FairCal."""
     seen = np.unique(pairs.images[fitted])
     count = min(CLUSTERS, max(1, len(seen) // PAIRS_OF_CLUSTER))
-    means = MiniBatchKMeans(count, random_state=0, n_init=1, batch_size=4096).fit(pairs.embeddings[seen])
+    options = {"batch_size": 4096, "max_iter": ROUNDS, "init_size": max(INITIAL, 3 * count), "n_init": 1}
+    means = MiniBatchKMeans(count, random_state=0, **options).fit(pairs.embeddings[seen])
     cluster = means.predict(pairs.embeddings)[pairs.images]  # (P, 2)
     by_all = beta_calibration(pairs.score[fitted], pairs.same[fitted])(pairs.score)
     total, weight = np.zeros(len(pairs.score)), np.zeros(len(pairs.score))
