@@ -97,8 +97,13 @@ class Config:
     onnx_channels: str | None = None  # channels that an .onnx file takes, RGB or BGR; None: as in its metadata, or RGB
     onnx_mean: tuple[float, ...] | None = None  # of its input, 0 to 255; None: as in its metadata, or 127.5
     onnx_std: tuple[float, ...] | None = None  # likewise: it gets (value - mean) / std; None: metadata, or 127.5
+    scores: str | None = None  # evaluate this file of somebody's scores instead of models: see docs/evaluation.md
+    score_forms: tuple[str, ...] = ()  # write the scores of each pair in these forms too: favfa, fairlearn, bob
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
+    reference_group: str | None = None  # rates are compared with this group's; None: the one with the best accuracy
+    threshold: float | None = None  # a threshold on the squared distance, to report error rates at it too
+    corrections: bool = False  # compare with corrections of scores after training; keeps 20 MB for 10,000 images
     report: bool = False  # write report.html too, with all tables and pictures
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -126,6 +131,7 @@ class Config:
         for name in (*margins, "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes", "device_cache_gb"):
             self._check(name, lambda x: 0 <= x < math.inf, "0 or more")
         self._check("momentum", lambda x: x < 1, "below 1")
+        self._check("threshold", lambda x: 0 < x < math.inf, "a number above 0")
         self._check("seed", lambda n: 0 <= n < 2**63, "0 or more, and below 2**63")
         self._check("num_threads", lambda n: 1 <= n <= 1024, "between 1 and 1024")
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
@@ -136,6 +142,8 @@ class Config:
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
         for name in ("onnx_mean", "onnx_std"):
             self._check(name, lambda numbers: len(numbers) in (1, 3), "one number, or one for each channel")
+        self._check("score_forms", lambda forms: set(forms) <= {*SCORE_FORMS}, f"of {', '.join(SCORE_FORMS)}")
+        self._check("scores", lambda _: not self.checkpoint, "left out where a checkpoint is given")
         names = self.ethnicities
         self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
         self._require("ethnicities", len(set(names)) == len(names), "different names")
@@ -306,6 +314,9 @@ class Config:
     def evaluation_dir(self) -> Path:
         """Folder of the results: <output>/evaluation for the best weights on the groups, else a subfolder of it."""
         parts = ["last"] if self.weights == "last" and not self.checkpoint else []
+        if self.scores:
+            digest = hashlib.sha256(os.fsencode(Path(self.scores).resolve())).hexdigest()[:8]
+            return Path(self.output, "evaluation", f"{Path(self.scores).stem}-{digest}")
         parts += ["published adaptor input"] if self.published_adaptor_input else []
         parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
         if self.checkpoint:
@@ -398,7 +409,8 @@ class Config:
 
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
-PATHS = ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "teacher")
+PATHS = ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "teacher", "scores")
+SCORE_FORMS = ("favfa", "fairlearn", "bob")
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")

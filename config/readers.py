@@ -45,6 +45,7 @@ _TABLE = (
     ("seed", (SPLIT, *_TRAINING)),
     ("capture", _TRAINING),
     ("checkpoint published_adaptor_input report", (EVALUATION,)),
+    ("reference_group threshold scores score_forms corrections", (EVALUATION,)),
     ("teacher", (EXTRACT, EVALUATION)),
     ("onnx_channels onnx_mean onnx_std", (EXTRACT, EVALUATION, IJB)),
     ("row", (EVALUATION, IJB)),

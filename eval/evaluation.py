@@ -9,17 +9,24 @@ Writes  <output>/evaluation/ (a subfolder of it for other sets or given files): 
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
         python -m eval.evaluation --checkpoint FILE.onnx
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
+        python -m eval.evaluation --scores theirs.csv    (scores of a model that is not at hand: eval/exchange.py)
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
-from eval import figures, paper, report
+from eval import acquisition, attributes, calibration, figures, paper, report
+from eval.audit import Audit
+from eval.exchange import read_scores, written
 from eval.models import KINDS, families, model_of_files, models_of
-from eval.results import Results
+from eval.operating import check_reference
+from eval.published import Row
+from eval.results import BEST, Results
 from eval.scores import Scored, Scores
+from utils.data.identities import in_two_groups
 from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
@@ -31,10 +38,63 @@ from utils.tables import Table
 LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the pictures need
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The distances of all models on all sets, and what the tables have to say of them."""
+
+    sets: dict[str, Pairs]
+    scored: list[Scored]
+    of_groups: bool
+    printed: dict[str, Row]  # rows of a paper that these can be compared with
+    notes: tuple[str, ...]
+
+
 def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
+    if cfg.of_groups and not cfg.scores:
+        check_reference(list(cfg.ethnicities), cfg.reference_group)
     folder = cfg.evaluation_dir
+    measured = _measured_by_others(cfg) if cfg.scores else _measured(cfg, folder)
+    sets, scored = measured.sets, measured.scored
+    identities = {name: pairs.identities for name, pairs in sets.items()}
+    if shared := in_two_groups(identities):
+        print(shared)
+    same = {name: pairs.same for name, pairs in sets.items()}
+    results = Results(scored, same, measured.of_groups, measured.notes, identities)
+    compared = paper.compare(measured.printed, scored, cfg, measured.notes)
+    tables = results.tables() | _audit(cfg, results, sets)
+    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
+    if compared:
+        tables |= compared.tables()
+        forms["paper"] = compared.forms()
+    for table in tables.values():
+        if table.is_printed:
+            print(table.markdown())
+    if results.of_groups and results.of_one_kind:
+        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
+    written_files = _write_forms(forms, folder)
+    write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
+    for one in scored:
+        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
+    exchanged = _write_exchanged(cfg, results, sets, folder)
+    pictures = _draw(results, compared, _logs(cfg), folder)
+    written_files |= {
+        "results.json": ["results.json"],
+        "scores/": [*(f"scores/{_file_name(one)}.csv" for one in scored), *exchanged],
+    }
+    written_files |= {name: [name] for name in pictures.values() if "/" not in name}
+    written_files["curves/"] = [name for name in pictures.values() if "/" in name]
+    if cfg.report:
+        shown = {title: folder / name for title, name in pictures.items()}
+        write_text(folder / "report.html", report.page(tables, shown, cfg))
+        written_files["report.html"] = ["report.html"]
+    _remove_stale(folder, {folder / name for names in written_files.values() for name in names})
+    print(f"Written to {folder}: {', '.join(what for what, names in written_files.items() if names)}.")
+
+
+def _measured(cfg: Config, folder: Path) -> Measured:
+    """Computes the distances of the models in the output folder, or of the given checkpoint."""
     if cfg.teacher and not cfg.checkpoint:
         raise InputError("teacher names files below an adaptor: set checkpoint to that of the adaptor.")
     model = model_of_files(cfg) if cfg.checkpoint else None
@@ -48,33 +108,40 @@ def main(cfg: Config) -> None:
     scored.sort(
         key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS, "onnx"].index(one.network), KINDS.index(one.kind))
     )
+    return Measured(sets, scored, cfg.of_groups, printed, _notes(cfg))
 
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
-    compared = paper.compare(printed, scored, cfg, _notes(cfg))
-    tables = results.tables()
-    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
-    if compared:
-        tables |= compared.tables()
-        forms["paper"] = compared.forms()
-    for table in tables.values():
-        if table.is_printed:
-            print(table.markdown())
-    if results.of_groups and results.of_one_kind:
-        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
-    written = _write_forms(forms, folder)
-    write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
-    for one in scored:
-        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
-    pictures = _draw(results, compared, _logs(cfg), folder)
-    written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
-    written |= {name: [name] for name in pictures.values() if "/" not in name}
-    written["curves/"] = [name for name in pictures.values() if "/" in name]
-    if cfg.report:
-        shown = {title: folder / name for title, name in pictures.items()}
-        write_text(folder / "report.html", report.page(tables, shown, cfg))
-        written["report.html"] = ["report.html"]
-    _remove_stale(folder, {folder / name for names in written.values() for name in names})
-    print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
+
+def _measured_by_others(cfg: Config) -> Measured:
+    """Reads the distances of a model that is not at hand from `cfg.scores`."""
+    theirs = read_scores(Path(cfg.scores))
+    if len(theirs.sets) > 1:
+        check_reference(list(theirs.sets), cfg.reference_group)
+    notes = (f"Scores of {Path(cfg.scores).name}, computed elsewhere.", *theirs.notes)
+    return Measured(theirs.sets, [theirs.scored], len(theirs.sets) > 1, {}, notes)
+
+
+def _write_exchanged(cfg: Config, results: Results, sets: dict[str, Pairs], folder: Path) -> list[str]:
+    """Writes the scores of each model in the forms that `cfg.score_forms` names; returns their names in `folder`."""
+    names = []
+    for one, shared in zip(results.models, results.shared, strict=True):
+        for form in cfg.score_forms:
+            names.append(f"scores/{_file_name(one)}.{form}.{'txt' if form == 'bob' else 'csv'}")
+            write_text(folder / names[-1], written(form, one, sets, shared.get(BEST)))
+    return names
+
+
+def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, Table]:
+    """Returns the tables of the fairness audit by file name; none for several sets that are no groups."""
+    if results.of_one_kind or not (results.of_groups or len(results.same) == 1):
+        return {}
+    tables = Audit(results, cfg.reference_group, cfg.threshold).tables()
+    failures = acquisition.table(Path(cfg.pairs), list(results.same), results.notes)
+    by_attribute = attributes.table(results, {name: pairs.attributes for name, pairs in sets.items()})
+    if by_attribute:
+        tables["attributes"] = by_attribute
+    if cfg.corrections and results.of_groups:
+        tables["corrections"] = calibration.table(results, {name: pairs.rows for name, pairs in sets.items()})
+    return tables | ({"acquisition": failures} if failures else {})
 
 
 def _families(cfg: Config) -> list[Config]:
@@ -121,7 +188,7 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
     """Deletes files of an earlier evaluation whose models or tables no longer exist."""
     ours = [folder / name for name in ("report.html", "trade_off.png", "training.png", "paper.png")]
     ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
-    ours += [*folder.glob("scores/*.csv"), *folder.glob("curves/*.png")]
+    ours += [*folder.glob("scores/*.csv"), *folder.glob("scores/*.bob.txt"), *folder.glob("curves/*.png")]
     for path in ours:
         if path not in written:
             path.unlink(missing_ok=True)
@@ -172,7 +239,7 @@ def _draw(
 
 def _logs(cfg: Config) -> dict[str, list[dict]]:
     """Reads every log.jsonl below the output folder; returns the entries by the run folder's relative path."""
-    if cfg.checkpoint:
+    if cfg.checkpoint or cfg.scores:
         return {}
     logs = {}
     for path in sorted(Path(cfg.output).glob("*/*/*/**/log.jsonl")):

@@ -1,6 +1,8 @@
 """Tables from the distances of all models: accuracy, intervals, differences, error rates at shared thresholds."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
@@ -9,12 +11,12 @@ from eval.fairness import summary
 from eval.scores import Scored
 from eval.uncertainty import (
     FEWEST_PAIRS,
-    METHOD,
     by_chance,
     difference,
     fewest,
     interval,
     is_within_chance,
+    method,
     resampled,
     stds,
 )
@@ -36,14 +38,24 @@ MEASURES = {
 class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
-    `same` holds for each set (P,) bool, which pairs are genuine.
+    `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
+    pair, None or no entry if they are not known.
     """
 
-    def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        models: list[Scored],
+        same: dict[str, np.ndarray],
+        of_groups: bool,
+        notes: tuple[str, ...] = (),
+        identities: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+    ):
         self.models, self.same, self.notes = models, same, notes
+        self.identities = {name: identities.get(name) for name in same}
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
-        self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
+        distances = [one.distances for one in models]
+        self._samples = resampled(distances, same, identities=self.identities)  # (resamples, models, sets)
         by_model = self._samples.transpose(1, 2, 0)
         self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
         self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
@@ -103,7 +115,8 @@ class Results:
         if self.of_groups and any(self.shared):
             for name in self.shared[0]:
                 tables[f"rates_{name.replace(' ', '_')}"] = self._rates(name)
-            tables["impostors"] = self._impostors()
+            if self.models[0].samples:
+                tables["impostors"] = self._impostors()
         return tables
 
     def _accuracy(self) -> Table:
@@ -115,7 +128,7 @@ class Results:
             average, std, ser = summary(self._whole(one))
             verdict = None if self.has_few else is_within_chance(self._whole(one), self.pairs)
             spread = (std, ser, verdict) if self.of_groups else ()
-            rows.append((*_names(one), *one.accuracies, average, *spread))
+            rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
@@ -128,7 +141,7 @@ class Results:
             chance = by_chance(round(average, 2), self.pairs)
             mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
             figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
-            rows.append((*_names(one), average, *figures))
+            rows.append((*names_of(one), average, *figures))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
             "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
@@ -145,9 +158,9 @@ class Results:
             cells.append(Estimate(average, *self._interval(samples.mean(1))))
             if self.of_groups:
                 cells.append(Estimate(std, *self._interval(stds(samples))))
-            rows.append((*_names(one), *cells))
+            rows.append((*names_of(one), *cells))
         header = (*NAMES, *self._columns, "Average", *(("STD",) if self.of_groups else ()))
-        notes = [METHOD]
+        notes = [method(self.identities)]
         shown = {name: labels for name, labels in self.same.items() if name not in self.few}
         if shown and (count := fewest(shown)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
@@ -173,7 +186,7 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
 
     def _interval(self, values: np.ndarray) -> tuple[float, float]:
         """Returns the interval of an average over sets, (NaN, NaN) if a set has too few pairs."""
@@ -196,7 +209,7 @@ class Results:
                 found = rates.error_rates(self._groups(one), threshold)
                 cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
                 cells += [measure(found) for measure in MEASURES.values()]
-            rows.append((*_names(one), *cells))
+            rows.append((*names_of(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
@@ -231,8 +244,9 @@ class Results:
         return (*self.notes, *notes, *left_out)
 
 
-def _names(one: Scored) -> tuple[Cell, ...]:
-    return one.setting or "-", one.network, one.kind, one.name
+def names_of(one: Scored) -> tuple[Cell, ...]:
+    """Returns the cells of NAMES."""
+    return one.setting or "-", one.network or "-", one.kind, one.name
 
 
 def _excludes_zero(bounds: tuple[float, float]) -> bool:

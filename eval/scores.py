@@ -1,6 +1,6 @@
 """Computes the squared distances of all pairs for each model, and keeps them on disk for the next evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ class Scored:
     samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
     accuracies: tuple[float, ...]  # in percent, in order of the sets
     weights: tuple[str, ...]  # SHA-256 of its files
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)  # per set (U, D) of `Pairs.distinct`, if kept
 
     @property
     def title(self) -> str:
@@ -59,23 +60,25 @@ class Scores:
                 found[model][name] = self._of_set(model, name, pairs, features)
         return [self._scored(model, of_sets) for model, of_sets in found.items()]
 
-    def _scored(self, model: Model, of_sets: dict[str, tuple[np.ndarray, np.ndarray]]) -> Scored:
+    def _scored(self, model: Model, of_sets: dict[str, list[np.ndarray]]) -> Scored:
         is_file = model.kind == "checkpoint"
         return Scored(
             "" if is_file else self._cfg.setting,
             "onnx" if is_file and isinstance(model.networks[0], OnnxNetwork) else self._cfg.network,
             model.kind,
             model.name,
-            {name: distances for name, (distances, _) in of_sets.items()},
-            {name: sample for name, (_, sample) in of_sets.items()},
-            tuple(accuracy(distances, self._sets[name].same) for name, (distances, _) in of_sets.items()),
+            {name: arrays[0] for name, arrays in of_sets.items()},
+            {name: arrays[1] for name, arrays in of_sets.items()},
+            tuple(accuracy(arrays[0], self._sets[name].same) for name, arrays in of_sets.items()),
             model.weights,
+            {name: arrays[2] for name, arrays in of_sets.items() if len(arrays) > 2},
         )
 
-    def _of_set(
-        self, model: Model, name: str, pairs: Pairs, features: dict[nn.Module, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns distances (P,) and sample (K, D) of a model on one set; reuses and extends `features`, by network."""
+    def _of_set(self, model: Model, name: str, pairs: Pairs, features: dict[nn.Module, np.ndarray]) -> list[np.ndarray]:
+        """Returns distances (P,) and sample (K, D) of a model on one set; reuses and extends `features`, by network.
+
+        With `cfg.corrections` also the embeddings (U, D) of all images, which corrections after training need.
+        """
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
         made_from |= input_of(*model.networks)
@@ -86,19 +89,25 @@ class Scores:
             (folder / f"{name}.npy", (len(pairs.same),), np.float64),
             (folder / f"{name}.sample.npy", (len(which), size), np.float32),
         ]
+        if self._cfg.corrections:
+            shape = (len(pairs.distinct), size)
+            forms.append((folder / f"{name}.embeddings.npy", shape, np.float32))
         if any(outdated(*form, made_from) is not None for form in forms):
             for network in set(model.networks) - features.keys():
                 title = f"{name} pairs, {model.kind} {model.name}"
                 features[network] = views(network, pairs.distinct, self._cfg, title)
             seen = [features[network] for network in model.networks]
             both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
-            embeddings = embed(both)[pairs.rows]
+            distinct = embed(both)
+            embeddings = distinct[pairs.rows]
             try:
                 write(forms[0][0], squared_distances(embeddings), made_from)
             except InputError as error:
                 raise InputError(f"{model.kind} {model.name} on the pairs of {name}: {error}") from error
             write(forms[1][0], embeddings[which].astype(np.float32), made_from)
-        return read(*forms[0], checked=False), read(*forms[1], checked=False)
+            for path, *_ in forms[2:]:
+                write(path, distinct.astype(np.float32), made_from)
+        return [read(*form, checked=False) for form in forms]
 
 
 def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:

@@ -9,7 +9,7 @@ import shlex
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
+from utils.data.attributes import read_attributes
+from utils.data.identities import read_identities
 from utils.data.store import ALIGN, BLOCK, OF_ANOTHER_SIZE, SIZE, decode
 from utils.distributed.world import is_first
 from utils.errors import InputError, NotWritten
@@ -36,6 +38,10 @@ class Pairs:
     rows: np.ndarray  # (2P,) int64, index into `distinct` of each image
     same: np.ndarray  # (P,) bool, True if both images show the same identity
     digest: str  # SHA-256 of the .bin file
+    identities: np.ndarray | None = None  # (P, 2) names of the identities of both ends; None if they are not known
+    attributes: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # (P,) values of both ends by attribute, where known
 
     @property
     def images(self) -> np.ndarray:
@@ -247,7 +253,9 @@ def load_pairs(cfg: Config) -> dict[str, Pairs]:
     """Reads the verification sets of all groups, or those that `pairs_sets` names.
 
     Prints a line for each set without both kinds of pairs in every fold. Raises InputError if a file is missing or
-    holds fewer pairs than folds, and if no set has both kinds in every fold.
+    holds fewer pairs than folds, and if no set has both kinds in every fold. Identities and
+    attributes are read from the files beside each set, where they exist (`utils.data.identities`,
+    `utils.data.attributes`); InputError is raised also if these do not fit it.
     """
     paths = cfg.pairs_files
     missing = {name: path for name, path in paths.items() if not path.is_file()}
@@ -257,6 +265,8 @@ def load_pairs(cfg: Config) -> dict[str, Pairs]:
     for name, pairs in sets.items():
         if len(pairs.same) < FOLDS:
             raise InputError(f"{paths[name]} holds {len(pairs.same)} pairs, too few for {FOLDS} folds.")
+        identities = read_identities(paths[name], pairs.same, pairs.digest)
+        sets[name] = replace(pairs, identities=identities, attributes=read_attributes(paths[name], pairs.same))
     reasons = {name: lacking(pairs.same) for name, pairs in sets.items()}
     if all(reasons.values()):
         name, reason = next(iter(reasons.items()))

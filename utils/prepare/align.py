@@ -14,9 +14,11 @@ cropped so that its five landmarks match ArcFace's template. The landmarks are e
               one is chosen (area minus twice the squared distance to the centre); <output>/several_faces.csv lists
               these images.
 
-<output>/failures.csv lists images that could not be aligned, and lines of landmarks without an image. Run the same
-command again to resume after an interruption: finished faces are kept, faces whose image has changed are made again,
-and failures are retried. The exit status is 0 even if some images failed, and 2 if none could be aligned.
+<output>/acquisition.csv counts images and failures by group, the first folder of a path: the evaluation makes its table
+of failures to acquire from it. <output>/failures.csv lists images that could not be aligned, and lines of landmarks
+without an image. Run the same command again to resume after an interruption: finished faces are kept, faces whose image
+has changed are made again, and failures are retried. The exit status is 0 even if some images failed, and 2 if none
+could be aligned.
 
 Run     python -m utils.prepare align --images test/data --landmarks test/txts/*/*_lmk.txt --output aligned
         python -m utils.prepare align --images photographs --detector face_detection_yunet.onnx --output aligned
@@ -38,6 +40,7 @@ from utils.data import images
 from utils.data.align import align
 from utils.data.listing import entries
 from utils.errors import InputError
+from utils.prepare import acquisition
 from utils.prepare.landmarks import OF_NO_FACE, match, read_landmarks, unlikeness
 from utils.prepare.work import add_processes, in_processes, path_of, write_failures
 from utils.storage.files import not_written, read_json, sha256, write_json
@@ -100,7 +103,8 @@ def run(given: argparse.Namespace) -> None:
                 f"--landmarks have no line for any image of {source}, such as {paths[0]}, which {failures[paths[0]]}: "
                 f"set another file.{example}"
             )
-    failures |= _overwritten(paths)
+    overwritten = _overwritten(paths)
+    failures |= overwritten
     with locked(output):
         _claim(output, source, given.landmarks, given.detector, score)
         left, counts, several = [path for path in paths if path not in failures], Counter(), []
@@ -111,6 +115,7 @@ def run(given: argparse.Namespace) -> None:
                 failures[path] = note
             elif note:
                 several.append((path, note))
+        acquisition.write(output, paths, failures.keys() - overwritten.keys())
         strays += _orphans(output, paths)
         write_failures(output / SEVERAL, ("path", "faces"), several)
         write_failures(output / FAILURES, ("path", "reason"), [*sorted(failures.items()), *strays])

@@ -1,5 +1,6 @@
 """Reads lists of pairs and the faces that they name, and writes both as verification sets (.bin)."""
 
+import os
 import pickle
 import re
 import unicodedata
@@ -8,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.data.identities import sidecar_of, write_identities
 from utils.data.images import find, read_bytes, reason_of
 from utils.data.index import EXTENSIONS
 from utils.data.store import ALIGN, OF_ANOTHER_SIZE, decode
 from utils.errors import InputError
 from utils.prepare.tables import ENDING
 from utils.prepare.work import in_processes, write_failures
-from utils.storage.files import replaced
+from utils.storage.files import replaced, sha256
 
 PROTOCOL = 2  # pickle protocol of the published .bin files
 NAMED = 20  # bad images named in a message; the CSV file lists all
@@ -124,6 +126,7 @@ def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processe
 
     Every image is decoded first. If one cannot be used, the .bin is not written, an existing one stays, and all such
     images are listed in `<output's stem>_failures.csv`. Returns the error message for the user then, otherwise "".
+    The identities of the pairs, where the list tells them, are written beside the .bin (`utils.data.identities`).
     Raises NotWritten if the disk is full.
     """
     lines: dict[Face, int] = {}  # the line that names a face first
@@ -146,7 +149,10 @@ def make_bin(output: Path, path: Path, pairs: list[Pair], folder: Path, processe
         )
     if complaint := _mixed(path, found):
         return complaint
+    sidecar_of(output).unlink(missing_ok=True)  # it belongs to the .bin that is replaced
     write_bin(output, [found[face].content for pair in pairs for face in pair[1:3]], [pair.same for pair in pairs])
+    if identities := identities_of(pairs):
+        write_identities(output, sha256(output), identities)
     return ""
 
 
@@ -161,6 +167,18 @@ def _mixed(path: Path, found: dict[Face, Image]) -> str:
         face, image = next((face, image) for face, image in found.items() if image.way)
         print(f"{path}: {face.places[0]} is found as {image.place}, and so are others.")
     return ""
+
+
+def identities_of(pairs: list[Pair]) -> list[tuple[str, str]]:
+    """Returns the identities of both faces of each pair, or an empty list if the list of pairs does not tell them.
+
+    A list of paths tells them by folders: every genuine pair must lie in one folder, and every impostor pair in two.
+    """
+    if all(face.identity for pair in pairs for face in pair[1:3]):
+        return [(pair.one.identity, pair.other.identity) for pair in pairs]
+    folders = [(_identity_or_folder(pair.one), _identity_or_folder(pair.other)) for pair in pairs]
+    fits = all(one and other and (one == other) == pair.same for (one, other), pair in zip(folders, pairs, strict=True))
+    return folders if fits else []
 
 
 def read_image(folder: Path, face: Face) -> Image:
@@ -217,3 +235,7 @@ def write_bin(path: Path, images: list[bytes], same: list[bool]) -> None:
     """
     with replaced(path) as beside, open(beside, "wb") as file:
         pickle.dump((images, same), file, PROTOCOL)
+
+
+def _identity_or_folder(face: Face) -> str:
+    return face.identity or os.path.dirname(face.places[0])

@@ -9,6 +9,7 @@ Reads   <list>, separated by tabs, commas, semicolons, bars or spaces, with or w
         order. How the list was understood is printed; a list with two readings is refused.
         <images>/<name>/<name>_%04d.jpg, .jpeg, .png or .webp, or <images>/<path>, aligned to 112 x 112
 Writes  <output>, a .bin with the pairs in the order of the list, encoded images unchanged
+        <output's stem>_identities.json, the identities of each pair, if the list tells them by names or folders
         If an image is missing or cannot be decoded, <output's stem>_failures.csv is written beside it instead, and an
           existing .bin stays.
 Run     python -m utils.prepare pairs --list pairs.txt --images faces --output data/RFW/lfw.bin

@@ -5,6 +5,8 @@ Reads   <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, whose lines have colum
           id1 n1 id2 n2    an impostor pair
         <images>/<ethnicity>/<id>/<id>_%04d.jpg, or <images>/data/<ethnicity>/..., aligned to 112 x 112
 Writes  <output>/<ethnicity>_test.bin, with the pairs in the order of the list, encoded images unchanged
+        <output>/<ethnicity>_test_identities.json, the identities of each pair
+        <output>/acquisition.csv, a copy of <images>/acquisition.csv, which utils.prepare align writes
         If an image is missing or cannot be decoded, <output>/<ethnicity>_test_failures.csv is written instead, and an
           existing .bin stays.
 Run     python -m utils.prepare rfw --release RFW --images aligned/RFW --output data/RFW
@@ -20,9 +22,11 @@ from pathlib import Path
 from utils.data.listing import is_hidden
 from utils.data.pairs import FOLDS
 from utils.errors import InputError
+from utils.prepare import acquisition
 from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_pairs
 from utils.prepare.tables import read_lines
 from utils.prepare.work import add_processes, path_of
+from utils.storage.files import write_text
 
 IN_A_ROW = 300
 SAME = ([True] * IN_A_ROW + [False] * IN_A_ROW) * FOLDS
@@ -62,6 +66,8 @@ def run(given: argparse.Namespace) -> None:
             )
     if complaints:
         raise InputError("\n".join(complaints))
+    if (counts := given.images / acquisition.FILE).exists():
+        write_text(given.output / acquisition.FILE, counts.read_text(encoding="utf-8"))
     print(f"Next: python -m eval.evaluation --pairs {shlex.quote(str(given.output))}")
 
 

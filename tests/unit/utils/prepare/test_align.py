@@ -90,7 +90,10 @@ def test_faces_in_any_folder_are_aligned_by_their_landmarks(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 files below" in out and "(.txt)" in out
     assert out.endswith("out: 4 images aligned, 0 kept, 0 failed.\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["African", "Asian", "align.json", "top.jpg"]
+    made = ["African", "Asian", "acquisition.csv", "align.json", "top.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
+    counts = (tmp_path / "out" / "acquisition.csv").read_text()
+    assert counts == "group,images,failed\n,1,0\nAfrican,2,0\nAsian,1,0\n"
 
 
 def test_file_names_need_not_be_valid_unicode(tmp_path):

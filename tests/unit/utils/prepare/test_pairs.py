@@ -17,7 +17,8 @@ import pytest
 from tests.conftest import encode, full_disk, noise
 from tests.soak.trials import gadgets
 from tests.unit.utils.data.test_pairs import python2_pickle
-from utils.data.pairs import load_bin
+from utils.data.identities import read_identities
+from utils.data.pairs import load_bin, read_bin
 from utils.errors import InputError, NotWritten
 from utils.prepare import __main__ as prepare
 from utils.prepare import lists, pairs, rfw
@@ -111,7 +112,8 @@ def run_rfw(release: Path) -> None:
 
 def test_rfw_becomes_one_set_per_ethnicity_in_the_order_of_its_list(release, capsys):
     run_rfw(release)
-    assert files(release / "bins") == ["African_test.bin", "Asian_test.bin"]
+    sets = [f"{name}_test{ending}" for name in ("African", "Asian") for ending in (".bin", "_identities.json")]
+    assert files(release / "bins") == sets
     said = ""
     for seed, (ethnicity, folder) in enumerate(FOLDERS.items()):
         path = release / "bins" / f"{ethnicity}_test.bin"
@@ -176,7 +178,7 @@ def test_a_missing_folder_of_images_is_named_and_others_are_written(release):
         InputError, match=f"There is no folder {folder}/African, nor {folder}/data/African: set --images"
     ):
         run_rfw(release)
-    assert files(release / "bins") == ["Asian_test.bin"]
+    assert files(release / "bins") == ["Asian_test.bin", "Asian_test_identities.json"]
 
 
 def swapped(lines: list[str]) -> list[str]:
@@ -265,7 +267,7 @@ def test_lfw_style_lists_are_read(faces, head, form, capsys):
         contents(faces, [f"{name}.jpg" for name in IMAGES]),
         [True, True, False, False],
     )
-    assert files(faces.parent / "out") == ["x.bin"]
+    assert files(faces.parent / "out") == ["x.bin", "x_identities.json"]
     assert "announces" not in capsys.readouterr().err
 
 
@@ -693,3 +695,22 @@ def test_a_mutated_list_is_read_or_refused(tmp_path):
             assert str(error).startswith(str(path))
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 40, outcomes
+
+
+# Identities -----------------------------------------------------------------------------------------------------------
+
+
+def test_identities_are_written_where_the_list_tells_them(tmp_path):
+    write_faces(tmp_path / "faces", {"a": 2, "b": 1})
+    one, two, b = (f"{name}/{name}_000{k}.jpg" for name, k in (("a", 1), ("a", 2), ("b", 1)))
+    known = [f"{one}\t{two}\t1", f"{one}\t{b}\t0"]
+    for lines, names in (
+        (["a\t1\t2", "a\t1\tb\t1"], [["a", "a"], ["a", "b"]]),
+        (known, [["a", "a"], ["a", "b"]]),
+        ([*known, f"{one}\t{two}\t0"], None),  # the folders are not the identities
+    ):
+        output, path = tmp_path / "out" / "x.bin", write_list(tmp_path / "pairs.txt", lines)
+        run(pairs, "--list", path, "--images", tmp_path / "faces", "--output", output)
+        found = read_bin(output)
+        identities = read_identities(output, found[1], found[2])
+        assert (identities if identities is None else identities.tolist()) == names
