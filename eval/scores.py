@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
 
-SAMPLE = 1000  # images per set whose embeddings are kept, for impostor pairs across groups
+SAMPLE = 1000  # distinct images per set whose embeddings are kept, for impostor pairs across groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Scored:
     kind: str  # one of `eval.models.KINDS`
     name: str  # teacher, adaptor, or a student's source and network
     distances: dict[str, np.ndarray]  # per set (P,) float64, squared
-    samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
+    samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread distinct images
     accuracies: tuple[float, ...]  # in percent, in order of the sets
     weights: tuple[str, ...]  # SHA-256 of its files
 
@@ -74,24 +74,26 @@ class Scores:
         """Returns distances (P,) and sample (K, D) of a model on one set; reuses and extends `features`, by network."""
         folder = self._kept / f"{model.kind} {model.name}"
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
-        which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
+        # Places in the .bin would count an image once for each of its pairs.
+        which = np.unique(np.linspace(0, len(pairs.distinct) - 1, SAMPLE).astype(np.int64))
+        of_sample = made_from | {"sample": "distinct images"}  # earlier versions sampled places
         forms = [
-            (folder / f"{name}.npy", (len(pairs.same),), np.float64),
-            (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32),
+            (folder / f"{name}.npy", (len(pairs.same),), np.float64, made_from),
+            (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32, of_sample),
         ]
-        if any(outdated(*form, made_from) is not None for form in forms):
+        if any(outdated(*form) is not None for form in forms):
             for network in set(model.networks) - features.keys():
                 title = f"{name} pairs, {model.kind} {model.name}"
                 features[network] = views(network, pairs.distinct, self._cfg, title)
             seen = [features[network] for network in model.networks]
             both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
-            embeddings = embed(both)[pairs.rows]
+            embeddings = embed(both)
             try:
-                write(forms[0][0], squared_distances(embeddings), made_from)
+                write(forms[0][0], squared_distances(embeddings[pairs.rows]), made_from)
             except InputError as error:
                 raise InputError(f"{model.kind} {model.name} on the pairs of {name}: {error}") from error
-            write(forms[1][0], embeddings[which].astype(np.float32), made_from)
-        return read(*forms[0], checked=False), read(*forms[1], checked=False)
+            write(forms[1][0], embeddings[which].astype(np.float32), of_sample)
+        return read(*forms[0][:3], checked=False), read(*forms[1][:3], checked=False)
 
 
 def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:

@@ -1,0 +1,87 @@
+"""Answers in three sentences who is worst off, by how much, and whether that is more than chance."""
+
+import numpy as np
+
+from eval.fairness import summary
+from eval.results import Results
+from eval.uncertainty import by_chance, is_within_chance
+
+SAME = 1e-9  # percentage points within which two accuracies are equal
+
+
+def answer(results: Results) -> tuple[str, ...]:
+    """Returns the three sentences, from the model with the best average and from how many models it is so.
+
+    For sets that are not groups the sentences say how accurate the model is, and that nothing follows for fairness.
+    """
+    best = int(results.accuracies.mean(1).argmax())
+    if not results.of_groups:
+        return _without_groups(results, best)
+    return _who(results, best), _by_how_much(results, best), _chance(results, best)
+
+
+def _without_groups(results: Results, best: int) -> tuple[str, ...]:
+    values, names = results.accuracies[best], [*results.same]
+    sentences = [f"The best average has {results.models[best].title}: {values.mean():.2f} % of the pairs are right."]
+    if len(names) > 1:
+        lowest = int(values.argmin())
+        sentences.append(f"Its lowest accuracy is {values[lowest]:.2f} %, on {names[lowest]}.")
+    return (*sentences, "These sets are not groups of people: they do not tell whether the model is fair.")
+
+
+def _who(results: Results, best: int) -> str:
+    values, title = results.accuracies[best], results.models[best].title
+    worst = _lowest(values)
+    others = len(results.models) - 1
+    model = f"{title}, the model of the best average," if others else title
+    if len(worst) == len(values):
+        return (
+            f"No group is worse off than another: {model} decides {values[0]:.2f} % of the pairs of each group "
+            "correctly."
+        )
+    names = [*results.same]
+    alike = sum(_lowest(row) == worst for m, row in enumerate(results.accuracies) if m != best)
+    also = f"; the same holds for {alike} of the {others} other models" if others else ""
+    who = " and ".join(names[k] for k in worst)
+    return (
+        f"Worst off {'is' if len(worst) == 1 else 'are'} {who}: {model} decides "
+        f"{values[worst[0]]:.2f} % of {'its' if len(worst) == 1 else 'their'} pairs correctly, the least of all "
+        f"groups{also}."
+    )
+
+
+def _by_how_much(results: Results, best: int) -> str:
+    values, names = results.accuracies[best], [*results.same]
+    low, high = int(values.argmin()), int(values.argmax())
+    if values[high] - values[low] <= SAME:
+        return "The difference between the groups' accuracies is 0.00 points."
+    gap = results.gap(best, low, high)
+    ser = summary(results.models[best].accuracies)[2]
+    errors = f"{ser:.2f} times as many errors" if np.isfinite(ser) else f"errors where {names[high]} has none"
+    return (
+        f"That is {gap.value:.2f} points below {names[high]}, the best-off group (95 % interval {gap.low:.2f} to "
+        f"{gap.high:.2f}, for these two, which were chosen as the extremes), and {errors}."
+    )
+
+
+def _chance(results: Results, best: int) -> str:
+    average, std, ser = summary(results.models[best].accuracies)
+    chance = by_chance(round(average, 2), results.pairs)
+    within = [is_within_chance(one.accuracies, results.pairs) for one in results.models]
+    verdict = "This can be chance" if within[best] else "This is more than chance"
+    count, of = sum(not one for one in within), len(within)
+    more = f"; more than chance is seen in {count} of {of} models" if of > 1 else ""
+    return (
+        f"{verdict}: of 100 perfectly fair models of the same average, 95 have an STD up to {chance.std_95:.2f} and "
+        f"95 an SER up to {_ratio(chance.ser_95)} on as many independent pairs; this one has {std:.2f} and "
+        f"{_ratio(ser)}{more}."
+    )
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "infinity"
+
+
+def _lowest(values: np.ndarray) -> list[int]:
+    """Returns the indices of the groups with the lowest accuracy."""
+    return np.flatnonzero(values <= values.min() + SAME).tolist()
