@@ -40,8 +40,8 @@ def _who(results: Results, best: int) -> str:
             "correctly."
         )
     names = [*results.same]
-    alike = sum(_lowest(row) == worst for m, row in enumerate(results.accuracies) if m != best)
-    also = f"; the same holds for {alike} of the {others} other models" if others else ""
+    alike = sum(_lowest(row) == worst for row in results.accuracies)
+    also = f"; the same holds for {alike} of all {others + 1} models" if others else ""
     who = " and ".join(names[k] for k in worst)
     return (
         f"Worst off {'is' if len(worst) == 1 else 'are'} {who}: {model} decides "

@@ -52,7 +52,7 @@ class Seeds:
         self.count = len(trainings)
         first, *others = trainings
         self.models = [key for key in first.distances if all(key in one.distances for one in others)]
-        self.left_out = sorted({" ".join(key) for one in trainings for key in one.distances if key not in self.models})
+        self.left_out = sorted({_title(key) for one in trainings for key in one.distances if key not in self.models})
         if not self.models:
             raise InputError("The folders have no model in common: give evaluations of the same plan.")
         self.sets = [*first.same]
@@ -109,12 +109,16 @@ class Seeds:
                 for column in columns:
                     found = self.estimate(one, column, other)
                     cells += [found, found.low > 0 or found.high < 0]
-                rows.append((" ".join(self.models[one]), " ".join(self.models[other]), *cells))
+                rows.append((_title(self.models[one]), _title(self.models[other]), *cells))
         header = ("Model", "minus", "Average", "Sure", *(("STD", "STD sure") if len(columns) > 1 else ()))
         note = (
             "Sure: zero is outside the interval of the difference over seeds and pairs, of the two models of each seed."
         )
         return Table("Differences over seeds", header, rows, 2, (note, METHOD), is_printed=False)
+
+
+def _title(key: Key) -> str:
+    return " ".join(part for part in key if part != "-")
 
 
 def over_both(values: np.ndarray, drawn: np.ndarray, t: np.ndarray) -> tuple[float, float]:
@@ -168,7 +172,7 @@ def _check(trainings: list[Training]) -> None:
             for key, weights in one.weights.items():
                 if before.weights.get(key) == weights:
                     raise InputError(
-                        f"{before.folder} and {one.folder} hold the same weights of {' '.join(key)}: give two seeds."
+                        f"{before.folder} and {one.folder} hold the same weights of {_title(key)}: give two seeds."
                     )
 
 
