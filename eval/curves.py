@@ -95,8 +95,10 @@ def ends(curves: dict[str, Curve], shared: dict[str, float]) -> tuple[tuple[floa
     marks = [curve.at(threshold) for curve in curves.values() for threshold in shared.values()]
     high_fmr = max([float(c.fmr[(c.fnmr <= 1.5 * low_fnmr).argmax()]) for c in curves.values()] + [x for x, _ in marks])
     high_fnmr = max([float(c.fnmr[c.fmr <= 1.5 * low_fmr][-1]) for c in curves.values()] + [y for _, y in marks])
-    highs = (min(max(1.5 * high, 10 * low), 1 - low) for high, low in ((high_fmr, low_fmr), (high_fnmr, low_fnmr)))
-    return tuple(zip((low_fmr, low_fnmr), highs, strict=True))
+    fmr, fnmr = (
+        (low, min(max(1.5 * high, 10 * low), 1 - low)) for low, high in ((low_fmr, high_fmr), (low_fnmr, high_fnmr))
+    )
+    return fmr, fnmr
 
 
 def _curve(distance: np.ndarray, same: np.ndarray) -> Curve:
@@ -115,7 +117,12 @@ def _mark(
 ) -> None:
     """Marks a group's rates at a shared threshold; a rate of 0 is marked at the end of the axis, and hollow."""
     face = "white" if 0 in errors else COLOURS[group % 8]
-    look = {"color": COLOURS[group % 8], "marker": MARKERS[threshold % 8], "markersize": 7, "markerfacecolor": face}
+    look: dict[str, Any] = {
+        "color": COLOURS[group % 8],
+        "marker": MARKERS[threshold % 8],
+        "markersize": 7,
+        "markerfacecolor": face,
+    }
     axes.plot(np.clip(x, *x_ends), np.clip(y, *y_ends), **look, clip_on=False, zorder=4)
 
 

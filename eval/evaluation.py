@@ -69,8 +69,8 @@ def main(cfg: Config) -> None:
         write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
     pictures = _draw(results, compared, _logs(cfg), folder)
     written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
-    for one in pictures:
-        names = [path.relative_to(folder).as_posix() for path in one.files]
+    for picture in pictures:
+        names = [path.relative_to(folder).as_posix() for path in picture.files]
         label = "curves/" if "/" in names[0] else f"{names[0]}, .svg, .pdf"
         written[label] = written.get(label, []) + names
     if cfg.report:

@@ -140,7 +140,7 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
         # The ninth look reuses the first colour, with another marker.
         marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
-        look = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
+        look: dict[str, Any] = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
         axes.plot(averages[of_look], stds[of_look], marker, label=label, **look)
     axes.set_xlabel("average accuracy (%): further right is better")
     axes.set_ylabel("STD of the groups (points): lower is fairer")

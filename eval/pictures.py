@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,11 +17,15 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 DPI = 130  # of the PNG files
-EXTENSIONS = {"png": {"dpi": DPI}, "svg": {"metadata": {"Date": None}}, "pdf": {"metadata": {"CreationDate": None}}}
+EXTENSIONS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": DPI},
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
 """The files of a picture, with the options that make them equal each time."""
 
 # Embeds TrueType fonts in PDF files and writes the text of SVG files as outlines: LaTeX needs no font for either.
-FONTS = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "mst-kd"}
+FONTS: Any = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "mst-kd"}
 REACH = (
     10,
     17,
@@ -74,7 +79,8 @@ def label_apart(axes: Axes, points: np.ndarray, names: list[str]) -> None:
     The nearest of the places around a point is taken that overlaps no other name, no point, and no edge of the axes; a
     line leads to a name that is not next to its point. The limits of the axes must be final.
     """
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()  # computes the layout, and with it the pixel of each point
     frame = np.array(axes.bbox.extents)
     pixels = axes.transData.transform(points)

@@ -85,8 +85,12 @@ class Seeds:
         """Returns all tables by file name, without extension."""
         every = range(len(self.models))
         notes = (f"Mean over {self.count} seeds.", METHOD, *self._notes())
-        means = [(*self.models[m], *(self.estimate(m, c) for c in range(len(self.columns)))) for m in every]
-        spread = [(*self.models[m], *map(float, self.values[:, m].std(0, ddof=1))) for m in every]
+        means: list[tuple[Cell, ...]] = [
+            (*self.models[m], *(self.estimate(m, c) for c in range(len(self.columns)))) for m in every
+        ]
+        spread: list[tuple[Cell, ...]] = [
+            (*self.models[m], *map(float, self.values[:, m].std(0, ddof=1))) for m in every
+        ]
         note = f"Standard deviation (ddof 1) of each column over {self.count} seeds, in percentage points."
         tables = {
             "seeds": Table("Seeds", (*NAMES, *self.columns), means, len(NAMES), notes),
