@@ -4,8 +4,8 @@ Reads   <pairs>, and from <output> the teachers, adaptors (with their teachers) 
         files given by --checkpoint and --teacher
 Writes  <output>/evaluation/ (a subfolder of it for other sets or given files): accuracy, intervals, differences and
         rates as .md, .csv and .tex; on RFW also paper.*, the paper's printed results beside the measured ones;
-        results.json; scores/ with a line per pair; pictures; with --report also report.html; distances/, which an
-        interrupted or repeated evaluation reuses
+        results.json; scores/ with a line per pair; pictures as .png, .svg and .pdf; with --report also report.html;
+        distances/, which an interrupted or repeated evaluation reuses
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
         python -m eval.evaluation --checkpoint FILE.onnx
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
@@ -19,10 +19,13 @@ from pathlib import Path
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
 from eval import acquisition, attributes, calibration, figures, paper, report
+from eval.answer import answer
 from eval.audit import Audit
+from eval.curves import draw_curves
 from eval.exchange import read_scores, written
 from eval.models import KINDS, families, model_of_files, models_of
 from eval.operating import check_reference
+from eval.pictures import Picture
 from eval.published import Row
 from eval.results import BEST, Results
 from eval.scores import Scored, Scores
@@ -45,6 +48,7 @@ class Measured:
     sets: dict[str, Pairs]
     scored: list[Scored]
     of_groups: bool
+    of_rfw: bool
     printed: dict[str, Row]  # rows of a paper that these can be compared with
     notes: tuple[str, ...]
 
@@ -61,7 +65,7 @@ def main(cfg: Config) -> None:
     if shared := in_two_groups(identities):
         print(shared)
     same = {name: pairs.same for name, pairs in sets.items()}
-    results = Results(scored, same, measured.of_groups, measured.notes, identities)
+    results = Results(scored, same, measured.of_groups, measured.notes, identities, measured.of_rfw)
     compared = paper.compare(measured.printed, scored, cfg, measured.notes)
     tables = results.tables() | _audit(cfg, results, sets)
     forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
@@ -71,6 +75,8 @@ def main(cfg: Config) -> None:
     for table in tables.values():
         if table.is_printed:
             print(table.markdown())
+    answered = answer(results)
+    print(*answered, sep="\n")
     if results.of_groups and results.of_one_kind:
         print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
     written_files = _write_forms(forms, folder)
@@ -83,11 +89,13 @@ def main(cfg: Config) -> None:
         "results.json": ["results.json"],
         "scores/": [*(f"scores/{_file_name(one)}.csv" for one in scored), *exchanged],
     }
-    written_files |= {name: [name] for name in pictures.values() if "/" not in name}
-    written_files["curves/"] = [name for name in pictures.values() if "/" in name]
+    for picture in pictures:
+        names = [path.relative_to(folder).as_posix() for path in picture.files]
+        label = "curves/" if "/" in names[0] else f"{names[0]}, .svg, .pdf"
+        written_files[label] = written_files.get(label, []) + names
     if cfg.report:
-        shown = {title: folder / name for title, name in pictures.items()}
-        write_text(folder / "report.html", report.page(tables, shown, cfg))
+        page = report.page(answered, tables, pictures, cfg, [*sets], measured.notes)
+        write_text(folder / "report.html", page)
         written_files["report.html"] = ["report.html"]
     _remove_stale(folder, {folder / name for names in written_files.values() for name in names})
     print(f"Written to {folder}: {', '.join(what for what, names in written_files.items() if names)}.")
@@ -108,7 +116,8 @@ def _measured(cfg: Config, folder: Path) -> Measured:
     scored.sort(
         key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS, "onnx"].index(one.network), KINDS.index(one.kind))
     )
-    return Measured(sets, scored, cfg.of_groups, printed, _notes(cfg))
+    of_rfw = paper.is_rfw(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
+    return Measured(sets, scored, cfg.of_groups, of_rfw, printed, _notes(cfg))
 
 
 def _measured_by_others(cfg: Config) -> Measured:
@@ -117,7 +126,7 @@ def _measured_by_others(cfg: Config) -> Measured:
     if len(theirs.sets) > 1:
         check_reference(list(theirs.sets), cfg.reference_group)
     notes = (f"Scores of {Path(cfg.scores).name}, computed elsewhere.", *theirs.notes)
-    return Measured(theirs.sets, [theirs.scored], len(theirs.sets) > 1, {}, notes)
+    return Measured(theirs.sets, [theirs.scored], len(theirs.sets) > 1, False, {}, notes)
 
 
 def _write_exchanged(cfg: Config, results: Results, sets: dict[str, Pairs], folder: Path) -> list[str]:
@@ -186,9 +195,9 @@ def _results_json(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tab
 
 def _remove_stale(folder: Path, written: set[Path]) -> None:
     """Deletes files of an earlier evaluation whose models or tables no longer exist."""
-    ours = [folder / name for name in ("report.html", "trade_off.png", "training.png", "paper.png")]
-    ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
-    ours += [*folder.glob("scores/*.csv"), *folder.glob("scores/*.bob.txt"), *folder.glob("curves/*.png")]
+    ours = [folder / "report.html"]
+    ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex", ".png", ".svg", ".pdf")]
+    ours += [*folder.glob("scores/*.csv"), *folder.glob("scores/*.bob.txt"), *folder.glob("curves/*.*")]
     for path in ours:
         if path not in written:
             path.unlink(missing_ok=True)
@@ -214,26 +223,35 @@ def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
 
 def _draw(
     results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
-) -> dict[str, str]:
-    """Draws all pictures; returns their paths relative to `folder`, by title."""
+) -> list[Picture]:
+    """Draws all pictures into `folder`."""
     models, note = results.models, " ".join(results.notes)
-    drawn = {"Accuracy of each group": "accuracy.png"}
-    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note, results.whole)
+    drawn: list[Picture] = []
+
+    def keep(section: str, title: str, path: Path, alt: str) -> None:
+        drawn.append(Picture(section, title, path, f"{note} {alt}".strip()))
+
+    path = folder / "accuracy.png"
+    alt = figures.draw_accuracies(models, list(results.same), results.intervals, path, note, results.whole)
+    keep("Accuracy of each group" if results.of_groups else "Accuracy of each set", "", path, alt)
     if results.of_groups:
-        drawn["Average against STD"] = "trade_off.png"
-        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note, results.whole)
+        path = folder / "trade_off.png"
+        keep("Average against STD", "", path, figures.draw_trade_off(models, results.pairs, path, note, results.whole))
     if compared:
-        drawn["Printed accuracies and those here"] = "paper.png"
-        figures.draw_paper(compared.panels, compared.sets, folder / "paper.png", note)
+        path = folder / "paper.png"
+        alt = figures.draw_paper(compared.panels, compared.sets, path, note)
+        keep("Printed accuracies and those here", "", path, alt)
     for one, shared in zip(models, results.shared, strict=True):
         if shared:
-            name = f"curves/{_file_name(one)}.png"
-            drawn[f"Error rates of {one.title}"] = name
+            path = folder / "curves" / f"{_file_name(one)}.png"
             thresholds = {title: threshold for title, threshold in shared.items() if threshold is not None}
-            figures.draw_curves(one, results.same, thresholds, folder / name, note)
-    if logs:
-        drawn["Training"] = "training.png"
-        figures.draw_training(logs, folder / "training.png", note)
+            alt = draw_curves(one, results.same, thresholds, path, note)
+            keep("ROC, DET and thresholds", one.title, path, alt)
+    for start in range(0, len(logs), figures.RUNS):
+        names = [*logs][start : start + figures.RUNS]
+        path = folder / (f"training_{start // figures.RUNS + 1}.png" if start else "training.png")
+        alt = figures.draw_training({name: logs[name] for name in names}, path, note)
+        keep("Training", f"Runs {names[0]} to {names[-1]}", path, alt)
     return drawn
 
 

@@ -39,7 +39,7 @@ class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
     `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
-    pair, None or no entry if they are not known.
+    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW.
     """
 
     def __init__(
@@ -49,8 +49,9 @@ class Results:
         of_groups: bool,
         notes: tuple[str, ...] = (),
         identities: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+        of_rfw: bool = False,
     ):
-        self.models, self.same, self.notes = models, same, notes
+        self.models, self.same, self.notes, self.of_rfw = models, same, notes, of_rfw
         self.identities = {name: identities.get(name) for name in same}
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
@@ -104,6 +105,11 @@ class Results:
 
     def _groups(self, one: Scored) -> rates.Groups:
         return {name: (one.distances[name], labels) for name, labels in self.same.items()}
+
+    def gap(self, model: int, low: int, high: int) -> Estimate:
+        """Returns the accuracy of set `high` minus that of `low`, in points, for the model with this index."""
+        samples, values = self._samples[:, model], self.accuracies[model]
+        return Estimate(float(values[high] - values[low]), *interval(samples[:, high] - samples[:, low]))
 
     def tables(self) -> dict[str, Table]:
         """Returns all tables by file name, without extension."""
@@ -228,8 +234,9 @@ class Results:
             rows += [(one.title, name, group, *row) for group, row in zip(self.same, matrix, strict=True)]
         counts = ", ".join(f"{len(sample)} of {group}" for group, sample in self.models[0].samples.items())
         note = (
-            f"False match rates between images of two groups: {counts}. On the diagonal: those of the group's own "
-            "impostor pairs, which RFW selected to be hard. An identity that is in two groups counts as an impostor."
+            f"False match rates between distinct images of two groups: {counts}. On the diagonal: those of the group's "
+            f"own impostor pairs{', which RFW selected to be hard' if self.of_rfw else ''}. An identity that is in two "
+            "groups counts as an impostor."
         )
         header = ("Model", "Threshold", "Group", *self.same)
         return Table("Impostors across groups", header, rows, 3, self._notes(note), is_printed=False)

@@ -19,7 +19,7 @@ from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
 from utils.weights import input_of, size_of
 
-SAMPLE = 1000  # images per set whose embeddings are kept, for impostor pairs across groups
+SAMPLE = 1000  # distinct images per set whose embeddings are kept, for impostor pairs across groups
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scored:
     kind: str  # one of `eval.models.KINDS`
     name: str  # teacher, adaptor, or a student's source and network
     distances: dict[str, np.ndarray]  # per set (P,) float64, squared
-    samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread images
+    samples: dict[str, np.ndarray]  # per set (K, D) float32, unit-length embeddings of evenly spread distinct images
     accuracies: tuple[float, ...]  # in percent, in order of the sets
     weights: tuple[str, ...]  # SHA-256 of its files
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)  # per set (U, D) of `Pairs.distinct`, if kept
@@ -84,30 +84,30 @@ class Scores:
         made_from |= input_of(*model.networks)
         made_from = in_precision(made_from, computed_in(self._cfg.infer_precision, device_of(self._cfg)))
         size = self._cfg.embedding_size if model.adaptor else size_of(model.networks[0], self._cfg)
-        which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
+        # Places in the .bin would count an image once for each of its pairs.
+        which = np.unique(np.linspace(0, len(pairs.distinct) - 1, SAMPLE).astype(np.int64))
+        of_sample = made_from | {"sample": "distinct images"}  # earlier versions sampled places
         forms = [
-            (folder / f"{name}.npy", (len(pairs.same),), np.float64),
-            (folder / f"{name}.sample.npy", (len(which), size), np.float32),
+            (folder / f"{name}.npy", (len(pairs.same),), np.float64, made_from),
+            (folder / f"{name}.sample.npy", (len(which), size), np.float32, of_sample),
         ]
         if self._cfg.corrections:
-            shape = (len(pairs.distinct), size)
-            forms.append((folder / f"{name}.embeddings.npy", shape, np.float32))
-        if any(outdated(*form, made_from) is not None for form in forms):
+            forms.append((folder / f"{name}.embeddings.npy", (len(pairs.distinct), size), np.float32, made_from))
+        if any(outdated(*form) is not None for form in forms):
             for network in set(model.networks) - features.keys():
                 title = f"{name} pairs, {model.kind} {model.name}"
                 features[network] = views(network, pairs.distinct, self._cfg, title)
             seen = [features[network] for network in model.networks]
             both = fuse(model.adaptor, seen, self._cfg) if model.adaptor else seen[0]
-            distinct = embed(both)
-            embeddings = distinct[pairs.rows]
+            embeddings = embed(both)
             try:
-                write(forms[0][0], squared_distances(embeddings), made_from)
+                write(forms[0][0], squared_distances(embeddings[pairs.rows]), made_from)
             except InputError as error:
                 raise InputError(f"{model.kind} {model.name} on the pairs of {name}: {error}") from error
-            write(forms[1][0], embeddings[which].astype(np.float32), made_from)
+            write(forms[1][0], embeddings[which].astype(np.float32), of_sample)
             for path, *_ in forms[2:]:
-                write(path, distinct.astype(np.float32), made_from)
-        return [read(*form, checked=False) for form in forms]
+                write(path, embeddings.astype(np.float32), made_from)
+        return [read(*form[:3], checked=False) for form in forms]
 
 
 def fuse(adaptor: nn.Module, features: list[np.ndarray], cfg: Config) -> np.ndarray:

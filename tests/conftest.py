@@ -17,6 +17,7 @@ import torch
 
 from config.config import Config
 from config.readers import called
+from eval.pictures import EXTENSIONS
 from eval.published import mst_kd
 from tests.runs import GROUPS, arguments, run_script
 from utils.data.synthetic import generate
@@ -100,10 +101,12 @@ def cfg(tmp_path) -> Config:
 def blank_pictures(monkeypatch) -> None:
     """Writes blank pictures, for tests of tables: drawing takes most of an evaluation's time."""
 
-    def save(figure, axes, path: Path, note: str) -> None:
-        put(path, encode(np.zeros((1, 1, 3), np.uint8), ".png"))
+    def save(figure, path: Path, note: str = "") -> None:
+        for extension in EXTENSIONS:
+            put(path.with_suffix(f".{extension}"), encode(np.zeros((1, 1, 3), np.uint8), ".png"))
 
-    monkeypatch.setattr("eval.figures._save", save)
+    monkeypatch.setattr("eval.figures.save", save)
+    monkeypatch.setattr("eval.curves.save", save)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.soak import reproduction
 from utils.errors import InputError
 from utils.process import Interrupted, guarded
 from utils.stages import disk, rates
-from utils.stages.paper import Stage, paper
+from utils.stages.paper import Stage, of_seeds, paper
 from utils.stages.rates import ADAPT, INFER, TRAIN, measured_rates, operations, rates_from
 from utils.stages.runner import Record, Runner
 from utils.stages.work import IMAGE, counted, makespan, papers_counts, seconds, work_of_all
@@ -256,6 +256,32 @@ def test_a_plan_without_data_uses_the_papers_counts(cfg, monkeypatch, capsys):
         reproduce.main(given)
 
 
+def test_seeds_repeat_the_plan_in_folders_of_their_own(cfg, capsys):
+    stages = of_seeds(cfg, (3, 5))
+    once = paper(cfg)
+    assert [stage.name for stage in stages] == [f"seed{k}-{stage.name}" for k in (3, 5) for stage in once]
+    assert {(stage.cfg.seed, stage.cfg.output) for stage in stages} == {(k, f"{cfg.output}/seed{k}") for k in (3, 5)}
+    written = [path for stage in stages for path in stage.writes]
+    assert len(written) == len({*written}) == 2 * sum(len(stage.writes) for stage in once)
+    assert all(name.split("-")[0] == stage.name.split("-")[0] for stage in stages for name in stage.needs)
+    reproduce.main(["--plan", "--rate", "10", "--seeds", "3,5", *cfg.changed])
+    text = capsys.readouterr().out
+    assert text.count("   $ python ") == 2 * 27
+    assert f"--output {cfg.output}/seed5" in text
+    assert not Path(cfg.output).exists()
+
+
+def test_the_tables_over_seeds_are_written_at_the_end(cfg, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(Runner, "run", lambda self: True)
+    monkeypatch.setattr(reproduce, "write_tables", lambda *given: seen.append(given))
+    Path(cfg.output).mkdir()
+    reproduce.main(["--seeds", "0,1", *cfg.changed])
+    folders = [Path(cfg.output, f"seed{k}", "evaluation") for k in (0, 1)]
+    assert seen == [(folders, Path(cfg.output) / "seeds")]
+    assert f"All stages are finished: {folders[0]}/report.html, {folders[1]}/report.html" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("plan", [["--plan", "--rate", "10"], []])
 def test_too_little_disk_space_is_refused_before_anything_starts(cfg, plan, monkeypatch):
     usage = shutil.disk_usage("/")
@@ -280,6 +306,10 @@ def test_too_little_disk_space_is_refused_before_anything_starts(cfg, plan, monk
         (["--plan", "--rate", "nan"], "rate must be a number above 0"),
         (["--plan", "--rate", "fast"], "rate must be a number above 0"),
         (["--devices", "0,1,0"], "devices 0,1,0 must be different"),
+        (["--seeds", "0,0"], "seeds 0,0 must be two or more different numbers"),
+        (["--seeds", "7"], "seeds 7 must be two or more different numbers"),
+        (["--seeds", "0,a"], "seeds 0,a must be two or more different numbers"),
+        (["--seeds", "0,1", "--seed", "2"], "seeds 0,1 must be two or more different numbers, without seed"),
     ],
 )
 def test_settings_that_distinguish_stages_are_refused(given, said, capsys):

@@ -86,6 +86,16 @@ def paper(cfg: Config) -> list[Stage]:
     return [*stages, Stage("evaluation", "-m eval.evaluation", evaluated, needs, "evaluation", read, results)]
 
 
+def of_seeds(cfg: Config, seeds: tuple[int, ...]) -> list[Stage]:
+    """Returns the stages of `paper` for each seed; they write below <output>/seed<k>, and their names start so."""
+
+    def named(stage: Stage, seed: int) -> Stage:
+        return replace(stage, name=f"seed{seed}-{stage.name}", needs=tuple(f"seed{seed}-{one}" for one in stage.needs))
+
+    plans = {seed: paper(replace(cfg, seed=seed, output=f"{cfg.output}/seed{seed}")) for seed in seeds}
+    return [named(stage, seed) for seed, stages in plans.items() for stage in stages]
+
+
 def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:
     read = (Path(cfg.data), *cfg.pairs_files.values(), *reads)
     return [

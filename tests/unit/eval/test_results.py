@@ -90,6 +90,12 @@ def test_every_table_has_the_right_numbers_in_its_columns(results):
     assert [row[2] for row in impostors] == list(GROUPS)
     assert impostors[0][4] == impostors[1][3]
     assert impostors[0][4].of == 50 * 50
+    assert not any("RFW" in note for note in tables["impostors"].notes)
+
+
+def test_impostors_of_rfw_are_said_to_be_hard():
+    rfw = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], SAME, True, of_rfw=True)
+    assert "own impostor pairs, which RFW selected to be hard." in " ".join(rfw.tables()["impostors"].notes)
 
 
 def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
