@@ -838,14 +838,17 @@ def test_a_capture_that_fails_ends_the_run_which_goes_on_without(cfg, monkeypatc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_images", [False, True])
+def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch, of_images):
     random = np.random.default_rng(0)
     columns = {"embedding": random.normal(size=(80, 32)).astype(np.float32), "label": random.integers(0, 50, 80)}
+    columns["image"] = random.integers(0, 256, (80, 112, 112, 3), np.uint8)
 
     def fitted(name: str, stop_at: int = -1) -> Path:
         cfg = Config(batch_size=8, device="cuda", output=str(tmp_path / name), num_epoch_fc=3)
         setup(cfg)
-        network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
+        layers = [Small()] if of_images else [torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16)]
+        network = torch.nn.Sequential(*layers, torch.nn.Dropout(0.4))
         header, faces = ElasticArcFace(16, 50, std=0.0125), Faces.__new__(Faces)
         faces.cfg, faces.flip, faces.rows, faces.sources, faces.identities = cfg, False, np.arange(80), {}, ()
         faces.columns = {name: Column((values,)) for name, values in columns.items()}
@@ -858,12 +861,16 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
             return plain(self, minutes)
 
         def losses(embedding, label):
-            return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
+            return {"eaf": header.loss(F.normalize(network(embedding)), label)}
+
+        def losses_of_images(image, label):
+            return losses(image, label)
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "due", due)
             try:
-                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
+                given = losses_of_images if of_images else losses
+                fit(given, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
             except Interrupted:
                 fitted(name)
         assert name == "plain" or seen[-1]._replay
