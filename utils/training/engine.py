@@ -57,9 +57,8 @@ def fit(
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
-    The parameters of `losses` are names of columns of `faces`; it gets a batch of each and returns scalars by name.
-    Those named in `measures` are logged only, all others are losses and summed. A parameter `repeats` gets an int: no
-    label occurs more often in a batch of all ranks in this epoch, so a loss need not wait for a GPU to count it.
+    The parameters of `losses` are columns of `faces` or `repeats` (see `Losses`); it returns scalars by name. Those
+    named in `measures` are logged only, all others are losses and summed.
 
     `kind` is "teacher", the name of an adaptor or the method of a student; a kind that config does not know is trained
     as a student. It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change
@@ -93,7 +92,6 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
-        losses = _with_repeats(losses, faces, progress)
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
@@ -116,7 +114,7 @@ def _train(
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
     captured = cfg.capture and device.type == "cuda" and world_size() == 1
-    reader = _Reader(columns, faces, cfg)
+    reader, losses = _Reader(columns, faces, cfg), _with_repeats(losses, faces, progress)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
@@ -265,7 +263,7 @@ def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
 
 
 def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
-    """Returns `losses` with the `repeats` of the epoch (see `fit`), if that is one of its parameters."""
+    """Returns `losses` with the `repeats` of the epoch (see `Losses`), if that is one of its parameters."""
     if "repeats" not in inspect.signature(losses).parameters:
         return losses
     repeats = functools.lru_cache(1)(faces.repeats)

@@ -1,6 +1,7 @@
 """How a network computes: in training in the precision that is set, and compiled on request; in inference in fp32."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -61,6 +62,7 @@ def eagerly_if_compiling_fails(network: nn.Module, losses: Callable) -> Callable
     """Returns `losses`; if compiling `network` fails in a call, the call is repeated without compilation."""
     from torch._dynamo.exc import TorchDynamoException  # importing it takes a second, so only where something compiles
 
+    @functools.wraps(losses)  # `fit` reads the names of its parameters
     def repeated(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         try:
             return losses(**batch)

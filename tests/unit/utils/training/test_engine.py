@@ -1,6 +1,7 @@
 """The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -672,8 +673,10 @@ def test_an_error_in_the_losses_is_not_taken_for_one_of_the_compiler():
     def losses(image):
         raise RuntimeError("sizes do not match")
 
+    wrapped = eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)
+    assert [*inspect.signature(wrapped).parameters] == ["image"]
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)(image=None)
+        wrapped(image=None)
 
 
 def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
