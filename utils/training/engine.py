@@ -57,10 +57,8 @@ def fit(
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
 
-    The parameters of `losses` are names of columns of `faces`. It is called with a batch of each, and returns a dict of
-    scalar tensors. Those named in `measures` are logged only, all others are losses and summed. A parameter
-    `repeats` gets an int: no label occurs more often in a batch of all ranks in this epoch, so a loss need not wait for
-    a GPU to count it.
+    The parameters of `losses` are columns of `faces` or `repeats` (see `Losses`); it returns a dict of scalar tensors.
+    Those named in `measures` are logged only, all others are losses and summed.
 
     `kind` is "teacher", the name of an adaptor or the method of a student; any other kind uses the students' schedule.
     It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change when the run is
@@ -76,8 +74,7 @@ def fit(
     """
     columns = _columns_of(losses, faces)
     _require_batch(faces, folder, cfg, kind)
-    if header is not None and "label" in columns:
-        _require_classes(columns["label"].arrays[0][faces.rows], header)
+    _require_classes(columns, faces, header)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
         run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
@@ -97,7 +94,6 @@ def fit(
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
-        losses = _with_repeats(losses, faces, progress)
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
             contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
@@ -120,7 +116,7 @@ def _train(
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
     captured = cfg.capture and device.type == "cuda" and world_size() == 1
-    reader = _Reader(columns, faces, cfg)
+    reader, losses = _Reader(columns, faces, cfg), _with_repeats(losses, faces, progress)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
@@ -269,18 +265,19 @@ def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
 
 
 def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
-    """Returns `losses` with the `repeats` of the epoch (see `fit`), if that is one of its parameters."""
+    """Returns `losses` with the `repeats` of the epoch (see `Losses`), if that is one of its parameters."""
     if "repeats" not in inspect.signature(losses).parameters:
         return losses
     repeats = functools.lru_cache(1)(faces.repeats)
     return lambda **batch: losses(**batch, repeats=repeats(progress.epoch))
 
 
-def _require_classes(label: np.ndarray, header: nn.Module) -> None:
-    """Raises InputError if a label (N,) is no class of the header; a GPU would end the process by an assertion."""
+def _require_classes(columns: dict[str, Column], faces: Faces, header: nn.Module | None) -> None:
+    """Raises InputError if a label is no class of the header; a GPU would end the process by an assertion."""
     kernel = getattr(header, "kernel", None)
-    if kernel is None:
+    if kernel is None or "label" not in columns:
         return
+    label = columns["label"].arrays[0][faces.rows]
     classes = header.classes if isinstance(header, ShardedHeader) else kernel.shape[1]
     if label.min() < 0 or label.max() >= classes:
         raise InputError(f"The labels are {label.min()} to {label.max()}, but the header has {classes} classes.")

@@ -1,6 +1,7 @@
 """How a network computes: in the precision set for training or inference, and compiled in training on request."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -64,6 +65,7 @@ def eagerly_if_compiling_fails(network: nn.Module, losses: Callable) -> Callable
     """Returns `losses`; if compiling `network` fails in a call, the call is repeated without compilation."""
     from torch._dynamo.exc import TorchDynamoException  # importing it takes a second, so only where something compiles
 
+    @functools.wraps(losses)  # `fit` reads the names of its parameters
     def repeated(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
         try:
             return losses(**batch)

@@ -21,8 +21,9 @@ from utils.training.cuda_graph import CapturedStep
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Returns the losses and measures of a batch by name, as scalars.
 
-Its parameters are names of columns (see utils.data.columns), or `repeats` (see `fit`). Losses are summed, measures are
-only logged.
+Its parameters are names of columns (see utils.data.columns), of which it gets a batch. A parameter `repeats` gets an
+int: no label occurs more often in any batch of all ranks in this epoch. If a loss counted that itself, the host would
+wait for the GPU. Losses are summed, measures are only logged.
 """
 
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"

@@ -1,6 +1,7 @@
 """The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -704,8 +705,10 @@ def test_an_error_in_the_losses_is_not_taken_for_one_of_the_compiler():
     def losses(image):
         raise RuntimeError("sizes do not match")
 
+    wrapped = eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)
+    assert [*inspect.signature(wrapped).parameters] == ["image"]
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)(image=None)
+        wrapped(image=None)
 
 
 def test_embeddings_are_computed_in_their_own_precision_however_the_network_is_trained(cfg):
@@ -876,14 +879,17 @@ def test_a_capture_that_fails_ends_the_run_which_goes_on_without(cfg, monkeypatc
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_images", [False, True])
+def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch, of_images):
     random = np.random.default_rng(0)
     columns = {"embedding": random.normal(size=(80, 32)).astype(np.float32), "label": random.integers(0, 50, 80)}
+    columns["image"] = random.integers(0, 256, (80, 112, 112, 3), np.uint8)
 
     def fitted(name: str, stop_at: int = -1) -> Path:
         cfg = Config(batch_size=8, device="cuda", output=str(tmp_path / name), num_epoch_fc=3)
         setup(cfg)
-        network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
+        layers = [Small()] if of_images else [torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16)]
+        network = torch.nn.Sequential(*layers, torch.nn.Dropout(0.4))
         header, faces = ElasticArcFace(16, 50, std=0.0125), Faces.__new__(Faces)
         faces.cfg, faces.flip, faces.rows, faces.sources, faces.identities = cfg, False, np.arange(80), {}, ()
         faces.columns = {name: Column((values,)) for name, values in columns.items()}
@@ -896,12 +902,16 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
             return plain(self, minutes)
 
         def losses(embedding, label):
-            return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
+            return {"eaf": header.loss(F.normalize(network(embedding)), label)}
+
+        def losses_of_images(image, label):
+            return losses(image, label)
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "due", due)
             try:
-                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
+                given = losses_of_images if of_images else losses
+                fit(given, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
             except Interrupted:
                 fitted(name)
         assert name == "plain" or seen[-1]._replay
