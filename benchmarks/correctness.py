@@ -16,6 +16,7 @@ from torch import nn
 
 from backbones import build_adaptor, build_backbone
 from config.config import Config
+from config.registry import ADA_LOSSES
 from utils.data.columns import Batch, Column, stream
 from utils.data.faces import Faces
 from utils.losses import build_header
@@ -50,20 +51,25 @@ def network_errors(name: str, precision: str, device: torch.device) -> dict[str,
 
 
 def header_errors(name: str, device: torch.device) -> dict[str, float]:
-    """Returns the errors of a header's loss and gradients; the elastic margins do not vary."""
+    """Returns the errors of a header's loss and gradients, and of AdaDistill's centres; margins do not vary."""
     torch.manual_seed(0)
-    header = build_header(name, CLASSES, Config(loss=name, std=0.0), "teacher")
+    is_ada = name in ADA_LOSSES
+    cfg = Config(ada_loss=name) if is_ada else Config(loss=name, std=0.0)
+    header = build_header(name, CLASSES, cfg, name if is_ada else "teacher")
     reference = copy.deepcopy(header).double()
-    embeddings, label = torch.randn(64, 512), torch.randint(CLASSES, (64,))
+    student, teacher, label = torch.randn(64, 512), torch.randn(64, 512), torch.randint(CLASSES, (64,))
 
-    def computed(header: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        inputs.requires_grad_()
-        loss = header.loss(inputs, label.to(inputs.device))
-        return loss, [*torch.autograd.grad(loss, (inputs, header.kernel))]
+    def computed(header: nn.Module, dtype: torch.dtype, device: torch.device) -> list[list[torch.Tensor]]:
+        inputs = [value.to(device, dtype) for value in ([student, teacher] if is_ada else [student])]
+        inputs[0].requires_grad_()
+        loss = header.loss(*inputs, label.to(device))
+        gradients = torch.autograd.grad(loss, [inputs[0], *header.parameters()])
+        return [[loss], [*gradients], [header.kernel]]
 
-    exact, exact_gradients = computed(reference, embeddings.double())
-    found, gradients = computed(header.to(device), embeddings.detach().clone().to(device))
-    return {"loss": apart([found], [exact]), "gradients": apart(gradients, exact_gradients)}
+    exact = computed(reference, torch.float64, torch.device("cpu"))
+    found = computed(header.to(device), torch.float32, device)
+    names = ("loss", "gradients", "centres") if is_ada else ("loss", "gradients")
+    return {what: apart(one, other) for what, one, other in zip(names, found, exact, strict=False)}
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

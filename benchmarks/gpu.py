@@ -106,7 +106,7 @@ class Bench:
         for precision in networks.PRECISIONS:
             function = functools.partial(correctness.network_errors, self.size.network, precision, self.device)
             yield "correctness", f"{self.size.network} in {precision}", function
-        for name in LOSSES:
+        for name in (*LOSSES, "AdaArcDistill", "AdaCosDistill"):
             yield "correctness", f"header {name}", functools.partial(correctness.header_errors, name, self.device)
 
     def _run_error(self, kind: str, cfg: Config) -> dict[str, float]:

@@ -229,12 +229,12 @@ def test_a_plan_runs_and_writes_nothing(cfg, capsys):
     reproduce.main(["--plan", "--rate", "10", "--devices", "0,1", *cfg.changed])
     text = capsys.readouterr().out
     assert text.count("   $ python ") == 27
-    assert " 2 teacher-A  0.2 min" in text  # (24 + 320 / 3.7) / 10 seconds
+    assert " 2 teacher-A  0.2 min" in text  # (24 + 320 / 3.94) / 10 seconds
     assert (
         "   sees    24 images in training of iresnet_tiny; 320 images in inference of iresnet_tiny (2 epochs)" in text
     )
     assert f"writes  {cfg.output}/baseline/split/{{A.json,B.json}}" in text
-    assert "Rates  training of iresnet_tiny 10.0 images/s; inference of iresnet_tiny 37.0 images/s" in text
+    assert "Rates  training of iresnet_tiny 10.0 images/s; inference of iresnet_tiny 39.4 images/s" in text
     assert "on 2 devices" in text
     assert "is not there" not in text
     assert not Path(cfg.output).exists()
