@@ -84,6 +84,19 @@ DEFINITIONS: dict[str, Definition] = {
         "equal in all groups",
         ISO,
     ),
+    "FMR / reference": Definition("FMR of the group divided by that of the reference group.", "1"),
+    "FNMR / reference": Definition("FNMR of the group divided by that of the reference group.", "1"),
+    "d'": Definition(
+        "Difference of the mean scores of genuine and impostor pairs, divided by the root of their mean variance.",
+        "equal in all groups",
+    ),
+    "Genuine mean": Definition("Mean score of the genuine pairs.", "equal in all groups"),
+    "Genuine sd": Definition("Standard deviation (ddof 1) of the scores of the genuine pairs.", "equal in all groups"),
+    "Impostor mean": Definition("Mean score of the impostor pairs.", "equal in all groups"),
+    "Impostor sd": Definition(
+        "Standard deviation (ddof 1) of the scores of the impostor pairs.", "equal in all groups"
+    ),
+    "Failure to acquire": Definition("Share of images in which no face could be aligned.", "equal in all groups", ISO),
     "FDR": Definition(
         "Fairness discrepancy rate: 1 - (largest difference of two groups' FMR + largest difference of FNMR) / 2.",
         "1",

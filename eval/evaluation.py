@@ -48,8 +48,9 @@ def main(cfg: Config) -> None:
         scored = [one for family in found for one in _score_family(family, sets, folder)]
     scored.sort(key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS].index(one.network), KINDS.index(one.kind)))
 
-    of_rfw = paper.is_rfw(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg), of_rfw)
+    same = {name: pairs.same for name, pairs in sets.items()}
+    of_rfw = paper.is_rfw(cfg, {name: len(labels) for name, labels in same.items()})
+    results = Results(scored, same, cfg.of_groups, _notes(cfg), of_rfw=of_rfw)
     compared = paper.compare(printed, scored, cfg, _notes(cfg))
     tables = results.tables()
     forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
