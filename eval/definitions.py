@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from eval.indices import INDICES
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -84,6 +86,19 @@ DEFINITIONS: dict[str, Definition] = {
         "equal in all groups",
         ISO,
     ),
+    "FMR / reference": Definition("FMR of the group divided by that of the reference group.", "1"),
+    "FNMR / reference": Definition("FNMR of the group divided by that of the reference group.", "1"),
+    "d'": Definition(
+        "Difference of the mean scores of genuine and impostor pairs, divided by the root of their mean variance.",
+        "equal in all groups",
+    ),
+    "Genuine mean": Definition("Mean score of the genuine pairs.", "equal in all groups"),
+    "Genuine sd": Definition("Standard deviation (ddof 1) of the scores of the genuine pairs.", "equal in all groups"),
+    "Impostor mean": Definition("Mean score of the impostor pairs.", "equal in all groups"),
+    "Impostor sd": Definition(
+        "Standard deviation (ddof 1) of the scores of the impostor pairs.", "equal in all groups"
+    ),
+    "Failure to acquire": Definition("Share of images in which no face could be aligned.", "equal in all groups", ISO),
     "FDR": Definition(
         "Fairness discrepancy rate: 1 - (largest difference of two groups' FMR + largest difference of FNMR) / 2.",
         "1",
@@ -108,6 +123,8 @@ DEFINITIONS: dict[str, Definition] = {
     ),
     "Seeds": Definition("Number of training runs that differ in their seed only."),
 }
+for _name, _index in INDICES.items():  # those that are not described in words above
+    DEFINITIONS.setdefault(_name, Definition(_index.definition, _index.fair, _index.source))
 """Definitions by term, which is a column's header or its first words: "FMR" defines "FMR African"."""
 
 

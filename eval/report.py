@@ -17,7 +17,7 @@ from utils.environment import versions
 from utils.tables import Table
 
 FOLDER = Path(__file__).parent
-PLACES = ("data", "pairs", "leave_out", "checkpoint", "teacher")
+PLACES = ("data", "pairs", "leave_out", "checkpoint", "teacher", "scores")
 """Settings with paths, of which the page shows the names only: it may be sent to others."""
 
 
@@ -41,7 +41,7 @@ def page(
     contents["Definitions"] = _definitions(defined)
     links = "".join(f'<li><a href="#{_id(title)}">{html.escape(title)}</a></li>' for title in contents)
     body = "\n".join(f'<section id="{_id(title)}"{_kind(text)}>\n{text}</section>' for title, text in contents.items())
-    title = html.escape(f"Evaluation of {Path(cfg.checkpoint or cfg.output).resolve().name}")
+    title = html.escape(f"Evaluation of {Path(cfg.scores or cfg.checkpoint or cfg.output).resolve().name}")
     style, script = ((FOLDER / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -332,9 +332,11 @@ def test_a_row_needs_a_single_checkpoint():
 @pytest.fixture
 def as_if_rfw(monkeypatch, printed_for_tiny):
     """Treats generated sets of 20 pairs as RFW."""
+    published.fairness_ocfr()  # reads and checks the rows, once, with the real numbers of pairs
     monkeypatch.setitem(PAIRS, "MST-KD", dict.fromkeys(GROUPS, 20))
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_evaluation_writes_tables_picture_and_report(trained, tmp_path, as_if_rfw, capsys):
     cfg, given = trained
     output = tmp_path / "output"
