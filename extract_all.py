@@ -28,7 +28,8 @@ def main(cfg: Config) -> None:
     for name, (teacher, digest) in zip(names, teachers, strict=True):
         extract(cfg, faces, name, teacher, digest)
     alone = cfg.setting == "standalone"  # one teacher needs no adaptor
-    following = replace(cfg, teacher=(), ada_source="teacher" if alone else cfg.ada_source)
+    following = replace(cfg, teacher=())
+    following = replace(following, ada_source="teacher") if alone else following
     announce(following, cfg.network_dir / "embeddings", "KD_AdaDistill.py" if alone else "fc_EArc.py")
 
 
