@@ -47,7 +47,7 @@ Part = tuple[str, str, Callable[[], Any]]
 """Section, name and function of a measurement; the function returns what JSON can hold."""
 
 PUBLISHED = "training, published way with PyTorch's defaults"
-NOTED = ("The step could not be captured", "The captured step", "compile:")
+NOTED = ("The captured step", "compile:")
 """Lines that begin so say that a step was not taken as its name says: they are kept beside the results."""
 
 DEFAULT, EXTRACTION, ADAPTOR = "training, this code by default", "inference by default", "SL adaptor's step"
@@ -125,6 +125,8 @@ class Bench:
         yield "rates", PUBLISHED, functools.partial(self._published, small)
         yield "rates", DEFAULT, functools.partial(self._training, small)
         yield "rates", "training, bf16", functools.partial(self._training, small, precision="bf16")
+        eager = functools.partial(self._training, small, precision="bf16", capture=False)
+        yield "rates", "training, bf16, not captured", eager
         if self.size.compiles:
             own = {"precision": "bf16", "compile": True}
             yield "rates", "training, bf16, compiled", functools.partial(self._training, small, **own)

@@ -48,7 +48,7 @@ def mixed_precision(network: nn.Module, precision: str, device: torch.device, tr
 def compiled(network: nn.Module) -> Iterator[None]:
     """Compiles `network` in this context; if there is no compiler, prints one line and leaves it as it is.
 
-    It is compiled for the shapes of a training batch. What runs in eval mode is not compiled (see `eager_fp32`).
+    It is compiled for the shapes of a training batch. What runs in eval mode is not compiled (see `uncompiled`).
     """
     try:
         torch.compiler.reset()  # PyTorch stops recompiling code after a few networks of the same class
