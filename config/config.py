@@ -87,6 +87,7 @@ class Config:
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
 
     # Evaluation
+    evaluation_groups: tuple[str, ...] | None = None  # groups verified on, in training too; None: `ethnicities`
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
@@ -125,6 +126,9 @@ class Config:
         for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint"):
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
+        self._check("evaluation_groups", _are_names, "names of groups, separated by commas")
+        self._check("evaluation_groups", lambda names: len(set(names)) == len(names), "different names")
+        self._check("evaluation_groups", lambda _: self.pairs_sets is None, "None where pairs_sets names the sets")
         self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
         names = self.ethnicities
         self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
@@ -185,12 +189,14 @@ class Config:
 
         A specialised teacher is selected on its own group (paper 4.2). The baseline's teachers, quarter1 first, are
         selected on African, Asian, Caucasian, Indian (paper 4.5 and Table 1); other groups follow in the order given.
+        A group that is not among those verified on (`evaluation_groups`) cannot select an epoch.
         """
         if not self.of_groups or self.setting == "standalone":
             return ""
-        if not self.is_teacher_baseline:
-            return teacher
-        return _first(ASSIGNED_ORDER, self.ethnicities)[self.quarters.index(teacher)]
+        group = teacher
+        if self.is_teacher_baseline:
+            group = _first(ASSIGNED_ORDER, self.ethnicities)[self.quarters.index(teacher)]
+        return group if group in self.verified_groups else ""
 
     @property
     def selected_ethnicities(self) -> tuple[str, ...]:
@@ -297,22 +303,28 @@ class Config:
         """Folder of the results: <output>/evaluation for the best weights on the groups, else a subfolder of it."""
         parts = ["last"] if self.weights == "last" and not self.checkpoint else []
         parts += ["published adaptor input"] if self.published_adaptor_input else []
-        parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
+        if sets := self.pairs_sets or (() if self.verified_groups == self.ethnicities else self.verified_groups):
+            parts.append(_joined(sets))
         if self.checkpoint:
             paths = "\n".join(str(Path(path).resolve()) for path in (self.checkpoint, *self.teacher))
             parts += [f"{Path(self.checkpoint).stem}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"]
         return Path(self.output, "evaluation", *parts)
 
     @property
+    def verified_groups(self) -> tuple[str, ...]:
+        """The groups that models are verified on: `evaluation_groups`, else `ethnicities`."""
+        return self.ethnicities if self.evaluation_groups is None else self.evaluation_groups
+
+    @property
     def of_groups(self) -> bool:
         """Whether there is one verification set per group, so that fairness can be measured."""
-        return bool(self.ethnicities) and not self.pairs_sets
+        return bool(self.verified_groups) and not self.pairs_sets
 
     @property
     def pairs_files(self) -> dict[str, Path]:
         """Files of the verification sets by name: `pairs_sets`, else one per group, else the usual five sets."""
         if self.of_groups:
-            return {name: self.pairs_file(name) for name in self.ethnicities}
+            return {name: self.pairs_file(name) for name in self.verified_groups}
         return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets or PAIRS_SETS}
 
     def pairs_file(self, ethnicity: str) -> Path:
@@ -384,6 +396,7 @@ class Config:
 
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
+LONGEST_NAME = 150  # bytes in the name of a folder that lists names
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
@@ -401,6 +414,13 @@ def _are_names(names: tuple) -> bool:
 def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     """Sorts the names that are in `order` to the front, in that order."""
     return (*(name for name in order if name in names), *(name for name in names if name not in order))
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    """Joins names to the name of a folder: a+b+c; a long one is cut, and made unique by a digest of all names."""
+    whole = "+".join(names)
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    return whole if len(os.fsencode(whole)) <= LONGEST_NAME else f"{names[0][:LONGEST_NAME]}+{len(names) - 1}-{digest}"
 
 
 def _view(name: str, flipped: bool) -> str:

@@ -15,7 +15,7 @@ _TRAINING = (TRAIN, *_ADAPTORS, *_STUDENTS)
 _STAGES = (TRAIN, EXTRACT, *_ADAPTORS, *_STUDENTS)
 _TABLE = (
     ("data", SCRIPTS[:-1]),
-    ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
+    ("pairs pairs_sets evaluation_groups", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
     ("leave_out skip_bad_images", _STAGES),
@@ -49,7 +49,7 @@ READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 
 CHANGES_NO_NUMBER = {
     # Data and weights are compared by their digests instead of their paths.
-    *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "weights"),
+    *("data", "pairs", "pairs_sets", "evaluation_groups", "output", "cache", "leave_out", "skip_bad_images", "weights"),
     # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.

@@ -17,7 +17,7 @@ from pathlib import Path
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
 from eval import figures, paper, report
-from eval.models import KINDS, families, model_of_files, models_of
+from eval.models import KINDS, families, left_out, model_of_files, models_of
 from eval.results import Results
 from eval.scores import Scored, Scores
 from utils.data.pairs import Pairs, load_pairs
@@ -40,13 +40,14 @@ def main(cfg: Config) -> None:
     sets = load_pairs(cfg)
     printed = paper.comparable(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
     if model:
-        scored = Scores(cfg, sets, folder / "distances").of([model])
+        scored, notes = Scores(cfg, sets, folder / "distances").of([model]), _notes(cfg)
     else:
-        scored = [one for family in found for one in _score_family(family, sets, folder)]
+        scored, missing = _score_families(cfg, found, sets, folder)
+        notes = (*_notes(cfg), *missing)
     scored.sort(key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS].index(one.network), KINDS.index(one.kind)))
 
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, _notes(cfg))
-    compared = paper.compare(printed, scored, cfg, _notes(cfg))
+    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, notes)
+    compared = paper.compare(printed, scored, cfg, notes)
     tables = results.tables()
     forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
     if compared:
@@ -61,7 +62,7 @@ def main(cfg: Config) -> None:
     write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
     for one in scored:
         write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
-    pictures = _draw(results, compared, _logs(cfg), folder)
+    pictures = _draw(results, compared, _logs(cfg), folder, " ".join(_notes(cfg)))
     written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
     written |= {name: [name] for name in pictures.values() if "/" not in name}
     written["curves/"] = [name for name in pictures.values() if "/" in name]
@@ -76,6 +77,12 @@ def main(cfg: Config) -> None:
 def _families(cfg: Config) -> list[Config]:
     found = families(cfg)
     if not found:
+        if others := left_out(cfg, ()):
+            groups = ", ".join(cfg.ethnicities) or "all groups"
+            raise InputError(
+                f"{cfg.output} holds {', '.join(others)}, but no model of {groups}: "
+                "set ethnicities to the groups of the models, and evaluation_groups to those to verify on."
+            )
         first = command(replace(cfg, report=False), "train.py")
         raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
@@ -123,9 +130,19 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _score_family(family: Config, sets: dict[str, Pairs], folder: Path) -> list[Scored]:
-    scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
-    return [one for models in models_of(family) for one in scores.of(models)]
+def _score_families(
+    cfg: Config, found: list[Config], sets: dict[str, Pairs], folder: Path
+) -> tuple[list[Scored], list[str]]:
+    """Scores all models of the families; also returns a note that names the run folders that no model comes from."""
+    scored, used = [], []
+    for family in found:
+        scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
+        for models in models_of(family):
+            scored += scores.of(models)
+            used += [model.folder for model in models]
+    others = left_out(cfg, used)
+    advice = "ethnicities names the groups of the models, evaluation_groups those to verify on."
+    return scored, [f"Not in the tables, though in {cfg.output}: {', '.join(others)}; {advice}"] if others else []
 
 
 def _file_name(one: Scored) -> str:
@@ -142,10 +159,10 @@ def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
 
 
 def _draw(
-    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
+    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path, note: str
 ) -> dict[str, str]:
-    """Draws all pictures; returns their paths relative to `folder`, by title."""
-    models, note = results.models, " ".join(results.notes)
+    """Draws all pictures, `note` under each; returns their paths relative to `folder`, by title."""
+    models = results.models
     drawn = {"Accuracy of each group": "accuracy.png"}
     figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
     if results.of_groups:

@@ -1,6 +1,6 @@
 """Finds and loads the trained models in the output folder, or a model from given files."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Model:
     weights: tuple[str, ...]  # SHA-256 of the files from which it was loaded
     networks: tuple[nn.Module, ...]
     adaptor: nn.Module | None = None
+    folder: Path | None = None  # its run folder
 
 
 def families(cfg: Config) -> list[Config]:
@@ -46,7 +47,16 @@ def models_of(family: Config) -> Iterator[list[Model]]:
         yield teachers
     for settings, method, path in _students(family):
         network, digest = load_backbone(settings.student_network, path, family)
-        yield [Model(method, f"{settings.source} {settings.student_network}", (digest,), (network,))]
+        name = f"{settings.source} {settings.student_network}"
+        yield [Model(method, name, (digest,), (network,), folder=path.parent)]
+
+
+def left_out(cfg: Config, used: Collection[Path | None]) -> list[str]:
+    """Returns the run folders in `cfg.output` with weights, relative to it, except those in `used`."""
+    output = Path(cfg.output)
+    kinds = ("teachers/*", "adaptors/*", "students/*/*")
+    found = {path.parent for kind in kinds for path in output.glob(f"*/*/{kind}/*backbone.pth")}
+    return [folder.relative_to(output).as_posix() for folder in sorted(found.difference(used))]
 
 
 def model_of_files(cfg: Config) -> Model:
@@ -108,13 +118,14 @@ def _teacher_models(cfg: Config) -> list[Model]:
     loaded = {path: load_backbone(cfg.network, path, cfg) for path in teachers.values()}
     for name, path in teachers.items():
         network, digest = loaded[path]
-        models.append(Model("teacher", name, (digest,), (network,)))
+        models.append(Model("teacher", name, (digest,), (network,), folder=path.parent))
     for name in ADAPTORS:
         if found := _adaptor(cfg, name):
             weights, inputs = found
             loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
             teachers_below = [loaded[path] for path in inputs]
-            models.append(_on_teachers("adaptor", name, build_adaptor(name, cfg), weights, teachers_below))
+            model = _on_teachers("adaptor", name, build_adaptor(name, cfg), weights, teachers_below)
+            models.append(replace(model, folder=weights.parent))
     return models
 
 

@@ -362,6 +362,38 @@ def test_other_verification_sets_have_an_average_and_no_std(trained, tmp_path, c
     assert f"Missing: {tmp_path}/agedb_30.bin. Set pairs to the folder of these files." in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_pictures")
+def test_models_are_verified_on_other_groups_than_they_were_trained_on(trained, tmp_path, capsys):
+    cfg, given = trained
+    output = tmp_path / "output"
+    shutil.copytree(cfg.output, output)
+    shutil.copytree(cfg.pairs, tmp_path / "pairs")
+    shutil.copy(cfg.pairs_file("Asian"), tmp_path / "pairs" / "asian_females_test.bin")
+    table = csv.DictReader((output / "evaluation" / "accuracy.csv").read_text().splitlines())
+    known = {(row["Kind"], row["Model"]): row for row in table if row["Setting"] == "specialized"}
+    given = [*given, "--output", str(output), "--pairs", str(tmp_path / "pairs")]
+    run_script("eval.evaluation", [*given, "--evaluation_groups", "Indian,asian_females"])
+    rows = [*csv.DictReader((output / "evaluation" / "Indian+asian_females" / "accuracy.csv").read_text().splitlines())]
+    found = {(row["Kind"], row["Model"]): row for row in rows if row["Setting"] == "specialized"}
+    assert found.keys() == known.keys()
+    for model, row in found.items():
+        assert (row["Indian"], row["asian_females"]) == (known[model]["Indian"], known[model]["Asian"])
+        both = [float(row["Indian"]), float(row["asian_females"])]
+        assert float(row["STD"]) == pytest.approx(np.std(both, ddof=1))
+    assert (output / "evaluation" / "Indian+asian_females" / "rates_best_accuracy.md").exists()
+    assert "Not in the tables" not in capsys.readouterr().out
+
+    run_script("eval.evaluation", [*given, "--ethnicities", "Asian,African", "--evaluation_groups", "Indian"])
+    base = "specialized/iresnet_tiny"
+    left = [*(f"adaptors/{name}" for name in ("DLDPO", "DuL", "SL")), "teachers/Caucasian", "teachers/Indian"]
+    note = f"Not in the tables, though in {output}: {', '.join(f'{base}/{name}' for name in left)}; ethnicities names"
+    assert note in (output / "evaluation" / "Indian" / "accuracy.md").read_text()
+    shutil.rmtree(output / base / "students")
+    shutil.rmtree(output / "baseline")
+    run_script("eval.evaluation", [*given, "--ethnicities", "asian_females"], expect=2)
+    assert f"holds {base}/adaptors/DLDPO, {base}/adaptors/DuL" in capsys.readouterr().err
+
+
 def test_the_report_is_one_page_without_external_files(trained, tmp_path):
     cfg, given = trained
     output = tmp_path / "output"
