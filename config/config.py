@@ -41,6 +41,11 @@ class Config:
     embedding_size: int = 512  # dimensions of every embedding
     middle_layer_size: int = 512  # dimensions between the two layers of the dual-layer adaptor
 
+    # Fine-tuning
+    init_from: str | None = None  # file of weights that the networks of teachers and students start from; None: random
+    init_header: str | None = None  # means: class centres start at the mean embeddings of `init_from`; None: random
+    freeze: str = ""  # with init_from: features (only the embedding's layers are trained) | bn (batch normalisation)
+
     # Losses
     loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
@@ -123,7 +128,10 @@ class Config:
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             self._check(name, _are_milestones, "increasing epoch numbers above 1")
-        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint"):
+        self._check("freeze", lambda which: which in ("", "features", "bn"), 'features, bn or ""')
+        self._check("freeze", lambda which: self.init_from or not which, "empty where there is no init_from")
+        self._check("init_header", lambda _: self.init_from, "None where there is no init_from")
+        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "init_from"):
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
         self._check("evaluation_groups", _are_names, "names of groups, separated by commas")

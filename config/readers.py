@@ -28,6 +28,8 @@ _TABLE = (
     ("student_network", (A_KD, EAF_KD)),
     ("middle_layer_size", (DUAL, EVALUATION)),
     ("loss", (TRAIN,)),
+    ("init_from freeze", (TRAIN, *_STUDENTS)),
+    ("init_header", (TRAIN, EAF_KD)),
     ("s", (TRAIN, *_ADAPTORS, EAF_KD, ADA)),
     ("m", (TRAIN, *_ADAPTORS, EAF_KD)),
     ("std", (TRAIN, EAF_KD)),
@@ -49,7 +51,8 @@ READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 
 CHANGES_NO_NUMBER = {
     # Data and weights are compared by their digests instead of their paths.
-    *("data", "pairs", "pairs_sets", "evaluation_groups", "output", "cache", "leave_out", "skip_bad_images", "weights"),
+    *("data", "pairs", "pairs_sets", "evaluation_groups", "init_from", "output", "cache"),
+    *("leave_out", "skip_bad_images", "weights"),
     # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.

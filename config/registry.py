@@ -89,6 +89,7 @@ CHOICES = {
     "device": ("cpu", "cuda"),
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
+    "init_header": ("means",),
 }
 """The values that a setting can have."""
 

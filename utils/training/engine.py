@@ -25,6 +25,7 @@ from utils.process import Interrupted, StopSignals
 from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
 from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.start import freeze, read_by, start, start_sources
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
 
@@ -66,20 +67,23 @@ def fit(
     columns = _columns_of(losses, faces)
     _require_batch(faces, cfg)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
-        run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
+        run, schedule = _run_of(faces, folder, cfg, kind), cfg.schedule(kind)
         if not run.has_checkpoint and is_given(folder):
             return
         device = device_of(cfg)
         backbone.to(device).to(memory_format=torch.channels_last)
         if cfg.sync_bn and world_size() > 1:
             share_statistics(backbone)
+        frozen = freeze(backbone, read_by(cfg, kind, "freeze"))
         modules = [backbone] if header is None else [backbone, header.to(device)]
         parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
         lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
         optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
-        progress = Progress(run, backbone, header, optimizer, schedule, measures)
+        progress = Progress(run, backbone, header, optimizer, schedule, measures, frozen)
         if run.has_checkpoint:
             progress.restore(run.load())
+        else:
+            start(backbone, header, faces, cfg, kind)
         if progress.epoch >= schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
@@ -201,14 +205,21 @@ def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     """
     _require_batch(faces, cfg)
     collectives.on_first(lambda: refuse_if_locked(folder))
-    Run(folder, cfg, kind, faces.sources, faces.identities)
+    _run_of(faces, folder, cfg, kind)
+
+
+def _run_of(faces: Faces, folder: Path, cfg: Config, kind: str) -> Run:
+    return Run(folder, cfg, kind, faces.sources | start_sources(cfg, kind), faces.identities)
 
 
 def is_given(folder: Path) -> bool:
     """Returns True, and prints a line, if a run folder holds weights but no checkpoint, as a released model does."""
     given = collectives.on_first(lambda: _name_of_given(folder))
     if given:
-        print(f"{folder} holds {given} and no checkpoint of a run: used as it is, nothing to train.")
+        print(
+            f"{folder} holds {given} and no checkpoint of a run: used as it is, nothing to train. "
+            "To train from these weights, move the file to another place and set init_from to it."
+        )
     return bool(given)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ NUMBERS = 8  # the most losses, measures and gradient norms of a step
 class Progress:
     """A run's networks and optimizer, position, sums of the losses over the epoch, log and best score.
 
-    `measures` are the names that the loss function returns to be logged only. All ranks call the methods.
+    `measures` are the names that the loss function returns to be logged only. Layers in `frozen` stay in eval mode. All
+    ranks call the methods.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         measures: tuple[str, ...] = (),
+        frozen: Sequence[nn.Module] = (),
     ):
         self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
         self.header: Any = header
-        self.measures = measures
+        self.measures, self.frozen = measures, frozen
         self.epoch = self.step = 0
         self.best = -math.inf
         self.names: list[str] = []  # of losses, measures and gradient norms, in the order of `sums`
@@ -156,11 +158,13 @@ class Progress:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
-        """Sets the learning rate and puts the networks in training mode."""
+        """Sets the learning rate and puts the networks in training mode, frozen layers in eval mode."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         for module in self.modules:
             module.train()
+        for layer in self.frozen:
+            layer.eval()
         self._check.start(self.step)
         if self._captured:
             self._captured.reset()  # the learning rate is part of the CUDA graph

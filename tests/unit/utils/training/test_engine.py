@@ -198,7 +198,9 @@ def test_a_released_file_is_used_as_it_is(cfg, capsys):
     cfg.teacher_dir("T").mkdir(parents=True)
     torch.save(Linear().state_dict(), cfg.teacher_dir("T") / "22896backbone.pth")
     train(cfg, before_step=lambda call: pytest.fail("trained"))
-    assert "22896backbone.pth" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "22896backbone.pth and no checkpoint of a run: used as it is" in said
+    assert "set init_from to it" in said
     assert len(list(cfg.teacher_dir("T").iterdir())) == 1
 
 
