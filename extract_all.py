@@ -15,7 +15,7 @@ from utils.data.embeddings import origin
 from utils.data.faces import Faces
 from utils.process import announce, run, setup
 from utils.training.extract import Output, embed_all
-from utils.weights import load_backbone, need_weights
+from utils.weights import load_backbone, need_weights, size_of
 
 
 def main(cfg: Config) -> None:
@@ -36,7 +36,8 @@ def extract(cfg: Config, faces: Faces, name: str, teacher: nn.Module, digest: st
         def embedding(image):
             return F.normalize(teacher(image.flip(-1) if flipped else image))
 
-        return Output(cfg.teacher_embeddings(name, flipped), origin(faces.store.digest, digest, flipped), embedding)
+        made_from = origin(faces.store.digest, digest, flipped)
+        return Output(cfg.teacher_embeddings(name, flipped), made_from, embedding, size_of(teacher))
 
     views = (False, True) if cfg.setting == "standalone" else cfg.target_views
     embed_all([output(flipped) for flipped in views], teacher, {"image": faces.columns["image"]}, cfg)

@@ -55,12 +55,19 @@ def fit_state_dict(module: nn.Module, state: object, path: Path) -> None:
     module.load_state_dict(state)
 
 
+def embedding_size_of(state: dict[str, torch.Tensor]) -> int:
+    """Returns the number of dimensions of the outputs of a network or adaptor from its state dict; 0 if it is empty."""
+    for name in ("fc2.weight", "fc.weight"):
+        if _is_adaptor(state) and name in state:  # the last parameter of a published dual-layer one is unused
+            return len(state[name])
+    # The last parameter or statistic of every network has a row for each dimension.
+    return next((len(value) for value in reversed(state.values()) if value.ndim), 0)
+
+
 def _guess_network(state: dict[str, torch.Tensor]) -> str:
     """Returns a sentence that names the network that a state dict fits, by parameter names and shapes."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    size = next(
-        (shape[0] for shape in reversed(shapes.values()) if shape), 0
-    )  # the last parameter of every network has embedding_size rows
+    size = embedding_size_of(state)
     with_se = [name for name, network in NETWORKS.items() if class_of(network) is IResNet]
     known = [(name, {}) for name in NETWORKS] + [(name, {"use_se": True}) for name in with_se]
     for name, options in known:

@@ -38,7 +38,7 @@ from utils.process import run, setup
 from utils.storage.arrays import read
 from utils.storage.files import sha256, write_json, write_text
 from utils.training.extract import Output, embed_all
-from utils.weights import load_backbone
+from utils.weights import load_backbone, size_of
 
 SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}
@@ -223,8 +223,8 @@ def extract(path: Path, benchmark: Benchmark, network: nn.Module, digest: str, c
     paths = [benchmark.crops / name for name in benchmark.images]
     made_from = {"landmarks": benchmark.digest, "weights": digest}
     crops = Crops((benchmark.landmarks,), paths=paths)
-    embed_all([Output(path, made_from, both)], network, {"image": crops}, cfg)
-    return read(path, (len(paths), cfg.embedding_size), np.float32, checked=False)  # embed_all has checked it
+    embed_all([Output(path, made_from, both, size_of(network))], network, {"image": crops}, cfg)
+    return read(path, (len(paths), size_of(network)), np.float32, checked=False)  # embed_all has checked it
 
 
 # Templates and scores -------------------------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from backbones import build_adaptor
 from backbones.state_dicts import UnexpectedAdaptor
 from config.config import Config
 from config.registry import ADAPTORS, METHODS, NETWORKS
 from utils.errors import InputError
 from utils.training.checkpoint import decided_by
-from utils.weights import find_weights, load_backbone, load_weights, weights_with_digest
+from utils.weights import find_weights, load_adaptor, load_backbone, size_of, weights_with_digest
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
@@ -62,7 +61,7 @@ def left_out(cfg: Config, used: Collection[Path | None]) -> list[str]:
 def model_of_files(cfg: Config) -> Model:
     """Loads the network in `cfg.checkpoint`; with `cfg.teacher`, loads the adaptor in it on top of these teachers.
 
-    Raises InputError for a missing file, a wrong number of teachers, or weights that do not fit the network.
+    Raises InputError for a missing file, or weights that do not fit the network or these teachers.
     """
     paths = [Path(path) for path in (cfg.checkpoint, *cfg.teacher)]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -75,19 +74,19 @@ def model_of_files(cfg: Config) -> Model:
         except UnexpectedAdaptor as error:
             raise InputError(f"{error} Name the teachers below it, in its order: --teacher a.pth,b.pth,...") from error
         return Model("checkpoint", f"{path.name} {cfg.network}", (digest,), (network,))
-    if len(teachers) != len(cfg.teachers):
-        raise InputError(
-            f"teacher names {len(teachers)} files: an adaptor takes those of {', '.join(cfg.teachers)}, in this order."
-        )
     loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
-    adaptor = build_adaptor("DuL" if cfg.is_dual_layer else "SL", cfg)
-    return _on_teachers("checkpoint", f"{path.name} on {cfg.network}", adaptor, path, loaded)
+    return _on_teachers("checkpoint", f"{path.name} on {cfg.network}", path, loaded, cfg)
 
 
-def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers: list[tuple[nn.Module, str]]) -> Model:
-    """Loads the adaptor in `path` on top of `teachers`, which are pairs of a network and the digest of its weights."""
-    digest = load_weights(adaptor, path)
+def _on_teachers(kind: str, name: str, path: Path, teachers: list[tuple[nn.Module, str]], cfg: Config) -> Model:
+    """Loads the adaptor in `path` on top of `teachers`, which are pairs of a network and the digest of its weights.
+
+    The adaptor is `name`; that of a file is DuL with `is_dual_layer`, else SL. Raises InputError if it was not trained
+    on so many teachers of these sizes.
+    """
     networks, digests = zip(*teachers, strict=True)
+    adaptor_name = name if kind == "adaptor" else "DuL" if cfg.is_dual_layer else "SL"
+    adaptor, digest = load_adaptor(adaptor_name, path, sum(map(size_of, networks)), cfg)
     return Model(kind, name, (digest, *digests), networks, adaptor)
 
 
@@ -124,7 +123,7 @@ def _teacher_models(cfg: Config) -> list[Model]:
             weights, inputs = found
             loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
             teachers_below = [loaded[path] for path in inputs]
-            model = _on_teachers("adaptor", name, build_adaptor(name, cfg), weights, teachers_below)
+            model = _on_teachers("adaptor", name, weights, teachers_below, cfg)
             models.append(replace(model, folder=weights.parent))
     return models
 

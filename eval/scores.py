@@ -15,6 +15,7 @@ from utils.environment import numerics
 from utils.errors import InputError
 from utils.storage.arrays import outdated, read, write
 from utils.training.engine import infer
+from utils.weights import size_of
 
 SAMPLE = 1000  # images per set whose embeddings are kept, for impostor pairs across groups
 
@@ -77,7 +78,7 @@ class Scores:
         which = np.unique(np.linspace(0, len(pairs.rows) - 1, SAMPLE).astype(np.int64))
         forms = [
             (folder / f"{name}.npy", (len(pairs.same),), np.float64),
-            (folder / f"{name}.sample.npy", (len(which), self._cfg.embedding_size), np.float32),
+            (folder / f"{name}.sample.npy", (len(which), size_of(model.adaptor or model.networks[0])), np.float32),
         ]
         if any(outdated(*form, made_from) is not None for form in forms):
             for network in set(model.networks) - features.keys():

@@ -1,13 +1,14 @@
 """Trained weights: finds them in a run folder and loads them, verified by their SHA-256."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from backbones import build_backbone
-from backbones.state_dicts import fit_state_dict
+from backbones import build_adaptor, build_backbone
+from backbones.state_dicts import embedding_size_of, fit_state_dict
 from config.config import Config
 from utils.errors import Damaged, InputError
 from utils.storage.files import sha256
@@ -87,7 +88,33 @@ def _load_verified(path: Path) -> tuple[Any, str]:
 
 
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
-    """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from."""
-    backbone = build_backbone(name, cfg.embedding_size)
-    digest = load_weights(backbone, path)
+    """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from.
+
+    Its embeddings have the size of those in the file, whatever `embedding_size` is.
+    """
+    state, digest = _load_verified(path)
+    backbone = build_backbone(name, _size_of(state) or cfg.embedding_size)
+    fit_state_dict(backbone, state, path)
     return backbone.eval(), digest
+
+
+def load_adaptor(name: str, path: Path, inputs: int, cfg: Config) -> tuple[nn.Module, str]:
+    """Returns a trained adaptor of `inputs` dimensions, and the SHA-256 of its file, which gives its other sizes."""
+    state, digest = _load_verified(path)
+    first = state.get("fc1.weight") if isinstance(state, dict) else None
+    middle = len(first) if isinstance(first, torch.Tensor) and first.ndim else cfg.middle_layer_size
+    sizes = replace(cfg, embedding_size=_size_of(state) or cfg.embedding_size, middle_layer_size=middle)
+    adaptor = build_adaptor(name, sizes, inputs)
+    fit_state_dict(adaptor, state, path)
+    return adaptor, digest
+
+
+def size_of(network: nn.Module) -> int:
+    """Returns the number of dimensions of the outputs of a network or adaptor."""
+    return embedding_size_of(network.state_dict())
+
+
+def _size_of(state: Any) -> int:
+    """Returns `embedding_size_of` the content of a file; 0 if it is no state dict."""
+    is_state = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    return embedding_size_of(state) if is_state else 0

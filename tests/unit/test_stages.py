@@ -319,8 +319,8 @@ def test_named_checkpoints_score_as_in_their_run_folders(trained, tmp_path, caps
         ),
         (["--checkpoint", str(adaptor), *teachers], "It looks like a dual-layer adaptor from 128 to 32 numbers."),
         (
-            ["--checkpoint", str(adaptor), *teachers[:1], str(student)],
-            "teacher names 1 files: an adaptor takes those of",
+            ["--checkpoint", str(adaptor), "--is_dual_layer", *teachers[:1], f"{student},{student}"],
+            "(32, 128), not (32, 64). It looks like a dual-layer adaptor from 128 to 32 numbers.",
         ),
     ):
         run_script("eval.evaluation", [*given, *output, *options], expect=2)

@@ -4,7 +4,7 @@ The parameter names of a loss function are the columns that it reads:
 
     image      (B, 3, 112, 112) float in [-1, 1], flipped at random in training
     label      (B,) int64
-    embedding  (B, T * D) float32, the unit-length embeddings of T teachers, concatenated
+    embedding  (B, D1 + D2 + ...) float32, the unit-length embeddings of the teachers, concatenated
     target     (B, D) float32, the unit-length embedding that a student learns, from an adaptor or one teacher
 """
 
@@ -41,6 +41,11 @@ class Column:
     def holds_images(self) -> bool:
         """True if the rows are images (H, W, 3)."""
         return self.arrays[0].ndim == 4
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions of a row of arrays (N, ...) that are concatenated."""
+        return sum(array.shape[1] for array in self.arrays)
 
     @property
     def row_bytes(self) -> int:

@@ -21,12 +21,12 @@ def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | N
 
 
 def read_embeddings(
-    path: Path, shape: tuple[int, int], images: str, flipped: bool, command: str
+    path: Path, shape: tuple[int, int | None], images: str, flipped: bool, command: str
 ) -> tuple[np.ndarray, dict]:
     """Memory-maps embeddings (N, D) float32 read-only; returns them and their `made_from`.
 
-    `command` is the command that makes them, for error messages. Raises InputError if the array is missing, corrupted,
-    of another shape, or made from other images or the other view.
+    D may be None: any size. `command` is the command that makes them, for error messages. Raises InputError if the
+    array is missing, corrupted, of another shape, or made from other images or the other view.
     """
     try:
         found = about(path)
@@ -38,12 +38,14 @@ def read_embeddings(
         raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
     if found["made from"].get("flipped") != flipped:
         raise InputError(f"{path} is of the images {'as they are' if flipped else 'flipped'}. Run again: {command}")
-    if found["shape"] != [*shape]:
+    count, size = shape
+    whole = (count, found["shape"][-1] if size is None else size)
+    if found["shape"] != [*whole]:
         raise InputError(
-            f"{path} is of shape {tuple(found['shape'])}, expected {shape}: set embedding_size, or run again: {command}"
+            f"{path} is of shape {tuple(found['shape'])}, expected {whole}: set embedding_size, or run again: {command}"
         )
     try:
-        return read(path, shape, np.float32), found["made from"]
+        return read(path, whole, np.float32), found["made from"]
     except Damaged as error:
         raise InputError(f"{error}. Run again: {command}") from error
 

@@ -97,15 +97,18 @@ class Faces:
         if missing:
             raise InputError(f"Missing: {', '.join(missing)}. Run first: {command(self.cfg, script)}")
 
-    def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
-        """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
-        shape = (len(self.store.index.paths), self.cfg.embedding_size)
+    def _read(self, path: Path, flipped: bool, run: Path, script: str, size: int | None = None) -> np.ndarray:
+        """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them.
+
+        `size` is D; None: any, as the teacher has.
+        """
+        shape = (len(self.store.index.paths), size)
         array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
         check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
-        """Adds the column `embedding` (N, T * D) from the teachers, in order."""
+        """Adds the column `embedding` (N, sum of the teachers' sizes) from the teachers, in order."""
         arrays = {False: [], True: []}
         for name in teachers:
             for flipped in self.cfg.target_views:
@@ -120,7 +123,8 @@ class Faces:
         views = []
         for flipped in self.cfg.target_views:
             path = self.cfg.source_embeddings(flipped)
-            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script))
+            size = self.cfg.embedding_size if self.cfg.ada_source == "adaptor" else None
+            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script, size))
             if self.cfg.ada_source == "adaptor":
                 self._check_teachers_of(path)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]

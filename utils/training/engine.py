@@ -45,10 +45,13 @@ def fit(
     header: nn.Module | None = None,
     *,
     kind: str,
+    projection: nn.Module | None = None,
     measures: tuple[str, ...] = (),
     validate: Validate | None = None,
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
+
+    A `projection` with parameters is trained too; it is kept in checkpoints only.
 
     The parameters of `losses` are names of columns of `faces`; it gets a batch of each and returns scalars by name.
     Those named in `measures` are logged only, all others are losses and summed.
@@ -67,35 +70,50 @@ def fit(
     columns = _columns_of(losses, faces)
     _require_batch(faces, cfg)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
-        run, schedule = _run_of(faces, folder, cfg, kind), cfg.schedule(kind)
+        run = _run_of(faces, folder, cfg, kind)
         if not run.has_checkpoint and is_given(folder):
             return
-        device = device_of(cfg)
-        backbone.to(device).to(memory_format=torch.channels_last)
-        if cfg.sync_bn and world_size() > 1:
-            share_statistics(backbone)
-        frozen = freeze(backbone, read_by(cfg, kind, "freeze"))
-        modules = [backbone] if header is None else [backbone, header.to(device)]
-        parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-        lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
-        optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
-        progress = Progress(run, backbone, header, optimizer, schedule, measures, frozen)
+        progress = _progress(run, cfg, kind, backbone, header, projection, measures)
         if run.has_checkpoint:
             progress.restore(run.load())
         else:
             start(backbone, header, faces, cfg, kind)
-        if progress.epoch >= schedule.epochs:
+        if progress.epoch >= progress.schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
-            contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
+            contexts.enter_context(mixed_precision(backbone, cfg.precision, device_of(cfg)))
             contexts.enter_context(tensorboard_events(cfg, progress))
             if cfg.compile:
                 contexts.enter_context(compiled(backbone))
                 losses = eagerly_if_compiling_fails(backbone, losses)
             _train(losses, columns, faces, cfg, progress, validate)
+
+
+def _progress(
+    run: Run,
+    cfg: Config,
+    kind: str,
+    backbone: nn.Module,
+    header: nn.Module | None,
+    projection: nn.Module | None,
+    measures: tuple[str, ...],
+) -> Progress:
+    """Moves the modules to the device, freezes layers, and returns the state of a run before its first step."""
+    device, schedule = device_of(cfg), cfg.schedule(kind)
+    backbone.to(device).to(memory_format=torch.channels_last)
+    if cfg.sync_bn and world_size() > 1:
+        share_statistics(backbone)
+    frozen = freeze(backbone, read_by(cfg, kind, "freeze"))
+    if projection is not None and not [*projection.parameters()]:
+        projection = None  # the identity
+    modules = [module.to(device) for module in (backbone, header, projection) if module is not None]
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
+    optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
+    return Progress(run, backbone, header, optimizer, schedule, measures, frozen, projection)
 
 
 def _train(

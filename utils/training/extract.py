@@ -31,15 +31,16 @@ class Output:
     path: Path
     made_from: dict
     function: Callable[..., torch.Tensor]  # of a batch of columns: returns (B, D)
+    size: int | None = None  # D; None: `embedding_size`
 
 
 def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
-    """Writes the arrays (N, D) of `outputs`, each from all rows of `columns`, in one pass over the rows.
+    """Writes the arrays (N, D) of `outputs`, of one size D, each from all rows of `columns`, in one pass over the rows.
 
     Skips arrays that exist and have the same `made_from`, and resumes an interrupted pass. Several ranks share the
     rows, and rank 0 writes. Raises InputError if another process is writing one of the arrays.
     """
-    shape = (len(next(iter(columns.values())).arrays[0]), cfg.embedding_size)
+    shape = (len(next(iter(columns.values())).arrays[0]), outputs[0].size or cfg.embedding_size)
     require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
     with contextlib.ExitStack() as locks:
         which = on_first(lambda: _stale(outputs, shape, locks))

@@ -1,4 +1,4 @@
-"""The start of a training from given weights: the network, the class centres, and the layers that stay as they are."""
+"""The start of a training: weights of the network and centres from a file, frozen layers, a student's projection."""
 
 from pathlib import Path
 
@@ -21,6 +21,30 @@ from utils.weights import load_weights
 def read_by(cfg: Config, kind: str, name: str):
     """Returns a setting if the script that trains `kind` reads it, else None."""
     return getattr(cfg, name) if reads(script_that_trains(kind), name) else None
+
+
+def build_projection(cfg: Config, faces: Faces) -> nn.Module:
+    """Builds the layer that maps a student's embeddings to the space of its targets: (B, embedding_size) -> (B, D).
+
+    It is the identity, unless the student learns from one teacher of another embedding size D: then it is a
+    `Projection`, trained with the student. It does not become part of the student.
+    """
+    size = faces.columns["target"].width
+    if size == cfg.embedding_size:
+        return nn.Identity()
+    print(f"The student's {cfg.embedding_size} dimensions are projected to the {size} of {cfg.source}.")
+    return Projection(cfg.embedding_size, size)
+
+
+class Projection(nn.Module):
+    """A linear layer without bias whose outputs are scaled to unit length: (B, in_features) -> (B, out_features)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.fc = nn.Linear(in_features, out_features, bias=False)
+
+    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.fc(embedding))
 
 
 def start_sources(cfg: Config, kind: str) -> dict[str, str]:

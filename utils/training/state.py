@@ -46,9 +46,11 @@ class Progress:
         schedule: Schedule,
         measures: tuple[str, ...] = (),
         frozen: Sequence[nn.Module] = (),
+        projection: nn.Module | None = None,
     ):
         self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
         self.header: Any = header
+        self.projection = projection
         self.measures, self.frozen = measures, frozen
         self.epoch = self.step = 0
         self.best = -math.inf
@@ -65,8 +67,8 @@ class Progress:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The networks that are trained: the backbone, and the header if there is one."""
-        return [self.backbone] if self.header is None else [self.backbone, self.header]
+        """The networks that are trained: the backbone, and the header and the projection if there are any."""
+        return [module for module in (self.backbone, self.header, self.projection) if module is not None]
 
     @property
     def lr(self) -> float:
@@ -104,6 +106,8 @@ class Progress:
         for k, total in enumerate(state["sums"].values()):
             self.sums[k] = total
         self.backbone.load_state_dict(state["backbone"])
+        if self.projection is not None:
+            self.projection.load_state_dict(state["projection"])
         optimizer = state["optimizer"]
         if isinstance(self.header, ShardedHeader):
             self.header.require_fit(state["header"])
@@ -115,7 +119,8 @@ class Progress:
 
     def _broadcast(self, state: dict | None) -> None:
         """Broadcasts what rank 0 has loaded, and scatters the kernel and momentum of a sharded header."""
-        for value in [self.sums, *self.backbone.state_dict().values()]:
+        projected = {} if self.projection is None else self.projection.state_dict()
+        for value in [self.sums, *self.backbone.state_dict().values(), *projected.values()]:
             from_first(value)
         if isinstance(self.header, ShardedHeader):
             self.header.load_dense_state_dict(state and state["header"])
@@ -192,8 +197,8 @@ class Progress:
         self.optimizer.zero_grad()
         self._total_loss(named).backward()
         values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
-        header_parameters = [] if self.header is None else self.header.parameters()
-        header_gradients = [one.grad for one in header_parameters if one.grad is not None]
+        others = [parameter for module in self.modules[1:] for parameter in module.parameters()]
+        header_gradients = [one.grad for one in others if one.grad is not None]
         if header_gradients:
             values[HEADER_GRADIENT] = nn.utils.get_total_norm(header_gradients)  # of this rank's shard, if sharded
         if len(values) > NUMBERS:
@@ -266,6 +271,8 @@ class Progress:
         state["measures"] = [*self.measures]
         state["backbone"] = self.backbone.state_dict()
         state["header"] = dense_state_dict(self.header)
+        if self.projection is not None:
+            state["projection"] = self.projection.state_dict()
         self.run.save({**state, "optimizer": self._optimizer_state()})
         self.saved_at = time.monotonic()
         wait_for_all()
