@@ -58,6 +58,7 @@ class Run:
         self._is_described = False
         self._state: dict | None = None
         self._damage = ""
+        self._extension: dict[str, list] = {}  # settings by which this session has more epochs: before, now
         self.has_checkpoint = on_first(self._read)
 
     def _read(self) -> bool:
@@ -66,6 +67,8 @@ class Run:
         if self._state is None:
             return False
         stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
+        epochs_begun = self._state["epoch"] + (self._state["step"] > 0)
+        stored, self._extension = _extended(stored, self.decided_by, epochs_begun)
         if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
@@ -95,11 +98,18 @@ class Run:
         before, now = {"processes": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
+        if self._extension:
+            said = ", ".join(f"{name} was {before}, now {now}" for name, (before, now) in self._extension.items())
+            print(f"{self.folder} is continued with more epochs: {said}.")
         return state
 
     def begin(self, epoch: int, step: int) -> None:
-        """Records that the run is started or resumed here, after so many finished epochs and steps of the next."""
-        self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
+        """Records that the run is started or resumed here, after so many finished epochs and steps of the next.
+
+        A session with more epochs than the one before records what was changed.
+        """
+        session = {"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)}
+        self.sessions.append(session | ({"changed": self._extension} if self._extension else {}))
 
     def save(self, state: dict) -> None:
         """Writes a checkpoint and keeps the one before it; with the first, also config.json and identities.txt."""
@@ -191,6 +201,23 @@ def _completed(stored: dict, now: dict, defaults: Config) -> dict:
     if settings.get("ada_m") == -1:
         chosen["ada_m"] = ADA_LOSSES[chosen["ada_loss"]].m
     return {**stored, "kind": now["kind"], "settings": chosen}
+
+
+def _extended(stored: dict, now: dict, epochs_begun: int) -> tuple[dict, dict[str, list]]:
+    """Adopts a larger number of epochs in what decided a stored run, if no epoch that it has begun changes by that.
+
+    That is so if all milestones up to the epochs begun are equal. Returns what decided the run, and the settings that
+    were changed, each as [before, now].
+    """
+    before, after = stored["settings"], now["settings"]
+    for epochs, drops in (("num_epoch", "milestones"), ("num_epoch_fc", "milestones_fc")):
+        if epochs in after and epochs in before and after[epochs] > before[epochs]:
+            old, new = ([m for m in settings[drops] if m <= epochs_begun] for settings in (before, after))
+            if old == new:
+                changed = {name: [before[name], after[name]] for name in (epochs, drops) if before[name] != after[name]}
+                adopted = before | {name: values[1] for name, values in changed.items()}
+                return {**stored, "settings": adopted}, changed
+    return stored, {}
 
 
 def _differences(stored: dict, now: dict) -> list[str]:
