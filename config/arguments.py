@@ -119,6 +119,7 @@ def _reader(field: dataclasses.Field):
 _INIT, _ACCUMULATE = "init_from names the weights to start from", "accumulate is the number of batches in a step"
 OTHER_NAMES = {
     **dict.fromkeys(("pretrained", "finetune", "init_weights"), _INIT),
+    **dict.fromkeys(("gradient_acc", "gradient_accumulation", "accumulation_steps", "accum_iter"), _ACCUMULATE),
     **dict.fromkeys(("resume", "resume_from"), "the same command resumes a stopped run; " + _INIT),
 }
 """What to set instead of settings that other projects have, by their names."""

@@ -66,10 +66,12 @@ class Config:
     num_epoch: int | None = None  # epochs; None: as published, teachers 52, students and standalone networks 26
     milestones: tuple[int, ...] | None = None  # epochs of learning rate drops; None: as published, scaled to num_epoch
     lr: float = 0.1  # learning rate of teachers and students for 512 images a step
+    warmup_epochs: int = 0  # the learning rate of teachers and students rises linearly, step by step, in so many epochs
     num_epoch_fc: int = 26  # epochs of the adaptors
     milestones_fc: tuple[int, ...] | None = None  # their drops; None: as published, scaled to num_epoch_fc
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
-    batch_size: int = 128  # images (or rows) a step, of each process
+    batch_size: int = 128  # images (or rows) a batch, of each process
+    accumulate: int = 1  # batches of a step, their gradients averaged: as one larger batch, in the memory of one
     global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
     sync_bn: bool = False  # processes share the statistics of batch normalisation, instead of each its own as published
     momentum: float = 0.9  # of stochastic gradient descent
@@ -115,7 +117,9 @@ class Config:
         for name, allowed in CHOICES.items():
             self._check(name, lambda value, allowed=allowed: value in allowed, "one of " + ", ".join(allowed))
         self._check("batch_size", lambda n: n >= 2, "at least 2: one image has no statistics to normalise by")
-        for name in ("embedding_size", "middle_layer_size", "num_epoch", "num_epoch_fc", "infer_batch_size"):
+        self._check("warmup_epochs", lambda n: n >= 0, "0 or more")
+        sizes = ("embedding_size", "middle_layer_size", "infer_batch_size")
+        for name in (*sizes, "accumulate", "num_epoch", "num_epoch_fc"):
             self._check(name, lambda n: n >= 1, "at least 1")
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
             self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
@@ -348,7 +352,7 @@ class Config:
             published = 52 if kind == "teacher" and self.setting != "standalone" else 26
             epochs, milestones, lr = self.num_epoch or published, self.milestones, self.lr
         milestones = scaled_milestones(epochs) if milestones is None else milestones
-        return Schedule(epochs, lr, milestones)
+        return Schedule(epochs, lr, milestones, 0 if kind in ADAPTORS else self.warmup_epochs)
 
     def margin(self, kind: str) -> tuple[float, float]:
         """Mean and standard deviation of the margin in training `kind`; published values where the setting is None."""

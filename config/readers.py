@@ -39,8 +39,8 @@ _TABLE = (
     ("flip_targets", (EXTRACT, *_ADAPTORS, *_STUDENTS)),
     ("ada_source", _STUDENTS),
     ("ada_student_network ada_loss ada_weighted ada_m", (ADA,)),
-    ("num_epoch milestones lr", (TRAIN, *_STUDENTS)),
-    ("batch_size global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
+    ("num_epoch milestones lr warmup_epochs", (TRAIN, *_STUDENTS)),
+    ("batch_size accumulate global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
     ("checkpoint teacher published_adaptor_input report", (EVALUATION,)),
@@ -58,6 +58,9 @@ CHANGES_NO_NUMBER = {
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
     *("device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+    # The images of a step are compared instead. The statistics of batch normalisation are those of the images that pass
+    # the network together, which the number of processes changes as well.
+    "accumulate",
 }
 """Settings that may differ when a run is resumed. All others that its script reads must be equal."""
 

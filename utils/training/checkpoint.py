@@ -74,10 +74,18 @@ class Run:
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
                 text = text.replace("batch_size was", "batch_size of all processes was")
             raise InputError(
-                f"{self.folder} holds a run with other settings or data ({text}): "
+                f"{self.folder} holds a run with other settings or data ({text}): {self._of_same_steps(stored)}"
                 "set them as they were, set another output, or move the folder away to train anew."
             )
         return True
+
+    def _of_same_steps(self, stored: dict) -> str:
+        """Returns advice on how to take the stored run's steps in smaller batches; "" if that is impossible."""
+        before, now = stored["settings"]["batch_size"], total_batch(self.cfg)
+        accumulate, left = divmod(before * self.cfg.accumulate, now)
+        if before <= now or left:
+            return ""
+        return f"accumulate {accumulate} with batch_size {self.cfg.batch_size} makes the same steps; else "
 
     def load(self) -> dict | None:
         """Returns the newest intact checkpoint; None if the run has none, and on ranks other than 0.
@@ -95,7 +103,7 @@ class Run:
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
-        before, now = {"processes": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
+        before, now = {"processes": "1", "accumulate": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
         if self._extension:

@@ -60,9 +60,10 @@ def fit(
     as a student. It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change
     when the run is resumed (`cfg.decisive`).
 
-    Gradients of the backbone are clipped to `cfg.max_grad_norm`. After every epoch `validate` scores it; without
-    `validate`, the epoch with the lowest training loss is the best. If `fit` is called again, an interrupted run is
-    resumed from its last checkpoint and a finished run is left unchanged.
+    A step averages the gradients of `cfg.accumulate` batches. Gradients of the backbone are clipped to
+    `cfg.max_grad_norm`. After every epoch `validate` scores it; without `validate`, the epoch with the lowest training
+    loss is the best. If `fit` is called again, an interrupted run is resumed from its last checkpoint and a finished
+    run is left unchanged.
 
     Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a loss gets no gradient; if a
     measure is not returned; and if a loss or gradient is not finite, in which case that step is not taken.
@@ -128,7 +129,7 @@ def _train(
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
     # A step without images is shorter than launching its kernels.
-    captured = device.type == "cuda" and "image" not in columns and world_size() == 1
+    captured = device.type == "cuda" and "image" not in columns and world_size() == 1 and not progress.schedule.warmup
     columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
@@ -144,6 +145,7 @@ def _train(
             bar = _Bar(f"epoch {progress.epoch + 1}/{epochs}", steps * batch_size, first * batch_size)
             with contextlib.closing(batches), bar:  # closing ends the reader's threads, garbage collection may not
                 for batch in batches:
+                    progress.set_lr((progress.step + 1) / steps)
                     take_step(batch, _step_seed(cfg, progress))
                     progress.step += 1
                     bar.update(batch_size)
@@ -261,7 +263,7 @@ def _require_batch(faces: Faces, cfg: Config) -> None:
     """Raises InputError if the images are fewer than one batch, or if the ranks have different data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
     if len(faces) < total_batch(cfg):
-        each = len(faces) // (1 if cfg.global_batch else world_size())
+        each = len(faces) // (cfg.accumulate * (1 if cfg.global_batch else world_size()))
         raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
 
 

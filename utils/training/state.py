@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,8 +72,13 @@ class Progress:
 
     @property
     def lr(self) -> float:
-        """The learning rate of this epoch."""
+        """The learning rate at the end of this epoch."""
         return self.schedule.lr(self.epoch, total_batch(self.run.cfg))
+
+    def set_lr(self, done: float) -> None:
+        """Sets the learning rate of a step; `done` is the share of the epoch's steps up to it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch, total_batch(self.run.cfg), done)
 
     # Resuming -----------------------------------------------------------------------------------------------------
 
@@ -163,9 +168,7 @@ class Progress:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
-        """Sets the learning rate and puts the networks in training mode, frozen layers in eval mode."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        """Puts the networks in training mode, frozen layers in eval mode."""
         for module in self.modules:
             module.train()
         for layer in self.frozen:
@@ -177,8 +180,11 @@ class Progress:
     def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
         """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph."""
 
+        count = self.run.cfg.accumulate
+
         def take_step(batch: dict[str, torch.Tensor]) -> None:
-            self._take_step(losses(**batch), max_grad_norm)
+            parts = ({name: value.chunk(count)[k] for name, value in batch.items()} for k in range(count))
+            self._take_step((losses(**part) for part in parts), max_grad_norm)
 
         def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
             torch.manual_seed(seed)
@@ -188,15 +194,20 @@ class Progress:
             self._captured = CapturedStep(take_step, self._tensors)
         return self._captured or seeded_step
 
-    def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
+    def _take_step(self, batches: Iterable[dict[str, torch.Tensor]], max_grad_norm: float) -> None:
         """Takes one step of the optimizer; if a number is not finite, no weight changes in this or any later step.
 
-        What `losses` itself has changed, such as batch statistics or class centres, is then wrong, but never saved:
-        `save` raises first. All that this method changes is in `_tensors`, and is changed in place.
+        `batches` are the losses and measures of `accumulate` batches, each computed after the one before was used. What
+        `losses` itself has changed, such as batch statistics or class centres, is then wrong, but never saved: `save`
+        raises first. All that this method changes is in `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
-        self._total_loss(named).backward()
-        values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
+        values: dict[str, torch.Tensor] = {}
+        for named in batches:
+            (self._total_loss(named) / self.run.cfg.accumulate).backward()
+            for name, value in named.items():
+                values[name] = values.get(name, 0) + value.detach() / self.run.cfg.accumulate
+        values[GRADIENT] = nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)
         others = [parameter for module in self.modules[1:] for parameter in module.parameters()]
         header_gradients = [one.grad for one in others if one.grad is not None]
         if header_gradients:

@@ -50,3 +50,15 @@ def test_milestones_may_change_only_after_the_epochs_done(cfg):
     log = (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()
     factors = [json.loads(line)["lr"] / (0.1 * 4 / 512) for line in log]
     assert factors == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_a_smaller_batch_that_makes_the_same_steps_is_advised_and_resumes_the_run(cfg, capsys):
+    with pytest.raises(Interrupted):
+        train(cfg, before_step=lambda n: n == 3 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InputError, match=r"\(batch_size was 4, now 2\): accumulate 2 with batch_size 2 makes the same"):
+        train(replace(cfg, batch_size=2))
+    with pytest.raises(InputError, match=r"\(batch_size was 4, now 3\): set them as they were"):
+        train(replace(cfg, batch_size=3))
+    capsys.readouterr()
+    train(replace(cfg, batch_size=2, accumulate=2))
+    assert "under other conditions, last bits may differ: accumulate 1 -> 2." in capsys.readouterr().out
