@@ -8,6 +8,7 @@ from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
 from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
+from eval.verification import collapsed
 from utils.tables import Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
@@ -80,12 +81,17 @@ class Results:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(one.accuracies)
-            spread = (std, ser, is_within_chance(one.accuracies, self.pairs)) if self.of_groups else ()
+            within = None if self._collapsed(one) else is_within_chance(one.accuracies, self.pairs)
+            spread = (std, ser, within) if self.of_groups else ()
             rows.append((*_names(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
+        notes += [f"{one.title} {said}" for one in self.models if (said := self._collapsed(one))]
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
+
+    def _collapsed(self, one: Scored) -> str:
+        return collapsed(one.distances, self.same)
 
     def _chance(self) -> Table:
         rows = []

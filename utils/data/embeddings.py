@@ -9,6 +9,30 @@ from utils.storage.arrays import about, read
 from utils.storage.files import sha256
 from utils.weights import find_weights
 
+FAR_APART = 0.1
+"""Mean squared distance of two images' embeddings below which they are collapsed: ten steps of the threshold grid."""
+SAMPLE = 10_000  # embeddings, evenly spaced, of which the mean squared distance is computed
+
+
+def mean_distance(embeddings: np.ndarray) -> float:
+    """Returns the mean squared distance, in [0, 2], of two random ones of the embeddings (N, D), scaled to unit length.
+
+    It is 2 (1 - |mean|^2): about 2 for identities in all directions, 0 where all embeddings are equal.
+    """
+    rows = np.unique(np.linspace(0, len(embeddings) - 1, SAMPLE).astype(np.int64))
+    sample = np.asarray(embeddings[rows], np.float64)
+    sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
+    return float(2 * np.square(sample - sample.mean(0)).sum(1).mean())
+
+
+def say_if_collapsed(path: Path, embeddings: np.ndarray) -> None:
+    """Prints a line if the embeddings (N, D) in `path` are too close together for the grid of thresholds."""
+    if (distance := mean_distance(embeddings)) < FAR_APART:
+        print(
+            f"{path} is collapsed: the mean squared distance of two images is {distance:.2g}, of separated identities "
+            "about 2. What learns from it learns little: train its model longer, or with other settings."
+        )
+
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
     """Returns the provenance (`made_from`) of embeddings.

@@ -10,11 +10,11 @@ import numpy as np
 from config.config import Config
 from config.readers import EXTRACT, script_that_trains
 from utils.data.columns import Batch, Column
-from utils.data.embeddings import check_weights, read_embeddings
+from utils.data.embeddings import check_weights, read_embeddings, say_if_collapsed
 from utils.data.index import Index, find_images
 from utils.data.split import read_quarter, require_split
 from utils.data.store import ImageStore
-from utils.distributed.world import rank, total_batch, world_size
+from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.errors import InputError
 from utils.process import command
 from utils.storage.files import sha256
@@ -116,6 +116,8 @@ class Faces:
                 arrays[flipped].append(self._read(path, flipped, self.cfg.teacher_dir(name), EXTRACT))
             # Only the unflipped view is a source: adaptors are not trained on the flipped one.
             self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
+            if is_first():
+                say_if_collapsed(self.cfg.teacher_embeddings(name), arrays[False][-1])
         self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
 
     def _add_target(self) -> None:
@@ -128,6 +130,8 @@ class Faces:
             if self.cfg.ada_source == "adaptor":
                 self._check_teachers_of(path)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
+        if is_first():
+            say_if_collapsed(self.cfg.source_embeddings(), views[0])
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
 
     def _check_teachers_of(self, path: Path) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 
 from config.config import Config
 from utils.data.columns import Column
-from utils.data.embeddings import origin
+from utils.data.embeddings import origin, say_if_collapsed
 from utils.data.faces import Faces
 from utils.distributed.collectives import on_first, require_same, wait_for_all
+from utils.distributed.world import is_first
 from utils.environment import numerics
-from utils.storage.arrays import Filling, outdated
+from utils.storage.arrays import Filling, outdated, read
 from utils.storage.locks import locked
 from utils.training.engine import infer
 from utils.weights import load_weights, need_weights
@@ -60,6 +61,8 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
     wait_for_all()
     for output in stale:
         print(f"{output.path}: {shape[0]:,} embeddings.")
+        if is_first():
+            say_if_collapsed(output.path, read(output.path, shape, np.float32, checked=False))
 
 
 def _stale(outputs: list[Output], shape: tuple[int, int], locks: contextlib.ExitStack) -> list[int]:

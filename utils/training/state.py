@@ -312,6 +312,8 @@ class Progress:
         self.sums.zero_()
         self.save()
         line = f"epoch {self.epoch}/{self.schedule.epochs}  {listed(means)}  {listed(scores)}"
+        if math.isnan(value):
+            line += " (the score that selects the best epoch is NaN, so this one is not the best)"
         return f"{line} (best so far)" if is_best else line
 
     def _optimizer_state(self) -> dict:

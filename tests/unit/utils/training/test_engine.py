@@ -1058,3 +1058,14 @@ def test_the_learning_rate_rises_linearly_step_by_step_and_the_run_is_resumed(cf
     train(other, epochs=3)
     assert_equal_runs(cfg, other)
     assert cfg.schedule("SL").warmup == 0
+
+
+def test_an_epoch_whose_score_is_nan_is_not_the_best(cfg, capsys):
+    scores = iter([float("nan"), 2.0, 1.0])
+    train(cfg, validate=lambda: ({"x": (score := next(scores))}, score))
+    log = [json.loads(line) for line in (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()]
+    assert [line["best"] for line in log] == [False, True, False]
+    said = capsys.readouterr().out.splitlines()
+    first, second = (next(line for line in said if line.startswith(f"epoch {k}/3")) for k in (1, 2))
+    assert "(the score that selects the best epoch is NaN, so this one is not the best)" in first
+    assert "(best so far)" in second
