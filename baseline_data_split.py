@@ -10,13 +10,14 @@ from pathlib import Path
 
 from config.config import Config
 from utils.data.index import scan
+from utils.data.sources import index_of
 from utils.data.split import write_split
 from utils.process import announce, run
 
 
 def main(cfg: Config) -> None:
     cfg = replace(cfg, is_teacher_baseline=True)
-    index = scan(Path(cfg.data), cfg.selected_ethnicities)
+    index = index_of(cfg, lambda one: scan(Path(one.data), one.selected_ethnicities))
     for ethnicity in cfg.selected_ethnicities:
         identities = index.identities_of(ethnicity)
         split = write_split(cfg, ethnicity, identities)

@@ -20,7 +20,11 @@ from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, name
 @dataclass(frozen=True)
 class Config:
     # Data
-    data: str = "data/BUPT-BalancedFace"  # <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112; or <data>/train.rec
+    data: str = "data/BUPT-BalancedFace"  # <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112, or train.rec; or a,b
+    data_share: tuple[float, ...] = ()  # share of each data set that is used, at random, of every group alike; "": all
+    share_of: str = "identities"  # data_share counts identities | images
+    data_flip: tuple[str, ...] = ()  # on | off for each data set: images are flipped at random in training; "": on
+    same_names_are_one: bool = False  # identities of one name and group in several data sets are one person
     pairs: str = "data/RFW"  # verification pairs: <pairs>/<ethnicity>_test.bin
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
@@ -111,6 +115,8 @@ class Config:
                 value = float(value)
             if isinstance(value, list):
                 value = tuple(value)
+            if field.name == "data" and isinstance(value, tuple):
+                value = ",".join(value)
             object.__setattr__(self, field.name, value)
             if not (type(value) is kind or (value is None and is_optional)):
                 raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}{' or None' * is_optional}.")
@@ -121,6 +127,13 @@ class Config:
         sizes = ("embedding_size", "middle_layer_size", "infer_batch_size")
         for name in (*sizes, "accumulate", "num_epoch", "num_epoch_fc"):
             self._check(name, lambda n: n >= 1, "at least 1")
+        count = len(self.data_paths)
+        self._require("data", self.data == "" or len({*self.data_paths, ""}) == count + 1, "different paths")
+        one_each = f"as many values as data has paths, {count}"
+        self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
+        self._check("data_share", lambda shares: all(0 < share <= 1 for share in shares), "above 0, and at most 1")
+        self._check("data_flip", lambda flips: len(flips) in (0, count), one_each)
+        self._check("data_flip", lambda flips: set(flips) <= {"on", "off"}, "on or off for each data set")
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
             self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
         margins = ("m", "std", "std_fc", "ada_m")
@@ -170,6 +183,13 @@ class Config:
         Raises InputError for an unknown name or an impossible value.
         """
         return arguments.parse(cls, argv)
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        """Paths of the data sets: `data` divided at its commas, or all of it if there is a folder of this name."""
+        if "," not in self.data or Path(self.data).exists():
+            return (self.data,)
+        return tuple(os.path.expanduser(path.strip()) for path in self.data.split(","))
 
     # Names ------------------------------------------------------------------------------------------------------------
 

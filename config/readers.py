@@ -18,7 +18,9 @@ _TABLE = (
     ("pairs pairs_sets evaluation_groups", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
-    ("leave_out skip_bad_images", _STAGES),
+    ("leave_out skip_bad_images data_share share_of", _STAGES),
+    ("data_flip", (TRAIN, *_STUDENTS)),
+    ("same_names_are_one", (SPLIT, *_STAGES)),
     ("ethnicity", (SPLIT, TRAIN, EXTRACT, *_STUDENTS)),
     ("is_standalone", (*_STAGES, EVALUATION)),
     ("is_dual_layer", (*_STUDENTS, EVALUATION)),

@@ -90,6 +90,7 @@ CHOICES = {
     "precision": ("fp32", "tf32", "bf16"),
     "weights": ("best", "last"),
     "init_header": ("means",),
+    "share_of": ("identities", "images"),
 }
 """The values that a setting can have."""
 

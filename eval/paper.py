@@ -47,7 +47,7 @@ def comparable(cfg: Config, pairs: dict[str, int]) -> dict[str, Row]:
     are those of RFW, and none on other sets or on generated faces. With `cfg.row` it is this row alone; raises
     InputError if the results cannot be compared with it.
     """
-    generated = any(is_generated(Path(folder)) for folder in (cfg.pairs, cfg.data))
+    generated = any(is_generated(Path(folder)) for folder in (cfg.pairs, *cfg.data_paths))
     if cfg.row is None:
         return mst_kd() if cfg.of_groups and pairs == PAIRS["MST-KD"] and not generated else {}
     if generated:

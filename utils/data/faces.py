@@ -12,8 +12,8 @@ from config.readers import EXTRACT, script_that_trains
 from utils.data.columns import Batch, Column
 from utils.data.embeddings import check_weights, read_embeddings, say_if_collapsed
 from utils.data.index import Index, find_images
+from utils.data.sources import Sources, index_of, never_flipped, shared
 from utils.data.split import read_quarter, require_split
-from utils.data.store import ImageStore
 from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.errors import InputError
 from utils.process import command
@@ -28,8 +28,9 @@ class Faces:
     `teacher` restricts it to the identities of that teacher: one group, or one quarter of each group for the baseline.
     `inputs` adds the column `embedding` from these teachers, and `target` adds the column `target` from `cfg.source`.
     With `cfg.flip_targets`, both columns hold both views of every image. `flip` flips each image with probability 1/2.
-    `pairs` are the verification sets that choose the best epoch (see utils.data.pairs); their digests become sources
-    of the run. Pass `store` to reuse an image store that is already open.
+    `data` may name several data sets (see utils.data.sources). `pairs` are the verification sets that choose the best
+    epoch (see utils.data.pairs); their digests become sources of the run. Pass `store` to reuse an image store that is
+    already open.
 
     Labels count the identities of the set from 0, in order of group and name. Raises InputError if a file is missing
     or was made from another data folder; where possible, before any image is decoded.
@@ -43,7 +44,7 @@ class Faces:
         target: bool = False,
         flip: bool = False,
         pairs: dict | None = None,
-        store: ImageStore | None = None,
+        store: Sources | None = None,
     ):
         self.cfg, self.flip = cfg, flip
         if teacher and cfg.is_teacher_baseline:
@@ -53,11 +54,15 @@ class Faces:
         if target:
             self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
         if cfg.leave_out and store is None:
-            left_out(cfg, find_images(cfg))  # refuses a wrong list before the images are decoded
-        self.store = store or ImageStore(cfg, checked=not inputs)  # adaptors read embeddings and no images
+            left_out(cfg, index_of(cfg, find_images))  # refuses a wrong list before the images are decoded
+        self.store = store or Sources(cfg, checked=not inputs)  # adaptors read embeddings and no images
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
-        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~left_out(cfg, index))
+        usable = self.store.usable & ~left_out(cfg, index)
+        if cfg.data_share:
+            usable &= shared(cfg, index, self.store.source)
+        self.rows = np.flatnonzero(chosen[index.identity] & usable)
+        self._never_flipped = never_flipped(cfg, self.store.source) if flip else None
         if cfg.leave_out and not len(self.rows):
             raise InputError(f"{cfg.leave_out} leaves out every image of {teacher or cfg.data}: shorten it.")
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
@@ -158,6 +163,8 @@ class Faces:
         for step in range(first, len(self.rows) // size):
             rows = order[step * size : (step + 1) * size]
             flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
+            if flips is not None and self._never_flipped is not None:
+                flips &= ~self._never_flipped[rows]
             yield rows[part], flips if flips is None else flips[part]
 
 
