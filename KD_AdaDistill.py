@@ -34,8 +34,8 @@ def main(cfg: Config) -> None:
     header, centres = build_distiller(cfg, faces)
     faces.sources |= centres
 
-    def losses(image, label, target):
-        loss = header.loss(projection(F.normalize(student(image))), target, label)
+    def losses(image, label, target, repeats):
+        loss = header.loss(projection(F.normalize(student(image))), target, label, repeats=repeats)
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def run(given: argparse.Namespace) -> None:
@@ -92,6 +92,8 @@ def run(given: argparse.Namespace) -> None:
         is_dual_layer=given.is_dual_layer,
         middle_layer_size=given.middle_layer_size,
     )
+    if onnx := [path for path in (cfg.checkpoint, *cfg.teacher) if path.endswith(".onnx")]:
+        raise InputError(f"{', '.join(onnx)} is ONNX already: export needs weights of a network here.")
     model = model_of_files(cfg)
     as_onnx, as_safetensors = _outputs(given.output or given.checkpoint.parent, given.checkpoint.stem)
     network = MultiTeacher([*model.networks], model.adaptor) if model.adaptor else model.networks[0]
@@ -142,6 +144,8 @@ def description(cfg: Config, model: Model, raw: bool) -> dict[str, str]:
         "middle_layer_size": str(cfg.middle_layer_size) if cfg.teacher and cfg.is_dual_layer else "",
         "input": f"float32 (batch, 3, {SIZE}, {SIZE}), value / 127.5 - 1: in [-1, 1]",
         "channel_order": "RGB",
+        "input_mean": "127.5",
+        "input_std": "127.5",
         "normalisation": "none" if raw else "unit length",
         "made_from": json.dumps([_origin(Path(path), digest) for path, digest in files]),
     }

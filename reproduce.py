@@ -1,12 +1,12 @@
 """Runs all stages of the paper's tables for one teachers' network, in order or in parallel on several devices.
 
-With iresnet34 these are the models of Tables 1 to 3, with iresnet50 those of Tables 4 to 6, and in both cases a
-standalone network, trained on all identities, that the paper does not have. Finished stages are skipped, interrupted
-ones are resumed.
+These are the models of Tables 1 to 3 (iresnet34) or 4 to 6 (iresnet50), and a standalone network, trained on all
+identities, that the paper does not have. Finished stages are skipped, interrupted ones are resumed.
 
 Reads   <data>, <pairs>
-Writes  the outputs of the stages, below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/
-Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--network iresnet50] [any other setting]
+Writes  the outputs of the stages, below <output> and <cache>; <output>/reproduce.json; with --devices <output>/logs/;
+        with --seeds the outputs of each seed below <output>/seed<k>, and <output>/seeds/, the tables over all seeds
+Run     python reproduce.py [--plan] [--rate 4000] [--devices 0,1,2,3] [--seeds 0,1,2] [any other setting]
 """
 
 import argparse
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from config.config import Config
+from eval.seeds import write_tables
 from utils.errors import InputError
 from utils.process import guarded, this_command
 from utils.stages.disk import items, require_room, rooms
-from utils.stages.paper import FIXED, paper
+from utils.stages.paper import FIXED, of_seeds, paper
 from utils.stages.plan import describe
 from utils.stages.rates import measured_rates, rates_from
 from utils.stages.runner import Record, Runner, stamps
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     given, cfg = settings(argv)
     slots = len(given.devices) or 1
     require_devices(given.devices, cfg)
-    stages, (counts, assumed) = paper(cfg), counts_of(cfg, may_assume=given.plan)
+    stages = of_seeds(cfg, given.seeds) if given.seeds else paper(cfg)
+    counts, assumed = counts_of(cfg, may_assume=given.plan)
     work = work_of_all(stages, counts)
     output = Path(cfg.output)
     record = Record(output / "reproduce.json", {"data": counts.digest, "pairs": stamps([*cfg.pairs_files.values()])})
@@ -59,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         if not runner.run():
             print(f"Fix the cause, then continue with: {this_command()}")
             sys.exit(1)
-    print(f"All stages are finished: {cfg.evaluation_dir}/report.html")
+    evaluated = [stage.cfg.evaluation_dir for stage in stages if stage.kind == "evaluation"]
+    if given.seeds:
+        write_tables(evaluated, output / "seeds")
+    print(f"All stages are finished: {', '.join(f'{folder}/report.html' for folder in evaluated)}")
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
@@ -71,6 +76,7 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--plan", action="store_true", help="print the stages, their time and disk space; run nothing")
     parser.add_argument("--rate", type=_rate, help="with --plan: training rate of the teachers, images/s")
     parser.add_argument("--devices", default="", help="GPUs that run stages in parallel: 0,1,2,3")
+    parser.add_argument("--seeds", default="", help="run all stages for each of these seeds: 0,1,2")
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         parser.print_help()
@@ -83,6 +89,10 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     given.devices = tuple(name.strip() for name in given.devices.split(",") if name.strip())
     if len(set(given.devices)) < len(given.devices):
         parser.exit(2, f"reproduce.py: devices {','.join(given.devices)} must be different.\n")
+    seeds = [name.strip() for name in given.seeds.split(",") if name.strip()]
+    if seeds and (len({*seeds}) < max(len(seeds), 2) or not all(map(str.isdecimal, seeds)) or "seed" in names):
+        parser.exit(2, f"reproduce.py: seeds {given.seeds} must be two or more different numbers, without seed.\n")
+    given.seeds = tuple(map(int, seeds))
     return given, Config.from_args(rest)
 
 

@@ -1,5 +1,6 @@
 """Builds networks and adaptors by name."""
 
+import torch
 from torch import nn
 
 from backbones.adaptors import DualLayerAdaptor, SingleLayerAdaptor
@@ -11,10 +12,20 @@ from config.registry import NETWORKS, build, named
 def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module:
     """Builds a face network: images (B, 3, 112, 112) in [-1, 1] -> features (B, embedding_size), not normalised.
 
-    Options of the iresnets are `dropout` (default: that of the published training, 0.4 for iresnet50, else 0) and
-    `use_se` (squeeze-and-excitation). Raises InputError for an unknown name.
+    Images are RGB; a network that takes BGR reverses them itself. Options of the iresnets are `dropout` (default: that
+    of the published training, 0.4 for iresnet50, else 0) and `use_se` (squeeze-and-excitation). Raises InputError for
+    an unknown name.
     """
-    return build(named("network", NETWORKS, name), embedding_size=embedding_size, **options)
+    entry = named("network", NETWORKS, name)
+    network = build(entry, embedding_size=embedding_size, **options)
+    if entry.channels == "BGR":
+        network.register_forward_pre_hook(_reversed_channels)
+    return network
+
+
+def _reversed_channels(_, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Forward pre-hook that turns RGB images (B, 3, H, W) into BGR."""
+    return inputs[0].flip(1)
 
 
 def build_adaptor(name: str, cfg: Config, inputs: int | None = None) -> nn.Module:

@@ -212,15 +212,14 @@ def main() -> None:
         cfg = Config(**paths, infer_batch_size=256)
         rows = []
         for row in measure(faces, work, cfg):
-            print(_line(row), flush=True)
+            print(line(row), flush=True)
             rows.append(row)
         kept = {"versions": versions(cfg), "stages": [*map(vars, rows)], "sizes": dict(growth(cfg, work))}
     write(RESULTS / f"stages_{DEVICE.type}.json", kept, page(kept))
 
 
 def measure(faces: Path, work: Path, cfg: Config) -> Iterator[Row]:
-    # `setup` cannot be undone, so PyTorch's defaults are measured first, but with the same precision.
-    torch.backends.cudnn.allow_tf32 = False
+    # `setup` cannot be undone, so PyTorch's defaults are measured first.
     plain = {step.stage: step.plain() for step in STEPS if not step.compile}
     plain_step = plain_adaptor(cfg)
     setup(cfg)
@@ -247,7 +246,7 @@ def page(kept: dict) -> str:
         made_by("benchmarks.stages", kept["versions"]),
         "",
         *HEADER,
-        *(_line(Row(**row)) for row in kept["stages"]),
+        *(line(Row(**row)) for row in kept["stages"]),
         "",
         "| ours | |",
         "|---|--:|",
@@ -262,7 +261,7 @@ HEADER = (
 )
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
     limit = f"{row.limit:,.0f} | {row.ours / row.limit:.0%}" if row.limit else " | "
     ratio = row.ours / row.straightforward
     numbers = f"{row.straightforward:,.1f} | {row.ours:,.1f} | {ratio:,.1f} | {limit}"

@@ -15,6 +15,8 @@ from config.config import Config
 from utils.environment import device_of
 from utils.losses import ElasticArcFace
 from utils.stages.rates import training_rate
+from utils.training.cuda_graph import capture
+from utils.training.precision import mixed_precision
 
 DEVICE = device_of(Config())
 
@@ -109,10 +111,11 @@ class Step:
     has_header: bool = True
     has_target: bool = False
     compile: bool = False
+    classes: int = 7000
 
     def modules(self, header: type) -> list[nn.Module]:
         torch.manual_seed(0)
-        return [build_backbone(self.network), *([header(512, 7000)] if self.has_header else [])]
+        return [build_backbone(self.network), *([header(512, self.classes)] if self.has_header else [])]
 
     def losses(self, backbone: nn.Module, header: nn.Module | None = None) -> Callable:
         def losses(image, label, target):
@@ -126,13 +129,15 @@ class Step:
         random = np.random.default_rng(0)
         return {
             "image": random.integers(0, 256, (self.batch, 112, 112, 3), np.uint8),
-            "label": random.integers(0, 7000, self.batch),
+            "label": random.integers(0, self.classes, self.batch),
             "target": random.normal(size=(self.batch, 512)).astype(np.float32),
         }
 
-    def plain(self) -> float:
+    def plain(self, precision: str = "tf32") -> float:
+        """Returns images per second of the published way; the default is that of PyTorch, tf32 in convolutions."""
         modules = self.modules(PlainElasticArcFace)
-        return plain_rate(self.losses(*modules), modules, self.columns())
+        with mixed_precision(modules[0], precision, DEVICE):
+            return plain_rate(self.losses(*modules), modules, self.columns())
 
     def ours(self, cfg: Config) -> float:
         cfg = replace(cfg, batch_size=self.batch, compile=self.compile)
@@ -140,8 +145,16 @@ class Step:
         with compiling(self.compile, self.stage):
             return training_rate(self.losses(*modules), "EAF-KD", self.columns(), cfg, *modules)
 
-    def bare(self, layout: torch.memory_format = torch.channels_last) -> float:
-        """Returns images per second of forward and backward pass of the network, on one batch on the device."""
+    def bare(
+        self,
+        layout: torch.memory_format = torch.channels_last,
+        precision: str = "tf32",
+        is_captured: bool = False,
+    ) -> float:
+        """Returns images per second of forward and backward pass of the network, on one batch on the device.
+
+        With `is_captured`, they are replayed as one CUDA graph.
+        """
         backbone = build_backbone(self.network).to(DEVICE, memory_format=layout)
         image = torch.randn(self.batch, 3, 112, 112).to(DEVICE, memory_format=layout)
         grad = torch.randn(self.batch, 512, device=DEVICE)
@@ -150,7 +163,8 @@ class Step:
             backbone.zero_grad()
             backbone(image).backward(grad)
 
-        return rates(self.batch, step)[0]
+        with mixed_precision(backbone, precision, DEVICE):
+            return rates(self.batch, capture(step) if is_captured else step)[0]
 
 
 STEPS = (

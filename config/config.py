@@ -12,8 +12,9 @@ from typing import Any
 
 from config import arguments
 from config.errors import InputError
+from config.paths import expanded
 from config.published import MILESTONES, STD_FC, Schedule, scaled_milestones
-from config.readers import ADA, CHANGES_NO_NUMBER, EAF_KD, SCRIPTS, reads, script_that_trains
+from config.readers import ADA, CHANGES_NO_NUMBER, SCRIPTS, reads, script_that_trains
 from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, named
 
 
@@ -29,10 +30,11 @@ class Config:
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
     ethnicities: tuple[str, ...] = ("African", "Asian", "Caucasian", "Indian")  # the groups; "": <data>/<identity>/...
+    nested_images: bool = False  # read images in subfolders of an identity too: video, session, camera
     leave_out: str | None = None  # a file that names identities and images to train without, one a line: utils.prepare
     skip_bad_images: bool = False  # train without unreadable or wrongly sized images, if they are under 0.1 %
 
-    # What a script works on
+    # Selection
     ethnicity: str = "All"  # one group (one quarter of a baseline: quarter1, quarter2, ...), or All in turn
     is_teacher_baseline: bool = False  # teachers of one quarter of each group, instead of one group each
     is_standalone: bool = False  # one teacher of all groups together, as for data without groups
@@ -54,8 +56,8 @@ class Config:
     loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
     m: float | None = None  # margin of teachers, adaptors and EAF-KD; None: as published, Arc 0.5, Cos 0.35
-    std: float | None = None  # spread of an elastic margin; None: 0.05, ElasticArcFace+ 0.0175, ElasticCosFace+ 0.02
-    std_fc: float | None = None  # spread of the elastic margin of adaptors; None: 0.0125, as in the published code
+    std: float | None = None  # standard deviation of an elastic margin; None: as published for the loss
+    std_fc: float | None = None  # that of the adaptors' elastic margin; None: 0.0125, as in the published code
     loss_lambda: float = 10000.0  # weight of the distillation loss of the students
     flip_targets: bool = False  # a student that sees a flipped image learns the target of the flipped image
 
@@ -72,12 +74,12 @@ class Config:
     lr: float = 0.1  # learning rate of teachers and students for 512 images a step
     warmup_epochs: int = 0  # the learning rate of teachers and students rises linearly, step by step, in so many epochs
     num_epoch_fc: int = 26  # epochs of the adaptors
-    milestones_fc: tuple[int, ...] | None = None  # their drops; None: as published, scaled to num_epoch_fc
+    milestones_fc: tuple[int, ...] | None = None  # epochs at which it drops; None: as published, scaled to num_epoch_fc
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
     batch_size: int = 128  # images (or rows) a batch, of each process
     accumulate: int = 1  # batches of a step, their gradients averaged: as one larger batch, in the memory of one
     global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
-    sync_bn: bool = False  # processes share the statistics of batch normalisation, instead of each its own as published
+    sync_bn: bool = False  # synchronise batch normalisation across processes; False: each its own, as published
     momentum: float = 0.9  # of stochastic gradient descent
     weight_decay: float = 5e-4  # on every parameter
     max_grad_norm: float = 5.0  # gradients of the network, not of the header, are clipped to this norm
@@ -85,14 +87,16 @@ class Config:
 
     # Running
     device: str | None = None  # cpu | cuda; None: a GPU where there is one
-    precision: str = "fp32"  # of networks in training: fp32 as published, or tf32, bf16: faster on a GPU, less exact
+    precision: str = "tf32"  # of networks in training: fp32 | tf32 | bf16; tf32 as published, on a CPU it is fp32
+    infer_precision: str = "tf32"  # of networks where nothing is trained: extraction, verification, IJB
     header_sharding: bool = False  # spread the classes of the header over the processes: for millions of them
     compile: bool = False  # compile the networks: minutes at the start, faster steps after
+    capture: bool = True  # on one GPU, a training step is one CUDA graph: no kernel waits for Python to launch it
     cudnn_benchmark: bool = False  # cuDNN times its convolutions first: faster, but a run repeats up to rounding only
-    device_cache_gb: float | None = None  # data kept on the device; None: half of a GPU's free memory, on a CPU nothing
+    device_cache_gb: float | None = None  # data kept on the device; None: half of what a GPU has free after a step
     num_threads: int | None = None  # CPU threads; None: one for each core
     num_workers: int = 2  # threads that read batches ahead of the step; with 0 each batch is read when it is needed
-    infer_batch_size: int = 256  # images a step where nothing is trained
+    infer_batch_size: int = 256  # batch size of inference
     weights: str = "best"  # which checkpoint of a run the next stage and the evaluation read: best | last
     checkpoint_minutes: float = 10.0  # time between checkpoints inside an epoch
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
@@ -101,9 +105,17 @@ class Config:
     evaluation_groups: tuple[str, ...] | None = None  # groups verified on, in training too; None: `ethnicities`
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
-    teacher: tuple[str, ...] = ()  # files of the teachers below an adaptor's `checkpoint`, in its order
+    teacher: tuple[str, ...] = ()  # files of teachers: those below an adaptor's `checkpoint`, in its order
+    onnx_channels: str | None = None  # channels that an .onnx file takes, RGB or BGR; None: as in its metadata, or RGB
+    onnx_mean: tuple[float, ...] | None = None  # of its input, 0 to 255; None: as in its metadata, or 127.5
+    onnx_std: tuple[float, ...] | None = None  # likewise: it gets (value - mean) / std; None: metadata, or 127.5
+    scores: str | None = None  # evaluate this file of somebody's scores instead of models: see docs/evaluation.md
+    score_forms: tuple[str, ...] = ()  # write the scores of each pair in these forms too: favfa, fairlearn, bob
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator
+    reference_group: str | None = None  # rates are compared with this group's; None: the one with the best accuracy
+    threshold: float | None = None  # a threshold on the squared distance, to report error rates at it too
+    corrections: bool = False  # compare with corrections of scores after training; keeps 20 MB for 10,000 images
     report: bool = False  # write report.html too, with all tables and pictures
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -117,6 +129,8 @@ class Config:
                 value = tuple(value)
             if field.name == "data" and isinstance(value, tuple):
                 value = ",".join(value)
+            if field.name in PATHS:
+                value = expanded(value)
             object.__setattr__(self, field.name, value)
             if not (type(value) is kind or (value is None and is_optional)):
                 raise InputError(f"{field.name} = {value!r} must be of type {kind.__name__}{' or None' * is_optional}.")
@@ -127,19 +141,14 @@ class Config:
         sizes = ("embedding_size", "middle_layer_size", "infer_batch_size")
         for name in (*sizes, "accumulate", "num_epoch", "num_epoch_fc"):
             self._check(name, lambda n: n >= 1, "at least 1")
-        count = len(self.data_paths)
-        self._require("data", self.data == "" or len({*self.data_paths, ""}) == count + 1, "different paths")
-        one_each = f"as many values as data has paths, {count}"
-        self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
-        self._check("data_share", lambda shares: all(0 < share <= 1 for share in shares), "above 0, and at most 1")
-        self._check("data_flip", lambda flips: len(flips) in (0, count), one_each)
-        self._check("data_flip", lambda flips: set(flips) <= {"on", "off"}, "on or off for each data set")
+        self._check_data_sets()
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
             self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
         margins = ("m", "std", "std_fc", "ada_m")
         for name in (*margins, "loss_lambda", "weight_decay", "momentum", "checkpoint_minutes", "device_cache_gb"):
             self._check(name, lambda x: 0 <= x < math.inf, "0 or more")
         self._check("momentum", lambda x: x < 1, "below 1")
+        self._check("threshold", lambda x: 0 < x < math.inf, "a number above 0")
         self._check("seed", lambda n: 0 <= n < 2**63, "0 or more, and below 2**63")
         self._check("num_threads", lambda n: 1 <= n <= 1024, "between 1 and 1024")
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
@@ -148,13 +157,16 @@ class Config:
         self._check("freeze", lambda which: which in ("", "features", "bn"), 'features, bn or ""')
         self._check("freeze", lambda which: self.init_from or not which, "empty where there is no init_from")
         self._check("init_header", lambda _: self.init_from, "None where there is no init_from")
-        for name in ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "init_from"):
+        for name in PATHS:
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
         self._check("evaluation_groups", _are_names, "names of groups, separated by commas")
         self._check("evaluation_groups", lambda names: len(set(names)) == len(names), "different names")
         self._check("evaluation_groups", lambda _: self.pairs_sets is None, "None where pairs_sets names the sets")
-        self._check("teacher", lambda files: self.checkpoint or not files, "empty where no checkpoint is given")
+        for name in ("onnx_mean", "onnx_std"):
+            self._check(name, lambda numbers: len(numbers) in (1, 3), "one number, or one for each channel")
+        self._check("score_forms", lambda forms: set(forms) <= {*SCORE_FORMS}, f"of {', '.join(SCORE_FORMS)}")
+        self._check("scores", lambda _: not self.checkpoint, "left out where a checkpoint is given")
         names = self.ethnicities
         self._require("ethnicities", not names or _are_names(names), "names of folders, separated by commas")
         self._require("ethnicities", len(set(names)) == len(names), "different names")
@@ -166,6 +178,15 @@ class Config:
         self._require("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
         self._require("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
+
+    def _check_data_sets(self) -> None:
+        count = len(self.data_paths)
+        self._require("data", self.data == "" or len({*self.data_paths, ""}) == count + 1, "different paths")
+        one_each = f"as many values as data has paths, {count}"
+        self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
+        self._check("data_share", lambda shares: all(0 < share <= 1 for share in shares), "above 0, and at most 1")
+        self._check("data_flip", lambda flips: len(flips) in (0, count), one_each)
+        self._check("data_flip", lambda flips: set(flips) <= {"on", "off"}, "on or off for each data set")
 
     def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
         """Raises InputError if the value of a setting is not None and does not satisfy `holds`."""
@@ -189,7 +210,7 @@ class Config:
         """Paths of the data sets: `data` divided at its commas, or all of it if there is a folder of this name."""
         if "," not in self.data or Path(self.data).exists():
             return (self.data,)
-        return tuple(os.path.expanduser(path.strip()) for path in self.data.split(","))
+        return tuple(expanded(path.strip()) for path in self.data.split(","))
 
     # Names ------------------------------------------------------------------------------------------------------------
 
@@ -288,7 +309,7 @@ class Config:
     def cache_dir(self) -> Path:
         """Folder of the index and the decoded images, its name made from the path of the data and the groups."""
         data = Path(self.data).resolve()
-        source = "\n".join([str(data), *sorted(self.ethnicities)])
+        source = "\n".join([str(data), *sorted(self.ethnicities), *["/nested images"] * self.nested_images])
         return Path(self.cache) / f"{data.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
     @property
@@ -334,6 +355,9 @@ class Config:
     def evaluation_dir(self) -> Path:
         """Folder of the results: <output>/evaluation for the best weights on the groups, else a subfolder of it."""
         parts = ["last"] if self.weights == "last" and not self.checkpoint else []
+        if self.scores:
+            digest = hashlib.sha256(os.fsencode(Path(self.scores).resolve())).hexdigest()[:8]
+            return Path(self.output, "evaluation", f"{Path(self.scores).stem}-{digest}")
         parts += ["published adaptor input"] if self.published_adaptor_input else []
         if sets := self.pairs_sets or (() if self.verified_groups == self.ethnicities else self.verified_groups):
             parts.append(_joined(sets))
@@ -374,11 +398,14 @@ class Config:
         milestones = scaled_milestones(epochs) if milestones is None else milestones
         return Schedule(epochs, lr, milestones, 0 if kind in ADAPTORS else self.warmup_epochs)
 
-    def margin(self, kind: str) -> tuple[float, float]:
-        """Mean and standard deviation of the margin in training `kind`; published values where the setting is None."""
+    def margin(self, kind: str, name: str = "") -> tuple[float, float]:
+        """Mean and standard deviation of the margin in training `kind`; published values where the setting is None.
+
+        `name` is the loss, by default that of our scripts.
+        """
         if script_that_trains(kind) == ADA:
             return ADA_LOSSES[self.ada_loss].m if self.ada_m is None else self.ada_m, 0.0
-        loss = LOSSES[self.loss if kind == "teacher" else "ElasticArcFace"]
+        loss = LOSSES[name or (self.loss if kind == "teacher" else "ElasticArcFace")]
         m = loss.m if self.m is None else self.m
         if loss.std == 0:
             return m, 0.0  # the margin of this loss does not vary, whatever `std` is for others
@@ -392,7 +419,8 @@ class Config:
         values |= dict.fromkeys(("milestones", "milestones_fc"), schedule.milestones)
         values |= {"m": m, "ada_m": m, "std": std, "std_fc": std}
         script = script_that_trains(kind)
-        script = script if script in SCRIPTS else EAF_KD  # a method of one's own has the settings of a student
+        if script not in SCRIPTS:  # it may have any header, or none
+            values = {name: value for name, value in values.items() if name in ("num_epoch", "milestones")}
         return {name: value for name, value in values.items() if reads(script, name)}
 
     def described(self, kind: str) -> str:
@@ -429,6 +457,8 @@ class Config:
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
 LONGEST_NAME = 150  # bytes in the name of a folder that lists names
+PATHS = ("data", "pairs", "output", "cache", "leave_out", "init_from", "checkpoint", "teacher", "scores")
+SCORE_FORMS = ("favfa", "fairlearn", "bob")
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
 PUBLISHED_ORDER = ("Asian", "African", "Caucasian", "Indian")
@@ -440,7 +470,9 @@ def _are_milestones(epochs: tuple) -> bool:
 
 
 def _are_names(names: tuple) -> bool:
-    return bool(names) and all(isinstance(name, str) and re.fullmatch(r"[\w-]+", name) for name in names)
+    """Tells whether all are names of files or folders; blanks may separate their words."""
+    word = r"[\w()'-][\w()'.-]*"
+    return bool(names) and all(isinstance(name, str) and re.fullmatch(rf"{word}( {word})*", name) for name in names)
 
 
 def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:

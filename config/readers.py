@@ -17,6 +17,7 @@ _TABLE = (
     ("data", SCRIPTS[:-1]),
     ("pairs pairs_sets evaluation_groups", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
+    ("nested_images", (SPLIT, *_STAGES)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
     ("leave_out skip_bad_images data_share share_of", _STAGES),
     ("data_flip", (TRAIN, *_STUDENTS)),
@@ -25,7 +26,8 @@ _TABLE = (
     ("is_standalone", (*_STAGES, EVALUATION)),
     ("is_dual_layer", (*_STUDENTS, EVALUATION)),
     ("has_dropout", (DUAL, *_STUDENTS)),
-    ("network embedding_size device cudnn_benchmark num_threads num_workers infer_batch_size", SCRIPTS[1:]),
+    ("network embedding_size device cudnn_benchmark num_threads num_workers", SCRIPTS[1:]),
+    ("infer_batch_size infer_precision", SCRIPTS[1:]),
     ("weights", SCRIPTS[1:-1]),
     ("student_network", (A_KD, EAF_KD)),
     ("middle_layer_size", (DUAL, EVALUATION)),
@@ -45,7 +47,11 @@ _TABLE = (
     ("batch_size accumulate global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
-    ("checkpoint teacher published_adaptor_input report", (EVALUATION,)),
+    ("capture", _TRAINING),
+    ("checkpoint published_adaptor_input report", (EVALUATION,)),
+    ("reference_group threshold scores score_forms corrections", (EVALUATION,)),
+    ("teacher", (EXTRACT, EVALUATION)),
+    ("onnx_channels onnx_mean onnx_std", (EXTRACT, EVALUATION, IJB)),
     ("row", (EVALUATION, IJB)),
 )
 READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
@@ -54,12 +60,12 @@ READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 CHANGES_NO_NUMBER = {
     # Data and weights are compared by their digests instead of their paths.
     *("data", "pairs", "pairs_sets", "evaluation_groups", "init_from", "output", "cache"),
-    *("leave_out", "skip_bad_images", "weights"),
+    *("leave_out", "skip_bad_images", "nested_images", "weights"),
     # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
-    *("device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+    *("infer_precision", "capture", "device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
     # The images of a step are compared instead. The statistics of batch normalisation are those of the images that pass
     # the network together, which the number of processes changes as well.
     "accumulate",
@@ -73,7 +79,12 @@ def script_that_trains(kind: str) -> str:
 
 
 def reads(script: str, setting: str) -> bool:
-    """Returns True if a script reads a setting. A script that is not in SCRIPTS may read all of them."""
+    """Returns True if a script reads a setting.
+
+    A script of METHODS that is not in SCRIPTS reads what KD_CEL.py reads, any other unknown script all settings.
+    """
+    if script not in SCRIPTS and script in METHODS.values():
+        script = EAF_KD
     return script not in SCRIPTS or script in READ_BY.get(setting, SCRIPTS)
 
 

@@ -14,10 +14,14 @@ from config.errors import InputError
 
 @dataclass(frozen=True)
 class Network:
-    """A face network: its class and the options of its constructor."""
+    """A face network: its class, the options of its constructor, and the order of the channels that it takes.
+
+    Images are RGB everywhere; `build_backbone` reverses them for a network whose published weights expect BGR.
+    """
 
     module: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channels: str = "RGB"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Loss:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_EVOLVE = {"middle_bn": False, "affine": True, "dropout": 0.5}  # face.evoLVe's definition
+
 NETWORKS = {
     "iresnet18": Network("backbones.iresnet:IResNet", {"blocks": (2, 2, 2, 2)}),
     "iresnet34": Network("backbones.iresnet:IResNet", {"blocks": (3, 4, 6, 3)}),
@@ -43,6 +49,34 @@ NETWORKS = {
     "iresnet_tiny": Network(
         "backbones.iresnet:IResNet", {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2}
     ),
+    # Networks of other projects, for their published weights (docs/evaluation.md). All take values in [-1, 1].
+    "mbf": Network("backbones.mbf:MBF"),
+    "mbf_large": Network("backbones.mbf:MBF", {"blocks": (2, 8, 12, 4), "scale": 4}),
+    "tface_ir_18": Network("backbones.ir:IR", {"blocks": (2, 2, 2, 2)}),
+    "tface_ir_34": Network("backbones.ir:IR", {"blocks": (3, 4, 6, 3)}),
+    "tface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3)}),
+    "tface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3)}),
+    "tface_ir_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), "bottleneck": True}),
+    "tface_ir_200": Network("backbones.ir:IR", {"blocks": (3, 24, 36, 3), "bottleneck": True}),
+    "tface_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True}),
+    "tface_ir_se_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "use_se": True}),
+    "adaface_ir_18": Network("backbones.ir:IR", {"blocks": (2, 2, 2, 2)}, "BGR"),
+    "adaface_ir_34": Network("backbones.ir:IR", {"blocks": (3, 4, 6, 3)}, "BGR"),
+    "adaface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3)}, "BGR"),
+    "adaface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3)}, "BGR"),
+    "adaface_ir_200": Network("backbones.ir:IR", {"blocks": (3, 24, 36, 3), "bottleneck": True}, "BGR"),
+    "adaface_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True}, "BGR"),
+    "curricularface_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "middle_bn": False}),
+    "curricularface_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "middle_bn": False}),
+    "curricularface_ir_se_50": Network(
+        "backbones.ir:IR", {"blocks": (3, 4, 14, 3), "middle_bn": False, "use_se": True}
+    ),
+    "evolve_ir_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), **_EVOLVE}),
+    "evolve_ir_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), **_EVOLVE}),
+    "evolve_ir_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), **_EVOLVE}),
+    "evolve_ir_se_50": Network("backbones.ir:IR", {"blocks": (3, 4, 14, 3), "use_se": True, **_EVOLVE}),
+    "evolve_ir_se_101": Network("backbones.ir:IR", {"blocks": (3, 13, 30, 3), "use_se": True, **_EVOLVE}),
+    "evolve_ir_se_152": Network("backbones.ir:IR", {"blocks": (3, 8, 36, 3), "use_se": True, **_EVOLVE}),
 }
 
 LOSSES = {
@@ -54,7 +88,7 @@ LOSSES = {
     "CosFace": Loss("utils.losses.margin:CosFace", 0.35),
     "CurricularFace": Loss("utils.losses.margin:CurricularFace", 0.50),
 }
-"""Losses of teachers. Their margins are those of MST-KD (paper 4.2) and of ElasticFace's configuration."""
+"""Losses that `--loss` can name. Margins are those of MST-KD (paper 4.2) and of ElasticFace's configuration."""
 
 ADA_LOSSES = {
     "AdaArcDistill": Loss("utils.losses.adadistill:AdaDistill", 0.45, 0.0, {"margin": "arc"}),
@@ -79,6 +113,8 @@ METHODS = {
 }
 """The distillation methods, and the script that trains a student by each. The evaluation looks for these students."""
 
+PRECISIONS = ("fp32", "tf32", "bf16")
+
 CHOICES = {
     "network": NETWORKS,
     "student_network": NETWORKS,
@@ -87,10 +123,12 @@ CHOICES = {
     "ada_loss": ADA_LOSSES,
     "ada_source": ("adaptor", "teacher"),
     "device": ("cpu", "cuda"),
-    "precision": ("fp32", "tf32", "bf16"),
+    "precision": PRECISIONS,
+    "infer_precision": PRECISIONS,
     "weights": ("best", "last"),
     "init_header": ("means",),
     "share_of": ("identities", "images"),
+    "onnx_channels": ("RGB", "BGR"),
 }
 """The values that a setting can have."""
 
@@ -108,5 +146,8 @@ def build(entry: Network | Loss, *inputs: Any, **options: Any) -> Any:
 
 
 def class_of(entry: Network | Loss) -> type:
-    """Imports the class of an entry."""
-    return resolve_name(entry.module)
+    """Imports the class of an entry. Raises InputError if there is none."""
+    try:
+        return resolve_name(entry.module)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"config/registry.py names {entry.module}, which cannot be imported: {error}.") from error

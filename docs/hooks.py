@@ -45,6 +45,11 @@ def unknown_options(markdown: str) -> list[str]:
     """The options `--name` on a page that neither config/config.py nor a script of this repository has."""
     source = (ROOT / "config" / "config.py").read_text(encoding="utf-8")
     known = OTHERS | set(re.findall(r"^    (\w+): .+  # ", source, re.MULTILINE))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("eval/*.py"), *ROOT.glob("utils/**/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("eval/*.py"),
+        *ROOT.glob("utils/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ]:
         known |= set(re.findall(r"\"--([\w-]+)\"", path.read_text(encoding="utf-8")))
     return sorted(set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", markdown)) - known)

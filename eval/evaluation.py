@@ -4,37 +4,108 @@ Reads   <pairs>, and from <output> the teachers, adaptors (with their teachers) 
         files given by --checkpoint and --teacher
 Writes  <output>/evaluation/ (a subfolder of it for other sets or given files): accuracy, intervals, differences and
         rates as .md, .csv and .tex; on RFW also paper.*, the paper's printed results beside the measured ones;
-        results.json; scores/ with a line per pair; pictures; with --report also report.html; distances/, which an
-        interrupted or repeated evaluation reuses
+        results.json; scores/ with a line per pair; pictures as .png, .svg and .pdf; with --report also report.html;
+        distances/, which an interrupted or repeated evaluation reuses
 Run     python -m eval.evaluation [--report] [--pairs_sets lfw,cfp_fp] [--checkpoint FILE --network iresnet50]
+        python -m eval.evaluation --checkpoint FILE.onnx
         python -m eval.evaluation --checkpoint FILE --row "EAF-KD SL iresnet34 specialized"
+        python -m eval.evaluation --scores theirs.csv    (scores of a model that is not at hand: eval/exchange.py)
 """
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from config.config import SETTINGS, Config
 from config.registry import NETWORKS
-from eval import figures, paper, report
+from eval import acquisition, attributes, calibration, figures, paper, report
+from eval.answer import answer
+from eval.audit import Audit
+from eval.curves import draw_curves
+from eval.exchange import read_scores, written
 from eval.models import KINDS, families, left_out, model_of_files, models_of
-from eval.results import Results
+from eval.operating import check_reference
+from eval.pictures import Picture
+from eval.published import Row
+from eval.results import BEST, Results
 from eval.scores import Scored, Scores
+from utils.data.identities import in_two_groups
 from utils.data.pairs import Pairs, load_pairs
 from utils.data.synthetic import is_generated
 from utils.environment import versions
 from utils.errors import InputError
-from utils.process import command, run, setup
+from utils.process import command_of_run, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
+LEFT_OUT = "Not in the tables"  # begins the note on models that were not evaluated
 LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the pictures need
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The distances of all models on all sets, and what the tables have to say of them."""
+
+    sets: dict[str, Pairs]
+    scored: list[Scored]
+    of_groups: bool
+    of_rfw: bool
+    printed: dict[str, Row]  # rows of a paper that these can be compared with
+    notes: tuple[str, ...]
 
 
 def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
+    if cfg.of_groups and not cfg.scores:
+        check_reference(list(cfg.verified_groups), cfg.reference_group)
     folder = cfg.evaluation_dir
+    measured = _measured_by_others(cfg) if cfg.scores else _measured(cfg, folder)
+    sets, scored = measured.sets, measured.scored
+    identities = {name: pairs.identities for name, pairs in sets.items()}
+    if shared := in_two_groups(identities):
+        print(shared)
+    same = {name: pairs.same for name, pairs in sets.items()}
+    results = Results(scored, same, measured.of_groups, measured.notes, identities, measured.of_rfw)
+    compared = paper.compare(measured.printed, scored, cfg, measured.notes)
+    tables = results.tables() | _audit(cfg, results, sets)
+    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
+    if compared:
+        tables |= compared.tables()
+        forms["paper"] = compared.forms()
+    for table in tables.values():
+        if table.is_printed:
+            print(table.markdown())
+    answered = answer(results)
+    print(*answered, sep="\n")
+    if results.of_groups and results.of_one_kind:
+        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
+    written_files = _write_forms(forms, folder)
+    write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
+    for one in scored:
+        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
+    exchanged = _write_exchanged(cfg, results, sets, folder)
+    pictures = _draw(results, compared, _logs(cfg), folder)
+    written_files |= {
+        "results.json": ["results.json"],
+        "scores/": [*(f"scores/{_file_name(one)}.csv" for one in scored), *exchanged],
+    }
+    for picture in pictures:
+        names = [path.relative_to(folder).as_posix() for path in picture.files]
+        label = "curves/" if "/" in names[0] else f"{names[0]}, .svg, .pdf"
+        written_files[label] = written_files.get(label, []) + names
+    if cfg.report:
+        page = report.page(answered, tables, pictures, cfg, [*sets], measured.notes)
+        write_text(folder / "report.html", page)
+        written_files["report.html"] = ["report.html"]
+    _remove_stale(folder, {folder / name for names in written_files.values() for name in names})
+    print(f"Written to {folder}: {', '.join(what for what, names in written_files.items() if names)}.")
+
+
+def _measured(cfg: Config, folder: Path) -> Measured:
+    """Computes the distances of the models in the output folder, or of the given checkpoint."""
+    if cfg.teacher and not cfg.checkpoint:
+        raise InputError("teacher names files below an adaptor: set checkpoint to that of the adaptor.")
     model = model_of_files(cfg) if cfg.checkpoint else None
     found = [] if model else _families(cfg)
     sets = load_pairs(cfg)
@@ -44,34 +115,44 @@ def main(cfg: Config) -> None:
     else:
         scored, missing = _score_families(cfg, found, sets, folder)
         notes = (*_notes(cfg), *missing)
-    scored.sort(key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS].index(one.network), KINDS.index(one.kind)))
+    scored.sort(
+        key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS, "onnx"].index(one.network), KINDS.index(one.kind))
+    )
+    of_rfw = paper.is_rfw(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
+    return Measured(sets, scored, cfg.of_groups, of_rfw, printed, notes)
 
-    results = Results(scored, {name: pairs.same for name, pairs in sets.items()}, cfg.of_groups, notes)
-    compared = paper.compare(printed, scored, cfg, notes)
-    tables = results.tables()
-    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
-    if compared:
-        tables |= compared.tables()
-        forms["paper"] = compared.forms()
-    for table in tables.values():
-        if table.is_printed:
-            print(table.markdown())
-    if results.of_groups and results.of_one_kind:
-        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
-    written = _write_forms(forms, folder)
-    write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
-    for one in scored:
-        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
-    pictures = _draw(results, compared, _logs(cfg), folder, " ".join(_notes(cfg)))
-    written |= {"results.json": ["results.json"], "scores/": [f"scores/{_file_name(one)}.csv" for one in scored]}
-    written |= {name: [name] for name in pictures.values() if "/" not in name}
-    written["curves/"] = [name for name in pictures.values() if "/" in name]
-    if cfg.report:
-        shown = {title: folder / name for title, name in pictures.items()}
-        write_text(folder / "report.html", report.page(tables, shown, cfg))
-        written["report.html"] = ["report.html"]
-    _remove_stale(folder, {folder / name for names in written.values() for name in names})
-    print(f"Written to {folder}: {', '.join(what for what, names in written.items() if names)}.")
+
+def _measured_by_others(cfg: Config) -> Measured:
+    """Reads the distances of a model that is not at hand from `cfg.scores`."""
+    theirs = read_scores(Path(cfg.scores))
+    if len(theirs.sets) > 1:
+        check_reference(list(theirs.sets), cfg.reference_group)
+    notes = (f"Scores of {Path(cfg.scores).name}, computed elsewhere.", *theirs.notes)
+    return Measured(theirs.sets, [theirs.scored], len(theirs.sets) > 1, False, {}, notes)
+
+
+def _write_exchanged(cfg: Config, results: Results, sets: dict[str, Pairs], folder: Path) -> list[str]:
+    """Writes the scores of each model in the forms that `cfg.score_forms` names; returns their names in `folder`."""
+    names = []
+    for one, shared in zip(results.models, results.shared, strict=True):
+        for form in cfg.score_forms:
+            names.append(f"scores/{_file_name(one)}.{form}.{'txt' if form == 'bob' else 'csv'}")
+            write_text(folder / names[-1], written(form, one, sets, shared.get(BEST)))
+    return names
+
+
+def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, Table]:
+    """Returns the tables of the fairness audit by file name; none for several sets that are no groups."""
+    if results.of_one_kind or not (results.of_groups or len(results.same) == 1):
+        return {}
+    tables = Audit(results, cfg.reference_group, cfg.threshold).tables()
+    failures = acquisition.table(Path(cfg.pairs), list(results.same), results.notes)
+    by_attribute = attributes.table(results, {name: pairs.attributes for name, pairs in sets.items()})
+    if by_attribute:
+        tables["attributes"] = by_attribute
+    if cfg.corrections and results.of_groups:
+        tables["corrections"] = calibration.table(results, {name: pairs.rows for name, pairs in sets.items()})
+    return tables | ({"acquisition": failures} if failures else {})
 
 
 def _families(cfg: Config) -> list[Config]:
@@ -83,7 +164,7 @@ def _families(cfg: Config) -> list[Config]:
                 f"{cfg.output} holds {', '.join(others)}, but no model of {groups}: "
                 "set ethnicities to the groups of the models, and evaluation_groups to those to verify on."
             )
-        first = command(replace(cfg, report=False), "train.py")
+        first = command_of_run(cfg, "train.py")
         raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
 
@@ -122,9 +203,9 @@ def _results_json(cfg: Config, sets: dict[str, Pairs], scored: list[Scored], tab
 
 def _remove_stale(folder: Path, written: set[Path]) -> None:
     """Deletes files of an earlier evaluation whose models or tables no longer exist."""
-    ours = [folder / name for name in ("report.html", "trade_off.png", "training.png", "paper.png")]
-    ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex")]
-    ours += [*folder.glob("scores/*.csv"), *folder.glob("curves/*.png")]
+    ours = [folder / "report.html"]
+    ours += [path for path in folder.glob("*.*") if path.suffix in (".md", ".csv", ".tex", ".png", ".svg", ".pdf")]
+    ours += [*folder.glob("scores/*.csv"), *folder.glob("scores/*.bob.txt"), *folder.glob("curves/*.*")]
     for path in ours:
         if path not in written:
             path.unlink(missing_ok=True)
@@ -142,7 +223,7 @@ def _score_families(
             used += [model.folder for model in models]
     others = left_out(cfg, used)
     advice = "ethnicities names the groups of the models, evaluation_groups those to verify on."
-    return scored, [f"Not in the tables, though in {cfg.output}: {', '.join(others)}; {advice}"] if others else []
+    return scored, [f"{LEFT_OUT}, though in {cfg.output}: {', '.join(others)}; {advice}"] if others else []
 
 
 def _file_name(one: Scored) -> str:
@@ -159,33 +240,42 @@ def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
 
 
 def _draw(
-    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path, note: str
-) -> dict[str, str]:
-    """Draws all pictures, `note` under each; returns their paths relative to `folder`, by title."""
-    models = results.models
-    drawn = {"Accuracy of each group": "accuracy.png"}
-    figures.draw_accuracies(models, list(results.same), results.intervals, folder / "accuracy.png", note)
+    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
+) -> list[Picture]:
+    """Draws all pictures into `folder`."""
+    models, note = results.models, " ".join(one for one in results.notes if not one.startswith(LEFT_OUT))
+    drawn: list[Picture] = []
+
+    def keep(section: str, title: str, path: Path, alt: str) -> None:
+        drawn.append(Picture(section, title, path, f"{note} {alt}".strip()))
+
+    path = folder / "accuracy.png"
+    alt = figures.draw_accuracies(models, list(results.same), results.intervals, path, note, results.whole)
+    keep("Accuracy of each group" if results.of_groups else "Accuracy of each set", "", path, alt)
     if results.of_groups:
-        drawn["Average against STD"] = "trade_off.png"
-        figures.draw_trade_off(models, results.pairs, folder / "trade_off.png", note)
+        path = folder / "trade_off.png"
+        keep("Average against STD", "", path, figures.draw_trade_off(models, results.pairs, path, note, results.whole))
     if compared:
-        drawn["Printed accuracies and those here"] = "paper.png"
-        figures.draw_paper(compared.panels, compared.sets, folder / "paper.png", note)
+        path = folder / "paper.png"
+        alt = figures.draw_paper(compared.panels, compared.sets, path, note)
+        keep("Printed accuracies and those here", "", path, alt)
     for one, shared in zip(models, results.shared, strict=True):
         if shared:
-            name = f"curves/{_file_name(one)}.png"
-            drawn[f"Error rates of {one.title}"] = name
+            path = folder / "curves" / f"{_file_name(one)}.png"
             thresholds = {title: threshold for title, threshold in shared.items() if threshold is not None}
-            figures.draw_curves(one, results.same, thresholds, folder / name, note)
-    if logs:
-        drawn["Training"] = "training.png"
-        figures.draw_training(logs, folder / "training.png", note)
+            alt = draw_curves(one, results.same, thresholds, path, note)
+            keep("ROC, DET and thresholds", one.title, path, alt)
+    for start in range(0, len(logs), figures.RUNS):
+        names = [*logs][start : start + figures.RUNS]
+        path = folder / (f"training_{start // figures.RUNS + 1}.png" if start else "training.png")
+        alt = figures.draw_training({name: logs[name] for name in names}, path, note)
+        keep("Training", f"Runs {names[0]} to {names[-1]}", path, alt)
     return drawn
 
 
 def _logs(cfg: Config) -> dict[str, list[dict]]:
     """Reads every log.jsonl below the output folder; returns the entries by the run folder's relative path."""
-    if cfg.checkpoint:
+    if cfg.checkpoint or cfg.scores:
         return {}
     logs = {}
     for path in sorted(Path(cfg.output).glob("*/*/*/**/log.jsonl")):

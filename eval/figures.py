@@ -1,4 +1,7 @@
-"""Draws the pictures of an evaluation as PNG files."""
+"""Draws the pictures of all models: accuracies, the paper's beside them, average against STD, and training.
+
+Each function writes PNG, SVG and PDF files and returns what the picture shows as text, with its numbers.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -11,48 +14,65 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.fairness import std
+from eval.pictures import COLOURS, LINES, MARKERS, label_apart, limit_to_percent, save
 from eval.published import Row
-from eval.rates import roc
 from eval.scores import Scored
 from eval.uncertainty import by_chance
-from utils.storage.files import replaced
 
-# Okabe and Ito's palette is safe for colour-blind readers; markers and line styles keep groups distinct in grey.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
-MARKERS = "osD^vP*X"
-LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
+RUNS = 8  # panels of one picture of training: as many as a page of A4 shows
 
 
 def draw_accuracies(
-    models: list[Scored], sets: Sequence[str], intervals: np.ndarray, path: Path, note: str = ""
-) -> None:
+    models: list[Scored],
+    sets: Sequence[str],
+    intervals: np.ndarray,
+    path: Path,
+    note: str = "",
+    whole: np.ndarray | slice = slice(None),
+) -> str:
     """Draws one row per model: a marker with its interval per verification set, and a bar for the average.
 
-    `intervals` (models, sets, 2) are in percent. The markers of a row are shifted vertically, so that equal accuracies
-    do not hide each other.
+    `intervals` (models, sets, 2) are in percent; `whole` selects the sets that are part of the average. The markers of
+    a row are shifted vertically, so that equal accuracies do not hide each other.
     """
     values = np.array([model.accuracies for model in models])
     figure = Figure(figsize=(9, 1.9 + 0.42 * len(models)), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(models))
-    axes.plot(values.mean(1), places, "|", color="black", markersize=17, markeredgewidth=2, label="average", zorder=4)
+    axes.plot(
+        values[:, whole].mean(1),
+        places,
+        "|",
+        color="black",
+        markersize=17,
+        markeredgewidth=2,
+        label="average",
+        zorder=4,
+    )
     heights = np.linspace(-0.27, 0.27, len(sets)) if len(sets) > 1 else [0.0]
     for i, name in enumerate(sets):
         colour = COLOURS[i % 8]
         axes.hlines(places + heights[i], *intervals[:, i].T, color=colour, linewidth=1.5, alpha=0.6, zorder=2)
         place = places + heights[i]
-        axes.plot(values[:, i], place, MARKERS[i % 8], color=colour, markersize=6, label=name, zorder=3)
+        axes.plot(values[:, i], place, MARKERS[i % 8], color=colour, markersize=6, label=name, zorder=3, clip_on=False)
+    limit_to_percent(axes)
     axes.set_yticks(places, [model.title for model in models])
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("verification accuracy (%), ten folds, with 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    _save(figure, axes, path, note)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    save(figure, path, note)
+    return "Verification accuracy in percent. " + " ".join(_accuracies(model, sets) for model in models)
 
 
-def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], path: Path, note: str = "") -> None:
+def _accuracies(model: Scored, sets: Sequence[str]) -> str:
+    of_sets = ", ".join(f"{name} {value:.2f}" for name, value in zip(sets, model.accuracies, strict=True))
+    return f"{model.title}: {of_sets}."
+
+
+def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], path: Path, note: str = "") -> str:
     """Draws a panel per table of a paper, with a hollow (printed) and a filled (measured) marker per row and set.
 
     `panels` holds (printed, measured) rows by the title of their table, `pairs` the number of pairs by set. The bars
@@ -71,8 +91,16 @@ def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], 
         else:
             _draw_panel(axes, title, panels[title], pairs)
     handles, labels = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(pairs), frameon=False)
-    _save(figure, None, path, note)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(pairs), frameon=False)
+    save(figure, path, note)
+    return "Accuracy in percent, printed and here. " + " ".join(
+        _both(*rows) for title in titles for rows in panels[title]
+    )
+
+
+def _both(printed: Row, here: Row) -> str:
+    cells = [f"{name} {value:.2f} and {here.accuracies[name]:.2f}" for name, value in printed.accuracies.items()]
+    return f"{printed.name}: {', '.join(cells)}."
 
 
 def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict[str, int]) -> None:
@@ -86,10 +114,17 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
             half = 1.96 * np.sqrt(value * (100 - value) / count)
             height = height + places[2 * i + k]
             axes.hlines(
-                height, value - half, value + half, color=style["color"], linestyle=line, linewidth=1.3, zorder=2
+                height,
+                np.maximum(value - half, 0),
+                np.minimum(value + half, 100),
+                color=style["color"],
+                linestyle=line,
+                linewidth=1.3,
+                zorder=2,
             )
             style |= {"markerfacecolor": face, "label": f"{name}, {which}"}
-            axes.plot(value, height, linestyle="none", zorder=3, **style)
+            axes.plot(value, height, linestyle="none", zorder=3, clip_on=False, **style)
+    limit_to_percent(axes)
     axes.set_yticks(range(len(rows)), [printed.name for printed, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for boundary in range(1, len(rows)):
@@ -101,17 +136,23 @@ def _draw_panel(axes: Axes, title: str, rows: list[tuple[Row, Row]], pairs: dict
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, note: str = "") -> None:
+def draw_trade_off(
+    models: list[Scored],
+    pairs: tuple[int, ...],
+    path: Path,
+    note: str = "",
+    whole: np.ndarray | slice = slice(None),
+) -> str:
     """Draws average against STD, one dot per model; the STD of 95 % of perfectly fair models is in the shaded area.
 
-    `pairs` (G,) are the numbers of pairs of the groups.
+    `pairs` (G,) are the numbers of pairs of the groups that `whole` selects, those that are part of averages.
     """
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    accuracies = np.array([model.accuracies for model in models])
+    accuracies = np.array([model.accuracies for model in models])[:, whole]
     averages, stds = accuracies.mean(1), std(accuracies)
-    margin = max(0.5, 0.08 * np.ptp(averages))
-    along = np.linspace(averages.min() - margin, min(100, averages.max() + margin), 12)
+    margin = max(0.1 * np.ptp(averages), min(0.5, 0.5 * (100 - averages.mean())), 0.02)
+    along = np.linspace(max(0, averages.min() - margin), min(100, averages.max() + margin), 12)
     chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
     axes.fill_between(along, 0, chance, color="0.9", label="perfectly fair, by chance (95 %)")
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
@@ -119,97 +160,90 @@ def draw_trade_off(models: list[Scored], pairs: tuple[int, ...], path: Path, not
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
         # The ninth look reuses the first colour, with another marker.
         marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
-        axes.plot(averages[of_look], stds[of_look], marker, color=COLOURS[k % 8], markersize=9, label=label)
-    for average, spread, model in zip(averages, stds, models, strict=True):
-        name = model.name if len({one.network for one in models}) == 1 else f"{model.network} {model.name}"
-        axes.annotate(name, (average, spread), (5, 5), textcoords="offset points", fontsize=8)
+        look: dict[str, Any] = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
+        axes.plot(averages[of_look], stds[of_look], marker, label=label, **look)
     axes.set_xlabel("average accuracy (%): further right is better")
     axes.set_ylabel("STD of the groups (points): lower is fairer")
-    axes.set_xlim(along[0], along[-1] + 0.12 * np.ptp(along))  # room for the names
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(along[0], along[-1])
+    axes.set_ylim(0, 1.12 * max(stds.max(), max(chance), 0.01))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False)
-    _save(figure, axes, path, note)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    if note:
+        figure.suptitle(note, fontsize=10)  # takes room, and thus decides where the labels are
+    several = len({one.network for one in models}) > 1
+    names = [f"{model.network} {model.name}" if several else model.name for model in models]
+    label_apart(axes, np.column_stack([averages, stds]), names)
+    save(figure, path, note)
+    cells = zip(models, averages, stds, strict=True)
+    return "Average accuracy and STD of the groups, in percent. " + " ".join(
+        f"{model.title}: {average:.2f}, {spread:.2f}." for model, average, spread in cells
+    )
 
 
-def draw_curves(
-    model: Scored, same: dict[str, np.ndarray], shared: dict[str, float], path: Path, note: str = ""
-) -> None:
-    """Draws ROC, DET and histograms of squared distances of one model, a curve per group.
-
-    `same` (P,) bool per group says which pairs are genuine; thresholds `shared` by all groups, by name, are marked.
-    """
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for i, (name, labels) in enumerate(same.items()):
-        distance = model.distances[name]
-        thresholds, fmr, fnmr = roc(distance, labels)
-        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 8], "linewidth": 1.5}
-        left.plot(fmr, 1 - fnmr, label=name, **style)
-        middle.plot(fmr, fnmr, label=name, **style)
-        for k, threshold in enumerate(shared.values()):
-            at = min(int(np.searchsorted(thresholds, threshold)), len(thresholds) - 1)
-            dot = {"color": COLOURS[i % 8], "marker": MARKERS[k % 8], "markersize": 7}
-            left.plot(fmr[at], 1 - fnmr[at], **dot)
-            middle.plot(fmr[at], fnmr[at], **dot)
-        bins = np.linspace(0, max(distance.max(), 0.01), int(np.clip(2 * np.sqrt(labels.sum()), 10, 60)))
-        right.hist(distance[labels], bins, histtype="step", density=True, **style)
-        right.hist(distance[~labels], bins, histtype="stepfilled", density=True, color=COLOURS[i % 8], alpha=0.12)
-        right.hist(distance[~labels], bins, histtype="step", density=True, alpha=0.7, **style)
-    for k, (name, threshold) in enumerate(shared.items()):
-        right.axvline(threshold, color="0.3", linewidth=1, linestyle=LINES[k % 8])
-        middle.plot([], [], color="0.3", marker=MARKERS[k % 8], linestyle="none", label=f"shared: {name}")
-    least = 1 / max(int((~labels).sum()) for labels in same.values())
-    left.set(xscale="log", xlim=(least, 1), xlabel="false match rate", ylabel="true match rate", title="ROC")
-    middle.set(xscale="log", yscale="log", xlabel="false match rate", ylabel="false non-match rate", title="DET")
-    middle.set_xlim(least, 1)
-    right.set(xlabel="squared distance", ylabel="density", title="genuine (line) and impostor (shaded) pairs")
-    middle.legend(frameon=False, fontsize=8)
-    for axes in (left, middle, right):
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, None, path, f"{model.title}{'. ' + note if note else ''}")
-
-
-def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> None:
+def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> str:
     """Draws losses, measures and scores per epoch, a panel per run; `logs` holds the entries of each log.jsonl."""
-    columns = 3
+    columns = 2
     rows = -(-len(logs) // columns)
-    figure = Figure(figsize=(4.4 * columns, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 2.9 * rows), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False).flat
     handles: dict = {}
     styles: dict[str, int] = {}  # of each loss and measure
     for (title, log), axes in zip(logs.items(), every, strict=False):
-        epochs = [entry["epoch"] for entry in log]
-        for name in (*log[0]["loss"], *log[0].get("measures", ())):  # older logs have no measures
-            values = [{**entry["loss"], **entry.get("measures", {})}[name] for entry in log]
-            label = f"loss {name}" if name in log[0]["loss"] else name
-            style = LINES[styles.setdefault(name, len(styles)) % 8]
-            axes.plot(epochs, values, color="0.25", linestyle=style, label=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("loss")
-        handles |= {line.get_label(): line for line in axes.get_lines()}
-        scores = [name for name in log[0]["scores"] if name != "average"]
-        if scores:
-            other = axes.twinx()
-            for k, name in enumerate(scores):
-                values = [entry["scores"][name] for entry in log]
-                other.plot(epochs, values, color=COLOURS[k % 8], marker=MARKERS[k % 8], markersize=3, label=name)
-            other.set_ylabel("accuracy (%)")
-            handles |= {line.get_label(): line for line in other.get_lines()}
-        best = [entry["epoch"] for entry in log if entry["best"]]
-        handles["best epoch"] = axes.axvline(best[-1], color="0.7", linewidth=1, zorder=0)
+        _draw_run(axes, title, log, handles, styles)
     for axes in list(every):
         axes.set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(8, len(handles)), frameon=False)
-    _save(figure, None, path, note)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    save(figure, path, note)
+    return "Losses and accuracies per epoch. " + " ".join(_run_text(*run) for run in logs.items())
 
 
-def _save(figure: Figure, axes: Axes | None, path: Path, note: str) -> None:
-    if note:
-        axes.set_title(note, fontsize=10) if axes else figure.suptitle(note, fontsize=10)
-    with replaced(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+def _draw_run(axes: Axes, title: str, log: list[dict], handles: dict, styles: dict[str, int]) -> None:
+    """Draws one run; adds the lines to `handles` by label, and to `styles` a number for each new loss and measure."""
+    epochs = [entry["epoch"] for entry in log]
+    scores = [name for name in log[0]["scores"] if name != "average"]
+    measures = [*log[0].get("measures", ())]  # older logs have none
+
+    def draw(where: Axes, label: str, values: list[float], **style: Any) -> None:
+        (line,) = where.plot(epochs, values, **style)  # markers show a run of one epoch
+        handles[label] = line
+
+    for name in log[0]["loss"]:
+        style = LINES[styles.setdefault(name, len(styles)) % 8]
+        values = [entry["loss"][name] for entry in log]
+        draw(axes, f"loss {name}", values, color="0.25", linestyle=style, marker=".")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(epochs) == 1:
+        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    if scores:
+        other = axes.twinx()
+        for k, name in enumerate(scores):
+            values = [entry["scores"][name] for entry in log]
+            draw(other, name, values, color=COLOURS[k % 8], marker=MARKERS[k % 8], markersize=3)
+        other.set_ylabel("accuracy (%)")
+        if len(epochs) == 1:
+            other.margins(y=0.3)  # else the dots of losses and accuracies hide each other
+        low, high = other.get_ylim()
+        other.set_ylim(max(low, 0), min(high, 100))
+    if measures:  # such as alpha, whose scale is that of neither losses nor accuracies
+        third = axes.twinx()
+        third.spines.right.set_position(("outward", 40 if scores else 0))
+        for name in measures:
+            style = LINES[styles.setdefault(name, len(styles)) % 8]
+            values = [entry["measures"][name] for entry in log]
+            draw(third, name, values, color="#8a2be2", linestyle=style, marker=".")
+        third.set_ylabel(", ".join(measures))
+    best = [entry["epoch"] for entry in log if entry["best"]]
+    handles["best epoch"] = axes.axvline(best[-1], color="0.7", linewidth=1, zorder=0)
+
+
+def _run_text(title: str, log: list[dict]) -> str:
+    best = [entry for entry in log if entry["best"]][-1]
+    losses = [f"loss {name} {log[0]['loss'][name]:.4g} to {log[-1]['loss'][name]:.4g}" for name in log[0]["loss"]]
+    scores = [f"{name} {value:.2f}" for name, value in best["scores"].items() if name != "average"]
+    return (
+        f"{title}: epochs {log[0]['epoch']} to {log[-1]['epoch']}, {', '.join(losses)}; best epoch {best['epoch']}"
+        + (f" with {', '.join(scores)}." if scores else ".")
+    )

@@ -5,7 +5,7 @@ Reads   <folder>, as insightface distributes it, with the prefix ijbc_ or ijbb_:
           meta/ijbc_name_5pts_score.txt      <image name> x1 y1 ... x5 y5 <detector score>, in the same order
           meta/ijbc_template_pair_label.txt  <template id> <template id> <1 genuine, 0 impostor>
           loose_crop/<image name>
-        the checkpoints: state dicts of the network --network
+        the checkpoints: weights of the network --network, or .onnx files
 Writes  <output>/ijb/<name>/: features.npy, which a repeated evaluation reuses; tar.json, tar.md
 Run     python -m eval.ijb --folder data/IJBC --checkpoint path [path ...] --network iresnet50
         python -m eval.ijb --folder data/IJBC --checkpoint path --network mobilefacenet --row "AdaArcDistill m=0.45"
@@ -34,11 +34,12 @@ from utils.data import images
 from utils.data.align import TEMPLATE, align
 from utils.data.columns import Column, cut
 from utils.errors import InputError
+from utils.prepare.work import path_of
 from utils.process import run, setup
 from utils.storage.arrays import read
 from utils.storage.files import sha256, write_json, write_text
 from utils.training.extract import Output, embed_all
-from utils.weights import load_backbone, size_of
+from utils.weights import input_of, load_backbone, size_of
 
 SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}
@@ -87,7 +88,9 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
         embeddings = normalize(pool(features, weight, benchmark.template, benchmark.media))
         scores = pair_scores(embeddings, benchmark.pairs)
         results[name] = tar_at_far(scores[benchmark.same], scores[~benchmark.same])
-        about |= {"checkpoint": str(checkpoint), "weights": digest}
+        about |= {"network": "onnx" if checkpoint.suffix == ".onnx" else cfg.network}
+        about.pop("input", None)
+        about |= {"checkpoint": str(checkpoint), "weights": digest, **input_of(network)}
         about |= {"row": cfg.row, "printed TAR in %": printed} if printed else {}
         write_json(place / f"{stem}.json", {**about, "at FAR": results[name]})
         write_text(place / f"{stem}.md", as_table({name: results[name]}, about, printed) + "\n")
@@ -221,10 +224,10 @@ def extract(path: Path, benchmark: Benchmark, network: nn.Module, digest: str, c
         return network(image) + network(image.flip(-1))
 
     paths = [benchmark.crops / name for name in benchmark.images]
-    made_from = {"landmarks": benchmark.digest, "weights": digest}
+    made_from = {"landmarks": benchmark.digest, "weights": digest, **input_of(network)}
     crops = Crops((benchmark.landmarks,), paths=paths)
-    embed_all([Output(path, made_from, both, size_of(network))], network, {"image": crops}, cfg)
-    return read(path, (len(paths), size_of(network)), np.float32, checked=False)  # embed_all has checked it
+    embed_all([Output(path, made_from, both)], network, {"image": crops}, cfg)
+    return read(path, (len(paths), size_of(network, cfg)), np.float32, checked=False)  # embed_all has checked it
 
 
 # Templates and scores -------------------------------------------------------------------------------------------------
@@ -340,8 +343,10 @@ def command(argv: list[str] | None = None) -> None:
         epilog="Also every setting of config/config.py: --network, --device, --infer_batch_size, --output, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--folder", type=Path, required=True, help="holds meta and loose_crop")
-    parser.add_argument("--checkpoint", type=Path, required=True, nargs="+", help="state dicts of --network")
+    parser.add_argument("--folder", type=path_of, required=True, help="holds meta and loose_crop")
+    parser.add_argument(
+        "--checkpoint", type=path_of, required=True, nargs="+", help="weights of --network, or .onnx files"
+    )
     parser.add_argument("--no_detector_score", action="store_true", help="do not weight images by the detector's score")
     parser.add_argument("--no_norm", action="store_true", help="scale features to unit length before pooling")
     own, settings = parser.parse_known_args(argv)

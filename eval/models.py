@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
+from backbones.onnx_model import OnnxNetwork
 from backbones.state_dicts import UnexpectedAdaptor
 from config.config import Config
 from config.registry import ADAPTORS, METHODS, NETWORKS
 from utils.errors import InputError
 from utils.training.checkpoint import decided_by
-from utils.weights import find_weights, load_adaptor, load_backbone, size_of, weights_with_digest
+from utils.weights import find_weights, load_adaptor, load_backbone, size_of, weights_in, weights_with_digest
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
@@ -44,6 +45,8 @@ def models_of(family: Config) -> Iterator[list[Model]]:
     """Yields all models of a family in lists; the models of a list share networks."""
     if teachers := _teacher_models(family):
         yield teachers
+    for folder in _unknown_students(family):
+        print(f"{folder} is left out: add its network and method to config/registry.py, its teacher to ethnicities.")
     for settings, method, path in _students(family):
         network, digest = load_backbone(settings.student_network, path, family)
         name = f"{settings.source} {settings.student_network}"
@@ -54,7 +57,7 @@ def left_out(cfg: Config, used: Collection[Path | None]) -> list[str]:
     """Returns the run folders in `cfg.output` with weights, relative to it, except those in `used`."""
     output = Path(cfg.output)
     kinds = ("teachers/*", "adaptors/*", "students/*/*")
-    found = {path.parent for kind in kinds for path in output.glob(f"*/*/{kind}/*backbone.pth")}
+    found = {folder for kind in kinds for folder in output.glob(f"*/*/{kind}") if weights_in(folder)}
     return [folder.relative_to(output).as_posix() for folder in sorted(found.difference(used))]
 
 
@@ -73,9 +76,15 @@ def model_of_files(cfg: Config) -> Model:
             network, digest = load_backbone(cfg.network, path, cfg)
         except UnexpectedAdaptor as error:
             raise InputError(f"{error} Name the teachers below it, in its order: --teacher a.pth,b.pth,...") from error
-        return Model("checkpoint", f"{path.name} {cfg.network}", (digest,), (network,))
+        return Model("checkpoint", f"{path.name} {_called(network, cfg)}".strip(), (digest,), (network,))
     loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
-    return _on_teachers("checkpoint", f"{path.name} on {cfg.network}", path, loaded, cfg)
+    below = _called(loaded[0][0], cfg) or "onnx"
+    return _on_teachers("checkpoint", f"{path.name} on {below}", path, loaded, cfg)
+
+
+def _called(network: nn.Module, cfg: Config) -> str:
+    """Returns what the name of a model says of its network: the definition, of an .onnx file an unusual input."""
+    return network.convention if isinstance(network, OnnxNetwork) else cfg.network
 
 
 def _on_teachers(kind: str, name: str, path: Path, teachers: list[tuple[nn.Module, str]], cfg: Config) -> Model:
@@ -86,7 +95,7 @@ def _on_teachers(kind: str, name: str, path: Path, teachers: list[tuple[nn.Modul
     """
     networks, digests = zip(*teachers, strict=True)
     adaptor_name = name if kind == "adaptor" else "DuL" if cfg.is_dual_layer else "SL"
-    adaptor, digest = load_adaptor(adaptor_name, path, sum(map(size_of, networks)), cfg)
+    adaptor, digest = load_adaptor(adaptor_name, path, sum(size_of(network, cfg) for network in networks), cfg)
     return Model(kind, name, (digest, *digests), networks, adaptor)
 
 
@@ -109,6 +118,13 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     ]
     found = [(student, method, find_weights(student.student_dir(method), cfg.weights)) for student, method in students]
     return [(student, method, path) for student, method, path in found if path]
+
+
+def _unknown_students(cfg: Config) -> list[Path]:
+    """Returns the run folders of students whose network, source or method this family does not know."""
+    known = {path.parent for _, _, path in _students(cfg)}
+    folders = sorted((cfg.network_dir / "students").glob("*/*"))
+    return [folder for folder in folders if folder not in known and find_weights(folder, cfg.weights)]
 
 
 def _teacher_models(cfg: Config) -> list[Model]:

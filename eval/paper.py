@@ -47,10 +47,9 @@ def comparable(cfg: Config, pairs: dict[str, int]) -> dict[str, Row]:
     are those of RFW, and none on other sets or on generated faces. With `cfg.row` it is this row alone; raises
     InputError if the results cannot be compared with it.
     """
-    generated = any(is_generated(Path(folder)) for folder in (cfg.pairs, *cfg.data_paths))
     if cfg.row is None:
-        return mst_kd() if cfg.of_groups and pairs == PAIRS["MST-KD"] and not generated else {}
-    if generated:
+        return mst_kd() if is_rfw(cfg, pairs) else {}
+    if _is_of_generated_faces(cfg):
         raise InputError(f"row = {cfg.row!r}: generated faces are not compared with printed results; leave row out.")
     row = every()[cfg.row]
     if pairs != PAIRS[row.paper]:
@@ -59,6 +58,15 @@ def comparable(cfg: Config, pairs: dict[str, int]) -> dict[str, Row]:
         )
         raise InputError(f"row = {cfg.row!r} is printed for {wanted}, not {found}: set pairs, ethnicities, pairs_sets.")
     return {row.name: row}
+
+
+def is_rfw(cfg: Config, pairs: dict[str, int]) -> bool:
+    """Returns whether groups and numbers of pairs (by set) are those of RFW, and the faces are not generated."""
+    return cfg.of_groups and pairs == PAIRS["MST-KD"] and not _is_of_generated_faces(cfg)
+
+
+def _is_of_generated_faces(cfg: Config) -> bool:
+    return any(is_generated(Path(folder)) for folder in (cfg.pairs, *cfg.data_paths))
 
 
 def compare(printed: dict[str, Row], scored: list[Scored], cfg: Config, notes: tuple[str, ...]) -> "Comparison | None":

@@ -153,8 +153,8 @@ def impostor_matrix(
     `embeddings` (K, D) of each group are of unit length. Every pair of images of two groups counts as an impostor pair.
     Pairs that share an image are not independent, so that such a rate is less certain than its count suggests.
 
-    The diagonal is computed from the squared distances `own` (n,) of the group's own impostor pairs, which RFW selected
-    to be hard: a .bin file does not contain identities, so that other impostor pairs within a group are unknown.
+    The diagonal is computed from the squared distances `own` (n,) of the group's own impostor pairs, which RFW
+    selected to be hard: a .bin file does not contain identities, so that its other impostor pairs are unknown.
 
     Raises InputError, with the name of the group, if it has no images or no impostor pairs, or values that are not
     finite.

@@ -1,14 +1,27 @@
 """Tables from the distances of all models: accuracy, intervals, differences, error rates at shared thresholds."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 
 from eval import rates
 from eval.fairness import summary
 from eval.scores import Scored
-from eval.uncertainty import METHOD, by_chance, difference, fewest, interval, is_within_chance, resampled, stds
+from eval.uncertainty import (
+    FEWEST_PAIRS,
+    by_chance,
+    difference,
+    fewest,
+    interval,
+    is_within_chance,
+    method,
+    resampled,
+    stds,
+)
 from eval.verification import collapsed
+from utils.data.pairs import lacking
 from utils.tables import Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
@@ -26,17 +39,50 @@ MEASURES = {
 class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
-    `same` holds for each set (P,) bool, which pairs are genuine.
+    `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
+    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW.
     """
 
-    def __init__(self, models: list[Scored], same: dict[str, np.ndarray], of_groups: bool, notes: tuple[str, ...] = ()):
-        self.models, self.same, self.notes = models, same, notes
+    def __init__(
+        self,
+        models: list[Scored],
+        same: dict[str, np.ndarray],
+        of_groups: bool,
+        notes: tuple[str, ...] = (),
+        identities: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+        of_rfw: bool = False,
+    ):
+        self.models, self.same, self.notes, self.of_rfw = models, same, notes, of_rfw
+        self.identities = {name: identities.get(name) for name in same}
         self.of_groups = of_groups and len(same) > 1
-        self.pairs = tuple(len(labels) for labels in same.values())
         self.accuracies = np.array([one.accuracies for one in models])
-        self._samples = resampled([one.distances for one in models], same)  # (resamples, models, sets)
+        distances = [one.distances for one in models]
+        self._samples = resampled(distances, same, identities=self.identities)  # (resamples, models, sets)
         by_model = self._samples.transpose(1, 2, 0)
         self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
+        self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
+        self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
+        self.intervals[:, [name in self.few for name in same]] = np.nan
+        self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
+
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        """The numbers of pairs of the sets that are part of averages."""
+        return tuple(len(labels) for name, labels in self.same.items() if name not in self.lacking)
+
+    @property
+    def has_few(self) -> bool:
+        """Tells whether a set that is part of averages has too few pairs for intervals and verdicts."""
+        return any(name not in self.lacking for name in self.few)
+
+    def _whole(self, one: Scored) -> tuple[float, ...]:
+        """Returns the accuracies of a model that are part of averages."""
+        return tuple(np.array(one.accuracies)[self.whole].tolist())
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """The names of the sets; those that are left out of averages are marked by a star."""
+        return tuple(f"{name} *" if name in self.lacking else name for name in self.same)
 
     @property
     def of_one_kind(self) -> list[str]:
@@ -61,6 +107,11 @@ class Results:
     def _groups(self, one: Scored) -> rates.Groups:
         return {name: (one.distances[name], labels) for name, labels in self.same.items()}
 
+    def gap(self, model: int, low: int, high: int) -> Estimate:
+        """Returns the accuracy of set `high` minus that of `low`, in points, for the model with this index."""
+        samples, values = self._samples[:, model], self.accuracies[model]
+        return Estimate(float(values[high] - values[low]), *interval(samples[:, high] - samples[:, low]))
+
     def tables(self) -> dict[str, Table]:
         """Returns all tables by file name, without extension."""
         tables = {"accuracy": self._accuracy(), "intervals": self._intervals()}
@@ -71,19 +122,21 @@ class Results:
         if self.of_groups and any(self.shared):
             for name in self.shared[0]:
                 tables[f"rates_{name.replace(' ', '_')}"] = self._rates(name)
-            tables["impostors"] = self._impostors()
+            if self.models[0].samples:
+                tables["impostors"] = self._impostors()
         return tables
 
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
-        rows, header = [], (*NAMES, *self.same, "Average")
+        rows, header = [], (*NAMES, *self._columns, "Average")
         if self.of_groups:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
-            average, std, ser = summary(one.accuracies)
-            within = None if self._collapsed(one) else is_within_chance(one.accuracies, self.pairs)
-            spread = (std, ser, within) if self.of_groups else ()
-            rows.append((*_names(one), *one.accuracies, average, *spread))
+            average, std, ser = summary(self._whole(one))
+            is_unknown = self.has_few or self._collapsed(one)
+            verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
+            spread = (std, ser, verdict) if self.of_groups else ()
+            rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
@@ -96,10 +149,11 @@ class Results:
     def _chance(self) -> Table:
         rows = []
         for one in self.models:
-            average, std, ser = summary(one.accuracies)
+            average, std, ser = summary(self._whole(one))
             chance = by_chance(round(average, 2), self.pairs)
-            figures = (std, chance.std_mean, chance.std_95, ser, chance.ser_95, rates.average_minus_std(one.accuracies))
-            rows.append((*_names(one), average, *figures))
+            mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
+            figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
+            rows.append((*names_of(one), average, *figures))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
             "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
@@ -110,31 +164,33 @@ class Results:
     def _intervals(self) -> Table:
         rows = []
         for m, one in enumerate(self.models):
-            samples = self._samples[:, m]
+            samples = self._samples[:, m, self.whole]
             cells = [Estimate(a, *i) for a, i in zip(one.accuracies, self.intervals[m].tolist(), strict=True)]
-            average, std, _ = summary(one.accuracies)
-            cells.append(Estimate(average, *interval(samples.mean(1))))
+            average, std, _ = summary(self._whole(one))
+            cells.append(Estimate(average, *self._interval(samples.mean(1))))
             if self.of_groups:
-                cells.append(Estimate(std, *interval(stds(samples))))
-            rows.append((*_names(one), *cells))
-        header = (*NAMES, *self.same, "Average", *(("STD",) if self.of_groups else ()))
-        notes = [METHOD]
-        if (count := fewest(self.same)) < FEW_PAIRS:
+                cells.append(Estimate(std, *self._interval(stds(samples))))
+            rows.append((*names_of(one), *cells))
+        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.of_groups else ()))
+        notes = [method(self.identities)]
+        shown = {name: labels for name, labels in self.same.items() if name not in self.few}
+        if shown and (count := fewest(shown)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.of_groups:
-            notes.append("STD: without the variance that drawing pairs anew adds on average.")
+            notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
     def _differences(self) -> Table:
         """Returns the difference of every two models, the one with the better average first."""
-        order = np.argsort(-self.accuracies.mean(1), kind="stable")
+        accuracies, samples = self.accuracies[:, self.whole], self._samples[:, :, self.whole]
+        order = np.argsort(-accuracies.mean(1), kind="stable")
         rows = []
         for i, one in enumerate(order):
             for other in order[i + 1 :]:
-                found = difference(one, other, self.accuracies, self._samples)
-                cells = [Estimate(found.average, *found.average_interval), _excludes_zero(found.average_interval)]
+                found = difference(one, other, accuracies, samples)
+                cells = self._compared(found.average, found.average_interval)
                 if self.of_groups:
-                    cells += [Estimate(found.std, *found.std_interval), _excludes_zero(found.std_interval)]
+                    cells += self._compared(found.std, found.std_interval)
                 rows.append((self.models[one].title, self.models[other].title, *cells))
         of_groups = ("STD", "STD sure") if self.of_groups else ()
         header = ("Model", "minus", "Average", "Sure", *of_groups)
@@ -142,7 +198,17 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, METHOD), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
+
+    def _interval(self, values: np.ndarray) -> tuple[float, float]:
+        """Returns the interval of an average over sets, (NaN, NaN) if a set has too few pairs."""
+        return (np.nan, np.nan) if self.has_few else interval(values)
+
+    def _compared(self, value: float, bounds: tuple[float, float]) -> list[Cell]:
+        """Returns a difference with its interval, and whether it is sure; without both if pairs are too few."""
+        if self.has_few:
+            return [Estimate(value, np.nan, np.nan), None]
+        return [Estimate(value, *bounds), _excludes_zero(bounds)]
 
     def _rates(self, name: str) -> Table:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
@@ -155,7 +221,7 @@ class Results:
                 found = rates.error_rates(self._groups(one), threshold)
                 cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
                 cells += [measure(found) for measure in MEASURES.values()]
-            rows.append((*_names(one), *cells))
+            rows.append((*names_of(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
@@ -174,18 +240,26 @@ class Results:
             rows += [(one.title, name, group, *row) for group, row in zip(self.same, matrix, strict=True)]
         counts = ", ".join(f"{len(sample)} of {group}" for group, sample in self.models[0].samples.items())
         note = (
-            f"False match rates between images of two groups: {counts}. On the diagonal: those of the group's own "
-            "impostor pairs, which RFW selected to be hard. An identity that is in two groups counts as an impostor."
+            f"False match rates between distinct images of two groups: {counts}. On the diagonal: those of the group's "
+            f"own impostor pairs{', which RFW selected to be hard' if self.of_rfw else ''}. An identity that is in two "
+            "groups counts as an impostor."
         )
         header = ("Model", "Threshold", "Group", *self.same)
         return Table("Impostors across groups", header, rows, 3, self._notes(note), is_printed=False)
 
     def _notes(self, *notes: str) -> tuple[str, ...]:
-        return (*self.notes, *notes)
+        left_out = [f"* {name}: {reason}. Left out of averages, STD and SER." for name, reason in self.lacking.items()]
+        if few := [name for name in self.few if name not in self.lacking]:
+            left_out.append(
+                f"No interval and no verdict where a set has fewer than {FEWEST_PAIRS} genuine or impostor pairs in a "
+                f"fold: {', '.join(few)}."
+            )
+        return (*self.notes, *notes, *left_out)
 
 
-def _names(one: Scored) -> tuple[Cell, ...]:
-    return one.setting or "-", one.network, one.kind, one.name
+def names_of(one: Scored) -> tuple[Cell, ...]:
+    """Returns the cells of NAMES."""
+    return one.setting or "-", one.network or "-", one.kind, one.name
 
 
 def _excludes_zero(bounds: tuple[float, float]) -> bool:

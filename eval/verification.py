@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from config.config import Config
 from utils.data.columns import Column, cut
-from utils.data.pairs import FOLDS, Pairs, fold_of
+from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.data.pairs import load_bin as load_bin
 from utils.distributed.world import is_first
 from utils.errors import InputError
@@ -205,8 +205,10 @@ def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: 
     """Returns a function that verifies `network` on all sets, for `utils.training.engine.fit`.
 
     It returns the accuracies in percent by set, with their average, and the score that selects the best epoch: the
-    accuracy on the set `best_on`, or the average if `best_on` is empty.
+    accuracy on the set `best_on`, or the average if `best_on` is empty. Sets without both kinds of pairs in every fold
+    are left out of the average, and select no epoch.
     """
+    whole = [name for name, pairs in sets.items() if not lacking(pairs.same)]
 
     def validate() -> tuple[dict[str, float], float]:
         scores, distances, same = {}, {}, {name: pairs.same for name, pairs in sets.items()}
@@ -215,7 +217,7 @@ def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: 
             scores[name] = round(accuracy(distances[name], pairs.same), 4)
         if is_first() and (said := collapsed(distances, same)):
             tqdm.write(f"The network {said}")
-        scores["average"] = round(sum(scores.values()) / len(scores), 4)
-        return scores, scores[best_on or "average"]
+        scores["average"] = round(sum(scores[name] for name in whole) / len(whole), 4)
+        return scores, scores[best_on if best_on in whole else "average"]
 
     return validate

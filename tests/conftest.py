@@ -17,6 +17,7 @@ import torch
 
 from config.config import Config
 from config.readers import called
+from eval.pictures import EXTENSIONS
 from eval.published import mst_kd
 from tests.runs import GROUPS, arguments, run_script
 from utils.data.synthetic import generate
@@ -25,14 +26,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
 # `nohup make test &` would pass on to all of them that Ctrl-C is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n` one worker runs all tests of a module, and one all that read the stages of `trained`."""
-    for item in items:
-        is_of_trained = "trained_and_reads" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("trained" if is_of_trained else item.path.stem))
 
 
 def encode(image: np.ndarray, extension: str = ".jpg") -> bytes:
@@ -108,10 +101,12 @@ def cfg(tmp_path) -> Config:
 def blank_pictures(monkeypatch) -> None:
     """Writes blank pictures, for tests of tables: drawing takes most of an evaluation's time."""
 
-    def save(figure, axes, path: Path, note: str) -> None:
-        put(path, encode(np.zeros((1, 1, 3), np.uint8), ".png"))
+    def save(figure, path: Path, note: str = "") -> None:
+        for extension in EXTENSIONS:
+            put(path.with_suffix(f".{extension}"), encode(np.zeros((1, 1, 3), np.uint8), ".png"))
 
-    monkeypatch.setattr("eval.figures._save", save)
+    monkeypatch.setattr("eval.figures.save", save)
+    monkeypatch.setattr("eval.curves.save", save)
 
 
 @pytest.fixture
@@ -134,7 +129,7 @@ def faces(tmp_path_factory) -> Path:
     return folder
 
 
-COPYING = ("__post_init__", "_check", "changed", "decisive", "described", "in_use")
+COPYING = ("__post_init__", "_check", "_check_data_sets", "changed", "decisive", "described", "in_use")
 """Methods of Config that read a setting without using its value for the work of the script."""
 
 

@@ -59,12 +59,15 @@ def torchrun(processes: int, *command: str, options: tuple[str, ...] = (), **env
 
 
 def arguments(faces: Path, output: Path) -> list[str]:
-    """Returns the settings of all stages as a command line: a tiny network on `faces`, with the cache beside them."""
+    """Returns the settings of all stages as a command line: a tiny network on `faces`, with the cache beside them.
+
+    The device is the CPU, whose numbers most tests compare with; tests/unit/test_gpu.py trains on a GPU.
+    """
     paths = ["--data", f"{faces}/train", "--pairs", f"{faces}/pairs", "--output", str(output)]
     paths += ["--cache", str(faces.parent / "cache")]
     networks = "--network iresnet_tiny --student_network iresnet_tiny --ada_student_network iresnet_tiny"
     small = "--embedding_size 32 --middle_layer_size 32"
-    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2"
+    short = "--batch_size 8 --num_epoch 2 --num_epoch_fc 2 --s 16 --m 0.2 --device cpu"
     return [*paths, *f"{networks} {small} {short}".split()]
 
 

@@ -32,6 +32,7 @@ def versions(cfg: Config) -> dict[str, str]:
         "accumulate": str(cfg.accumulate),
         "compile": str(cfg.compile),
         "cudnn_benchmark": str(cfg.cudnn_benchmark),
+        "infer_precision": computed_in(cfg.infer_precision, device_of(cfg)),
         "commit": _commit(),
     }
 
@@ -45,6 +46,12 @@ def numerics(cfg: Config) -> dict[str, str]:
 def device_of(cfg: Config) -> torch.device:
     """Returns the device that `cfg.device` selects; the CPU if PyTorch finds no GPU."""
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def computed_in(precision: str, device: torch.device) -> str:
+    """Returns the precision in which `device` computes a network in `precision`: without TF32 units, tf32 is fp32."""
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "fp32" if precision == "tf32" and not has_tf32 else precision
 
 
 @functools.cache

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from config.config import Config
+from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 from utils.distributed import launch
 from utils.distributed.world import is_launched, launcher, share_of_cores, world_size
 from utils.environment import device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
+from utils.storage.files import read_json
 
 ALONE = ("baseline_data_split.py", "-m eval.evaluation")
 """Scripts that run as one process, without torchrun."""
@@ -54,7 +56,7 @@ def guarded(work: Callable[[], None], alone: bool = True) -> None:
         launch.close()
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb.")
+        _end(2, f"{reason}: lower batch_size, infer_batch_size or device_cache_gb, or set capture to False.")
     except (InputError, OSError) as error:
         _end(2, str(error))
     except Interrupted as stop:
@@ -109,9 +111,11 @@ def setup(cfg: Config, trains: bool = True) -> None:
         launch.require_whole_batch(cfg)
         if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError("tensorboard = True, but the package is not there: pip install tensorboard, or set False.")
-        if reason := _missing_for(cfg.precision, device_of(cfg)):
-            print(f"precision = {cfg.precision!r}: {reason}, which makes it no faster than fp32 here.")
         torch.manual_seed(cfg.seed)
+    settings = ("precision", "infer_precision") if trains else ("infer_precision",)
+    for name in settings:
+        if getattr(cfg, name) == "bf16" and not _has_bf16(device_of(cfg)):
+            print(f"{name} = 'bf16': this device has no bf16 units, which makes it no faster than fp32 here.")
     if threads := cfg.num_threads or share_of_cores():
         torch.set_num_threads(threads)
     for kind in (np.float32, np.float64):
@@ -119,18 +123,14 @@ def setup(cfg: Config, trains: bool = True) -> None:
     torch.set_flush_denormal(True)  # the header's gradient has many denormals, with which a CPU computes slowly
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
     torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32, as published
+    # Networks allow TF32 in their convolutions where it is set (utils.training.precision), as PyTorch does by default.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded by one thread per core already
 
 
-def _missing_for(precision: str, device: torch.device) -> str:
-    """Returns what a precision needs and the device does not have; an empty string if it has all."""
-    if precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "this device computes in fp32 only"
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "this device has no bf16 units"
-    return ""
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def announce(cfg: Config, result: Path, script: str) -> None:
@@ -187,6 +187,33 @@ def command(cfg: Config, script: str) -> str:
     ethnicity = "All" if cfg.ada_source == "adaptor" else cfg.ethnicity
     start = "python" if script in ALONE else launcher()
     return f"{start} {script} {shlex.join(dataclasses.replace(cfg, ethnicity=ethnicity).changed)}".rstrip()
+
+
+def command_of_run(cfg: Config, script: str, folder: Path | None = None) -> str:
+    """Returns the command that makes what is missing, with the settings that the stage `script` reads.
+
+    They are those with which the run in `folder` was started, so that it is resumed, or those of `cfg` if it was not.
+    Paths, and other settings that change no number, are those of `cfg`.
+    """
+    path = folder and folder / "config.json"
+    if path and path.exists():
+        about = read_json(path)
+        stored, trained_by = about.get("all settings", {}), script_that_trains(about.get("kind", ""))
+        # What is missing may be the flipped view, which the run was started without.
+        names = {*stored} - CHANGES_NO_NUMBER - {"flip_targets"}
+        names = {field.name for field in dataclasses.fields(cfg) if field.name in names}
+        names = {name for name in names if reads(trained_by, name)}
+        with contextlib.suppress(InputError):  # settings of another version
+            cfg = dataclasses.replace(cfg, **{name: stored[name] for name in names})
+    start, settings = command(cfg, script).split(script, 1)
+    words = shlex.split(settings)
+    kept = [
+        word
+        for name, value in zip(words[::2], words[1::2], strict=True)
+        if reads(script, name.removeprefix("--"))
+        for word in (name, value)
+    ]
+    return f"{start}{script} {shlex.join(kept)}".rstrip()
 
 
 def this_command() -> str:

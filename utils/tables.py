@@ -4,9 +4,10 @@ import csv
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
+from types import MappingProxyType
 
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -17,7 +18,7 @@ LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval; `low` and `high` are NaN if the interval is unknown."""
 
     value: float
     low: float
@@ -121,18 +122,40 @@ class Table:
             lines.append(" & ".join(cell.translate(LATEX) for cell in row) + r" \\")
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
-    def html(self) -> str:
-        """Returns an HTML heading and `table`, and its notes."""
+    def html(self, definitions: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Returns an HTML heading and `table`, and its notes.
 
-        def line(cells: tuple[str, ...], tag: str) -> str:
-            kinds = ["" if k < self.names else ' class="number"' for k in range(len(cells))]
-            inner = "".join(f"<{tag}{kind}>{html.escape(c)}</{tag}>" for kind, c in zip(kinds, cells, strict=True))
-            return f"<tr>{inner}</tr>"
+        A column that is a key of `definitions` links to the element with this id. Numbers carry all digits in
+        `data-value`, by which a script can sort.
+        """
 
-        body = "\n".join(line(row, "td") for row in self._shown())
+        def head(k: int, name: str) -> str:
+            text = html.escape(name)
+            if name in definitions:
+                text = f'<a href="#{html.escape(definitions[name])}">{text}</a>'
+            return f'<th scope="col"{self._class(k)}>{text}</th>'
+
+        def line(row: tuple[Cell, ...]) -> str:
+            cells = []
+            for k, cell in enumerate(row):
+                number = _number(cell)
+                tag = 'th scope="row"' if k == self.names - 1 else "td"
+                value = "" if number is None else f' data-value="{number!r}"'
+                cells.append(f"<{tag}{self._class(k)}{value}>{html.escape(self._text(cell))}</{tag[:2]}>")
+            return f"<tr>{''.join(cells)}</tr>"
+
+        title = html.escape(self.title)
+        heads = "".join(head(k, name) for k, name in enumerate(self.header))
+        body = "\n".join(map(line, self.rows))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        head = f"<h2>{html.escape(self.title)}</h2>\n<table>\n<thead>{line(self.header, 'th')}</thead>"
-        return f"{head}\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}\n"
+        return (
+            f'<h2>{title}</h2>\n<div class="wide" role="region" tabindex="0" aria-label="{title}"><table>\n'
+            f"<caption>{title}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n"
+            f"{notes}\n"
+        )
+
+    def _class(self, column: int) -> str:
+        return "" if column < self.names else ' class="number"'
 
     def _shown(self) -> list[tuple[str, ...]]:
         return [tuple(self._text(cell) for cell in row) for row in self.rows]
@@ -145,6 +168,8 @@ class Table:
                 return "yes" if cell else "no"
             case float():
                 return f"{cell:z.{self.digits}f}"  # never -0.00
+            case Estimate() if math.isnan(cell.low):
+                return self._text(cell.value)
             case Estimate():
                 return f"{self._text(cell.value)} [{self._text(cell.low)}, {self._text(cell.high)}]"
             case Rate():
@@ -154,5 +179,11 @@ class Table:
 
 def _plain(cell: Cell) -> str | float | bool | dict | None:
     if isinstance(cell, Estimate | Rate):
-        return vars(cell)
+        return {name: _plain(value) for name, value in vars(cell).items()}
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+
+def _number(cell: Cell) -> float | None:
+    """Returns the number by which a cell is sorted; None for text, and for what is unknown or undefined."""
+    value = cell.value if isinstance(cell, Estimate | Rate) else cell
+    return float(value) if isinstance(value, bool | int | float) and not math.isnan(value) else None

@@ -1,5 +1,6 @@
 """Trained weights: finds them in a run folder and loads them, verified by their SHA-256."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ import torch
 from torch import nn
 
 from backbones import build_adaptor, build_backbone
-from backbones.state_dicts import embedding_size_of, fit_state_dict
+from backbones.onnx_model import OnnxNetwork
+from backbones.safetensors import read_safetensors
+from backbones.state_dicts import adaptor_sizes_of, embedding_size_of, fit_state_dict
 from config.config import Config
 from utils.errors import Damaged, InputError
 from utils.storage.files import sha256
-from utils.storage.tensors import load_with_digest
+from utils.storage.tensors import OURS, load_with_digest
 
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".onnx")
 IDENTITIES = "identities"
 """Key in the metadata of a header's state dict, under which the identities of its classes are listed.
 
@@ -21,18 +25,34 @@ It is no parameter, so `load_state_dict` ignores it.
 """
 
 
-def find_weights(folder: Path, which: str) -> Path | None:
-    """Returns the path of the backbone's state dict in a run folder; None if there is none.
+def weights_in(folder: Path) -> list[Path]:
+    """Returns every file of a backbone's weights in a run folder, our own and released ones, sorted by name.
 
-    That is the released `<step>backbone.pth`, or else our own `which` (best or last). Raises InputError if the folder
+    Released are `*backbone.pth`, and any name with another of SUFFIXES. Of files with the same stem the first by
+    SUFFIXES counts, since export.py writes the others beside it. Headers are no backbones.
+    """
+    if not folder.is_dir():
+        return []
+    found: dict[str, Path] = {}
+    for suffix in SUFFIXES:
+        for path in folder.glob(f"*backbone{suffix}" if suffix == ".pth" else f"*{suffix}"):
+            if not path.stem.endswith("header"):
+                found.setdefault(path.stem, path)
+    return sorted(found.values())
+
+
+def find_weights(folder: Path, which: str) -> Path | None:
+    """Returns the path of the backbone's weights in a run folder; None if there are none.
+
+    That is a released file (see `weights_in`), or else our own `which` (best or last). Raises InputError if the folder
     holds several released files, or a released one beside our own.
     """
-    own = [folder / f"{kind}_backbone.pth" for kind in ("best", "last")]
-    released = sorted(set(folder.glob("*backbone.pth")).difference(own))
-    if released and len(found := released + [path for path in own if path.exists()]) > 1:
+    found = weights_in(folder)
+    released = [path for path in found if not OURS.fullmatch(path.name)]
+    if released and len(found) > 1:
         raise InputError(f"{folder} holds {', '.join(path.name for path in found)}: keep the one that is to be used.")
     mine = folder / f"{which}_backbone.pth"
-    return released[0] if released else mine if mine.exists() else None
+    return released[0] if released else mine if mine in found else None
 
 
 def need_weights(folders: list[Path], which: str) -> list[Path]:
@@ -41,9 +61,20 @@ def need_weights(folders: list[Path], which: str) -> list[Path]:
     missing = [str(folder) for folder, path in zip(folders, found, strict=True) if path is None]
     if missing:
         raise InputError(
-            f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth there."
+            f"No {which}_backbone.pth in {', '.join(missing)}: train it first, or put a released *backbone.pth, or a "
+            f"file of any name that ends with {', '.join(SUFFIXES[1:])}, there."
         )
     return found
+
+
+def given_teachers(cfg: Config, names: tuple[str, ...]) -> list[Path]:
+    """Returns the files that `cfg.teacher` names for the teachers `names`; raises InputError for another number."""
+    paths = [Path(path) for path in cfg.teacher]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise InputError(f"There is no file {', '.join(missing)}: set teacher to files of weights.")
+    if paths and len(paths) != len(names):
+        raise InputError(f"teacher names {len(paths)} files: expected those of {', '.join(names)}, in this order.")
+    return paths
 
 
 def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
@@ -53,6 +84,8 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
     SHA-256 of the file. Raises InputError if there is no such header.
     """
     path = weights.with_name(weights.name.replace("backbone", "header"))
+    if path == weights:
+        raise InputError(f"{weights} has no header: its centres are needed beside it, in a file <step>header.pth.")
     state, digest = _load_verified(path)
     kernel = state.get("kernel") if isinstance(state, dict) else None
     is_dense = isinstance(kernel, torch.Tensor) and kernel.layout == torch.strided and kernel.is_floating_point()
@@ -65,22 +98,39 @@ def load_centres(weights: Path) -> tuple[torch.Tensor, tuple[str, ...], str]:
 
 
 def weights_with_digest(folder: Path, digest: str) -> Path | None:
-    """Returns the path of the backbone in a run folder whose SHA-256 is `digest`, best, last or released; else None."""
-    return next((path for path in sorted(folder.glob("*backbone.pth")) if sha256(path) == digest), None)
+    """Returns the path of the backbone in a run folder whose SHA-256 is `digest`; None if there is none."""
+    return next((path for path in weights_in(folder) if digest_of(path) == digest), None)
+
+
+def digest_of(path: Path) -> str:
+    """Returns the SHA-256 of a file of weights; of an .onnx file with weights in <name>.data, that of both digests."""
+    beside = path.with_name(f"{path.name}.data")
+    if path.suffix != ".onnx" or not beside.is_file():
+        return sha256(path)
+    return hashlib.sha256(f"{sha256(path)} {sha256(beside)}".encode()).hexdigest()
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Loads a published or own state dict strictly (see `fit_state_dict`) and returns the SHA-256 of the file.
+    """Loads a file of weights, of any tool (see `fit_state_dict`), and returns its SHA-256.
 
-    Raises InputError if it does not fit, or if the file is one of ours and corrupted.
+    Prints what was taken off, if the file holds more than the state dict. Raises InputError also if the file is one of
+    ours and is corrupted.
     """
-    state, digest = _load_verified(Path(path))
-    fit_state_dict(module, state, path)
+    content, digest = _load_verified(Path(path))
+    _fit(module, content, path)
     return digest
+
+
+def _fit(module: nn.Module, content: Any, path: Path) -> None:
+    if note := fit_state_dict(module, content, path):
+        print(f"Loaded {path}: {note}.")
 
 
 def _load_verified(path: Path) -> tuple[Any, str]:
     """Returns the content and the SHA-256 of a file of weights. Raises InputError if it is corrupted."""
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        return read_safetensors(content, path), hashlib.sha256(content).hexdigest()
     try:
         return load_with_digest(path)
     except Damaged as error:
@@ -90,31 +140,41 @@ def _load_verified(path: Path) -> tuple[Any, str]:
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
     """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from.
 
-    Its embeddings have the size of those in the file, whatever `embedding_size` is.
+    Its embeddings have the size of those in the file, whatever `embedding_size` is. An .onnx file is the network
+    itself, whatever `name` is; what is known of its input is printed.
     """
-    state, digest = _load_verified(path)
-    backbone = build_backbone(name, _size_of(state) or cfg.embedding_size)
-    fit_state_dict(backbone, state, path)
+    if path.suffix == ".onnx":
+        given = {"channel_order": cfg.onnx_channels, "input_mean": cfg.onnx_mean, "input_std": cfg.onnx_std}
+        network = OnnxNetwork(path, given)
+        print(network.described)
+        return network.eval(), digest_of(path)
+    content, digest = _load_verified(path)
+    backbone = build_backbone(name, embedding_size_of(name, content) or cfg.embedding_size)
+    _fit(backbone, content, path)
     return backbone.eval(), digest
 
 
 def load_adaptor(name: str, path: Path, inputs: int, cfg: Config) -> tuple[nn.Module, str]:
     """Returns a trained adaptor of `inputs` dimensions, and the SHA-256 of its file, which gives its other sizes."""
-    state, digest = _load_verified(path)
-    first = state.get("fc1.weight") if isinstance(state, dict) else None
-    middle = len(first) if isinstance(first, torch.Tensor) and first.ndim else cfg.middle_layer_size
-    sizes = replace(cfg, embedding_size=_size_of(state) or cfg.embedding_size, middle_layer_size=middle)
-    adaptor = build_adaptor(name, sizes, inputs)
-    fit_state_dict(adaptor, state, path)
+    content, digest = _load_verified(path)
+    middle, size = adaptor_sizes_of(content)
+    sizes = {"embedding_size": size or cfg.embedding_size, "middle_layer_size": middle or cfg.middle_layer_size}
+    adaptor = build_adaptor(name, replace(cfg, **sizes), inputs)  # type: ignore[arg-type]
+    _fit(adaptor, content, path)
     return adaptor, digest
 
 
-def size_of(network: nn.Module) -> int:
-    """Returns the number of dimensions of the outputs of a network or adaptor."""
-    return embedding_size_of(network.state_dict())
+def size_of(network: nn.Module, cfg: Config) -> int:
+    """Returns the number of dimensions of the outputs of a network or adaptor.
+
+    The last parameter or statistic of each has a row for each dimension; without any, it is `cfg.embedding_size`.
+    """
+    if isinstance(network, OnnxNetwork):
+        return network.embedding_size
+    return next((len(value) for value in reversed(network.state_dict().values()) if value.ndim), cfg.embedding_size)
 
 
-def _size_of(state: Any) -> int:
-    """Returns `embedding_size_of` the content of a file; 0 if it is no state dict."""
-    is_state = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-    return embedding_size_of(state) if is_state else 0
+def input_of(*networks: nn.Module) -> dict[str, list[str]]:
+    """Returns what `made_from` says of the input of `networks` beside their weights: of .onnx files, if unusual."""
+    conventions = [network.convention if isinstance(network, OnnxNetwork) else "" for network in networks]
+    return {"input": conventions} if any(conventions) else {}

@@ -417,7 +417,9 @@ def damage(cfg: Config, truncations: int, flips: int, seed: int = 0) -> Result:
         return refusal(lambda: load_weights(Linear(), folder / "best_backbone.pth"))
 
     def array() -> str:
-        return refusal(lambda: read_embeddings(embeddings, form[0], store.digest, False, "python extract_all.py"))
+        return refusal(
+            lambda: read_embeddings(embeddings, form[0], store.digest, False, "fp32", "python extract_all.py")
+        )
 
     def images() -> str:
         said = io.StringIO()

@@ -1,6 +1,7 @@
 """The benchmarks, on small networks and few images; the measured rates are not asserted."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import distillation, networks, records, sharding, steps
+from benchmarks import distillation, gpu, kernels, measuring, networks, records, sharding, stages, steps
 from config.config import Config
 from utils.data.recordio import write_records
 from utils.stages import rates
@@ -97,6 +98,50 @@ def test_a_step_is_measured_in_every_way(tmp_path):
     step = steps.Step("EAF-KD", "iresnet_tiny", 2, has_target=True)
     cfg = Config(device="cpu", output=str(tmp_path))
     assert min(step.plain(), step.ours(cfg), step.bare()) > 0
+
+
+def test_one_command_measures_all_and_continues(tmp_path, monkeypatch, capsys):
+    """In the small form, since a test cannot see the rates of a GPU: no part fails, and none is measured twice."""
+    monkeypatch.setattr(measuring, "REPEATS", 1)
+    for name in ("measure_reader", "measure_adaptor_input"):  # they take half of the time
+        monkeypatch.setattr(stages, name, lambda *_: stages.Row("x", "images", 1.0, 2.0))
+    gpu.measure_all("cpu", 0, tmp_path)
+    parts = int(re.search(r"(\d+) measurements are missing: run the command again", capsys.readouterr().out)[1])
+    gpu.measure_all("cpu", 60, tmp_path)
+    said = capsys.readouterr().out
+    assert "failed" not in said and "DIFFERS" not in said
+    kept = json.loads((tmp_path / "gpu_cpu.json").read_text())
+    assert sum(len(kept[section]) for section in ("correctness", "rates", "stages", "kernels")) == parts
+    assert kept["notes"] == {}
+    page = (tmp_path / "gpu_cpu.md").read_text()
+    assert all(f"| {name} |" in page for section in ("correctness", "rates") for name in kept[section])
+    errors = {name: result for name, result in kept["correctness"].items() if isinstance(result, dict)}
+    assert all(max(errors[name].values()) < 1e-4 for name in errors if name.startswith(("header", "one epoch of SL")))
+    assert max(errors["iresnet_tiny in fp32"].values()) < 1e-4 < max(errors["iresnet_tiny in bf16"].values()) < 0.2
+    assert errors["one epoch of teacher in fp32"]["change of the weights"] < 0.05
+    monkeypatch.setattr(gpu, "_attempt", lambda _: pytest.fail("measured again"))
+    gpu.measure_all("cpu", 60, tmp_path)
+
+
+def test_without_a_gpu_the_command_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--results", str(tmp_path)])
+    assert end.value.code == 2
+    assert "PyTorch finds no CUDA device here: use --device cpu" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_kernels_are_summed_by_kind():
+    for name, kind in (
+        ("void at::native::batch_norm_collect_statistics_channels_last_kernel", "normalisation"),
+        ("void at::native::prelu_kernel", "PReLU"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix product"),
+        ("triton_poi_fused_add_native_batch_norm_backward_3", "compiled"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "addition"),
+    ):
+        assert kernels.kind_of(name) == kind
 
 
 def losses_of_ways(rank: int, ranks: int, folder: Path) -> None:

@@ -73,7 +73,11 @@ def test_the_method_trains_a_student_that_the_evaluation_finds(tree, trained, tm
     alone = tmp_path / "alone"
     shutil.copytree(student, alone / student.relative_to(output))
     printed = _run(tree, "eval.evaluation", [*given, "--output", str(alone)])
-    assert "Relations" in printed and "SL iresnet_tiny" in printed
+    assert "Relations" in printed and "SL iresnet_tiny" in printed and "is left out" not in printed
+    student.rename(student.with_name("SL-Other"))
+    shutil.copytree(student.with_name("SL-Other"), alone / student.relative_to(output).with_name("SL-Other"))
+    printed = _run(tree, "eval.evaluation", [*given, "--output", str(alone)])
+    assert "students/iresnet_tiny/SL-Other is left out: add its network and method to config/registry.py" in printed
 
 
 def test_the_data_set_is_trained_on(tree, faces, tmp_path):

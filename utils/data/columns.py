@@ -8,6 +8,7 @@ The parameter names of a loss function are the columns that it reads:
     target     (B, D) float32, the unit-length embedding that a student learns, from an adaptor or one teacher
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -165,9 +166,8 @@ def cache(columns: dict[str, Column], rows: np.ndarray, device: torch.device, gi
 
 
 def _free_on_gpu(device: torch.device) -> int:
-    """Returns the free GPU memory in bytes, including what PyTorch's allocator has reserved and does not use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """Returns the free GPU memory in bytes, without what PyTorch's allocator has reserved: the steps use it again."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def stream(
@@ -203,7 +203,7 @@ def stream(
 
 def _copy_ahead(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torch.Tensor]]:
     """Applies `finish` to each item on a copy stream: a batch is copied while the GPU computes on the previous one."""
-    copy_stream, current_stream = torch.cuda.Stream(), torch.cuda.current_stream()
+    copy_stream, current_stream = _copy_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     copy_stream.wait_stream(current_stream)  # cached columns may still be in transfer
 
     def start(item) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
@@ -218,6 +218,15 @@ def _copy_ahead(finish: Callable, gathered: Iterable) -> Iterator[dict[str, torc
         previous = started
     if previous:
         yield _wait_for_copy(*previous, current_stream)
+
+
+@functools.cache
+def _copy_stream(device: int) -> torch.cuda.Stream:
+    """Returns the stream on which batches are copied to a device.
+
+    It is kept: PyTorch has 32 streams, and after as many new ones this would be the stream of NCCL or of the capture.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _wait_for_copy(batch: dict[str, torch.Tensor], copied: torch.cuda.Event, stream: torch.cuda.Stream) -> dict:

@@ -6,8 +6,7 @@ import numpy as np
 
 from utils.errors import Damaged, InputError
 from utils.storage.arrays import about, read
-from utils.storage.files import sha256
-from utils.weights import find_weights
+from utils.weights import digest_of, find_weights
 
 FAR_APART = 0.1
 """Mean squared distance of two images' embeddings below which they are collapsed: ten steps of the threshold grid."""
@@ -35,7 +34,7 @@ def say_if_collapsed(path: Path, embeddings: np.ndarray) -> None:
 
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
-    """Returns the provenance (`made_from`) of embeddings.
+    """Returns the provenance (`made_from`) of embeddings, to which `embed_all` adds the precision.
 
     `images` and `weights` are the SHA-256 digests of the image store and of the weights. For an adaptor, `inputs` maps
     each teacher, in order, to the `made_from` of its embeddings.
@@ -44,13 +43,27 @@ def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | N
     return made_from if inputs is None else {**made_from, "inputs": inputs}
 
 
+def in_precision(made_from: dict, precision: str) -> dict:
+    """Returns `made_from` with the precision of the computation; fp32 is not named, as in files of earlier versions."""
+    return made_from if precision == "fp32" else {**made_from, "precision": precision}
+
+
+def accepted(infer_precision: str) -> tuple[str, ...]:
+    """Returns the precisions of files that serve where `infer_precision` is set.
+
+    tf32 is fp32 on devices without TF32 units, so files of both may be moved between devices.
+    """
+    return ("tf32", "fp32") if infer_precision == "tf32" else (infer_precision,)
+
+
 def read_embeddings(
-    path: Path, shape: tuple[int, int | None], images: str, flipped: bool, command: str
+    path: Path, shape: tuple[int, int | None], images: str, flipped: bool, infer_precision: str, command: str
 ) -> tuple[np.ndarray, dict]:
     """Memory-maps embeddings (N, D) float32 read-only; returns them and their `made_from`.
 
     D may be None: any size. `command` is the command that makes them, for error messages. Raises InputError if the
-    array is missing, corrupted, of another shape, or made from other images or the other view.
+    array is missing, corrupted, of another shape, or made from other images, the other view or in a precision that is
+    not `accepted`.
     """
     try:
         found = about(path)
@@ -62,6 +75,12 @@ def read_embeddings(
         raise InputError(f"{path} was made for other images than data holds now. Run again: {command}")
     if found["made from"].get("flipped") != flipped:
         raise InputError(f"{path} is of the images {'as they are' if flipped else 'flipped'}. Run again: {command}")
+    precision = found["made from"].get("precision", "fp32")
+    if precision not in accepted(infer_precision):
+        raise InputError(
+            f"{path} was computed in {precision}, but infer_precision is {infer_precision}: set it to {precision}, "
+            f"or run again: {command}"
+        )
     count, size = shape
     whole = (count, found["shape"][-1] if size is None else size)
     if found["shape"] != [*whole]:
@@ -80,5 +99,5 @@ def check_weights(path: Path, digest: str, run: Path, which: str, command: str) 
     A run folder without weights passes: embeddings may be copied without them.
     """
     weights = find_weights(run, which)
-    if weights and sha256(weights) != digest:
+    if weights and digest_of(weights) != digest:
         raise InputError(f"{path} was made by other weights than {weights}. Run again: {command}")

@@ -16,7 +16,7 @@ from utils.data.sources import Sources, index_of, never_flipped, shared
 from utils.data.split import read_quarter, require_split
 from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.errors import InputError
-from utils.process import command
+from utils.process import command_of_run
 from utils.storage.files import sha256
 
 ORDER, FLIPS, STEP = 1, 2, 3  # the first word of a seed: separates random streams by purpose
@@ -50,9 +50,15 @@ class Faces:
         if teacher and cfg.is_teacher_baseline:
             require_split(cfg)
         if inputs:
-            self._require([cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views], EXTRACT)
+            self._require(
+                [cfg.teacher_embeddings(name, view) for name in inputs for view in cfg.target_views],
+                EXTRACT,
+                cfg.teacher_dir(inputs[0]),
+            )
         if target:
-            self._require([cfg.source_embeddings(view) for view in cfg.target_views], self._source_script)
+            self._require(
+                [cfg.source_embeddings(view) for view in cfg.target_views], self._source_script, cfg.source_dir
+            )
         if cfg.leave_out and store is None:
             left_out(cfg, index_of(cfg, find_images))  # refuses a wrong list before the images are decoded
         self.store = store or Sources(cfg, checked=not inputs)  # adaptors read embeddings and no images
@@ -96,11 +102,11 @@ class Faces:
         """Name of the script that writes the targets."""
         return script_that_trains(self.cfg.source) if self.cfg.ada_source == "adaptor" else EXTRACT
 
-    def _require(self, paths: list[Path], script: str) -> None:
-        """Raises InputError that names the missing files and the script that writes them."""
+    def _require(self, paths: list[Path], script: str, run: Path) -> None:
+        """Raises InputError that names the missing files and the command that writes them, of the run folder `run`."""
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            raise InputError(f"Missing: {', '.join(missing)}. Run first: {command(self.cfg, script)}")
+            raise InputError(f"Missing: {', '.join(missing)}. Run first: {command_of_run(self.cfg, script, run)}")
 
     def _read(self, path: Path, flipped: bool, run: Path, script: str, size: int | None = None) -> np.ndarray:
         """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them.
@@ -108,8 +114,10 @@ class Faces:
         `size` is D; None: any, as the teacher has.
         """
         shape = (len(self.store.index.paths), size)
-        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, command(self.cfg, script))
-        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, command(self.cfg, script))
+        again = command_of_run(self.cfg, script, run)
+        precision = self.cfg.infer_precision
+        array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, precision, again)
+        check_weights(path, self.origins[path].get("weights"), run, self.cfg.weights, again)
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
@@ -146,7 +154,8 @@ class Faces:
             raise InputError(
                 f"{path} was made from the teachers {', '.join(inputs)}, in this order: set ethnicities so."
             )
-        again = f"{command(self.cfg, EXTRACT)} and {command(self.cfg, self._source_script)}"
+        extract = command_of_run(self.cfg, EXTRACT, self.cfg.teacher_dir(self.cfg.teachers[0]))
+        again = f"{extract} and {command_of_run(self.cfg, self._source_script, self.cfg.source_dir)}"
         for name, made_from in inputs.items():
             check_weights(path, made_from.get("weights"), self.cfg.teacher_dir(name), self.cfg.weights, again)
 
@@ -156,8 +165,7 @@ class Faces:
         All rows are visited in random order; the incomplete last batch is dropped. Order and flips depend on (seed,
         epoch, step) only, so a run can be resumed within an epoch.
         """
-        seed, size = self.cfg.seed, total_batch(self.cfg)
-        order = self.rows[np.random.default_rng((ORDER, seed, epoch)).permutation(len(self.rows))]
+        seed, size, order = self.cfg.seed, total_batch(self.cfg), self._order(epoch)
         each = size // world_size()
         part = slice(rank() * each, (rank() + 1) * each)
         for step in range(first, len(self.rows) // size):
@@ -166,6 +174,20 @@ class Faces:
             if flips is not None and self._never_flipped is not None:
                 flips &= ~self._never_flipped[rows]
             yield rows[part], flips if flips is None else flips[part]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Returns all rows in the order in which an epoch visits them."""
+        return self.rows[np.random.default_rng((ORDER, self.cfg.seed, epoch)).permutation(len(self.rows))]
+
+    def repeats(self, epoch: int) -> int:
+        """Returns how many images of one identity a batch of all ranks holds at most in an epoch."""
+        size = total_batch(self.cfg)
+        whole = self._order(epoch)[: len(self.rows) // size * size]
+        label = np.sort(self.columns["label"].arrays[0][whole].reshape(-1, size))
+        count = 1
+        while count < size and (label[:, count:] == label[:, :-count]).any():
+            count += 1
+        return count
 
 
 def left_out(cfg: Config, index: Index) -> np.ndarray:

@@ -4,6 +4,8 @@ import re
 import struct
 from collections.abc import Iterator
 
+from utils.storage.mistaken import mistaken
+
 WEBP_ANIMATED = 2  # flag in the VP8X header
 JPEG, PNG, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 ENDINGS = {JPEG: ".jpg", PNG: ".png", WEBP: ".webp"}
@@ -30,7 +32,7 @@ def size_of(content: bytes) -> tuple[int, int]:
             return _size_of_webp(content)
     except struct.error:
         raise ValueError("ends in its header") from None
-    raise ValueError("is no JPEG, PNG or WebP image")
+    raise ValueError(mistaken(content) or "is no JPEG, PNG or WebP image")
 
 
 def still_png(content: bytes) -> bytes:

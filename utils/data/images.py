@@ -11,11 +11,15 @@ import cv2
 import numpy as np
 
 from utils.data.image_formats import PNG, WEBP, WEBP_ANIMATED, size_of, still_png, still_webp
+from utils.data.listing import described, entries
 from utils.memory import keep_freed_memory
 
 READABLE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".tif", ".tiff")
 """Endings of image formats that cannot be read. `find` lists these files too, so that they can be reported."""
+
+NOT_READ = (*(ending for ending in READABLE if ending not in (".jpg", ".jpeg", ".png", ".webp")), *OTHERS)
+"""Endings of images that stages pass over, see `utils.data.index.EXTENSIONS`."""
 
 MOST_PIXELS = 100_000_000
 LONGEST_SIDE = 32_766  # pixels: OpenCV 4 cannot warp larger images
@@ -25,34 +29,36 @@ MOST_BYTES = 8 * MOST_PIXELS  # the size of that many pixels uncompressed, with 
 # Find -----------------------------------------------------------------------------------------------------------------
 
 
-def find(folder: Path) -> tuple[list[str], Counter]:
+def find(folder: Path, says: bool = False) -> tuple[list[str], Counter]:
     """Lists all files below `folder` whose ending is that of an image; counts the other files by ending.
 
-    The paths are relative to `folder`, with slashes, sorted. Symbolic links are followed, without looping; a broken
-    link counts as a file. Raises OSError if a folder cannot be listed.
+    The paths are relative to `folder`, with slashes, sorted. Hidden and system entries are passed over (see
+    `utils.data.listing`), and counted in a printed line if it `says` so. Symbolic links are followed, without looping;
+    a broken link counts as a file. Raises OSError if a folder cannot be listed.
     """
-    paths, others = [], Counter()
-    for path in _files(folder, "", ()):
+    paths, others, hidden = [], Counter(), []
+    for path in _files(folder, "", (), hidden):
         ending = os.path.splitext(path)[1].lower()
         if ending in READABLE or ending in OTHERS:
             paths.append(path)
         else:
             others[ending] += 1
+    if says and hidden:
+        print(described(hidden, folder))
     return sorted(paths), others
 
 
-def _files(folder: Path, below: str, above: tuple) -> Iterator[str]:
+def _files(folder: Path, below: str, above: tuple, hidden: list[str]) -> Iterator[str]:
     found = os.stat(folder / below)
     if (found.st_dev, found.st_ino) in above:
         return
     above = (*above, (found.st_dev, found.st_ino))
-    with os.scandir(folder / below) as entries:
-        for entry in entries:
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                yield from _files(folder, f"{below}{entry.name}/", above)
-            elif os.path.isfile(entry.path) or not os.path.exists(entry.path) if is_link else entry.is_file():
-                yield below + entry.name
+    for entry in entries(folder / below, hidden):
+        is_link = entry.is_symlink()
+        if os.path.isdir(entry.path) if is_link else entry.is_dir():
+            yield from _files(folder, f"{below}{entry.name}/", above, hidden)
+        elif os.path.isfile(entry.path) or not os.path.exists(entry.path) if is_link else entry.is_file():
+            yield below + entry.name
 
 
 # Decode ---------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ import io
 import os
 import pickle
 import re
+import shlex
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from config.config import Config
-from utils.data.store import BLOCK, SIZE, decode
+from utils.data.attributes import read_attributes
+from utils.data.identities import read_identities
+from utils.data.store import ALIGN, BLOCK, OF_ANOTHER_SIZE, SIZE, decode
+from utils.distributed.world import is_first
 from utils.errors import InputError, NotWritten
 from utils.storage.arrays import Filling, provide
+from utils.storage.mistaken import mistaken
 from utils.threads import map_ahead
 
 FOLDS = 10
@@ -33,6 +38,10 @@ class Pairs:
     rows: np.ndarray  # (2P,) int64, index into `distinct` of each image
     same: np.ndarray  # (P,) bool, True if both images show the same identity
     digest: str  # SHA-256 of the .bin file
+    identities: np.ndarray | None = None  # (P, 2) names of the identities of both ends; None if they are not known
+    attributes: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # (P,) values of both ends by attribute, where known
 
     @property
     def images(self) -> np.ndarray:
@@ -86,6 +95,11 @@ def read_bin(path: Path) -> tuple[list[bytes], np.ndarray, str]:
         raise InputError(f"There is no file {path}: set pairs to the folder of the <ethnicity>_test.bin files.")
     try:
         raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if reason := mistaken(raw):
+        raise InputError(f"{path} {reason}.")
+    try:
         content = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
     except Exception as error:  # a corrupted pickle can raise nearly anything
         raise InputError(f"{path} is damaged or no set of pairs ({error}).") from error
@@ -112,7 +126,8 @@ def decode_image(path: Path, encoded: list[bytes], k: int) -> np.ndarray:
     try:
         return decode(encoded[k])
     except ValueError as error:
-        raise InputError(f"{path}: image {k} {error}.") from error
+        advice = f" {ALIGN}." if str(error).endswith(OF_ANOTHER_SIZE) else ""
+        raise InputError(f"{path}: image {k} {error}.{advice}") from error
 
 
 def _to_numpy(part: Any) -> Any:
@@ -218,17 +233,54 @@ def fold_of(pairs: int, folds: int = FOLDS) -> np.ndarray:
     return np.repeat(np.arange(folds), [len(part) for part in np.array_split(np.arange(pairs), folds)])
 
 
+def in_folds(same: np.ndarray, folds: int = FOLDS) -> dict[str, np.ndarray]:
+    """Counts the genuine and the impostor pairs in each fold, (folds,) each, from the labels `same` (P,) bool."""
+    fold, kinds = fold_of(len(same), folds), (("genuine", same), ("impostor", ~same))
+    return {kind: np.bincount(fold[which], minlength=folds) for kind, which in kinds}
+
+
+def lacking(same: np.ndarray, folds: int = FOLDS) -> str:
+    """Tells how many folds lack genuine or impostor pairs, "" if every fold holds both kinds.
+
+    The accuracy of a set that lacks a kind is no verification accuracy: a network that maps all faces to one point has
+    100 % on genuine pairs alone.
+    """
+    counts = {kind: np.count_nonzero(held == 0) for kind, held in in_folds(same, folds).items()}
+    return " and ".join(f"{count} of {folds} folds hold no {kind} pair" for kind, count in counts.items() if count)
+
+
 def load_pairs(cfg: Config) -> dict[str, Pairs]:
     """Reads the verification sets of all groups, or those that `pairs_sets` names.
 
-    Raises InputError if a file is missing or holds fewer pairs than folds.
+    Prints a line for each set without both kinds of pairs in every fold. Raises InputError if a file is missing or
+    holds fewer pairs than folds, and if no set has both kinds in every fold. Identities and
+    attributes are read from the files beside each set, where they exist (`utils.data.identities`,
+    `utils.data.attributes`); InputError is raised also if these do not fit it.
     """
     paths = cfg.pairs_files
-    missing = [str(path) for path in paths.values() if not path.is_file()]
+    missing = {name: path for name, path in paths.items() if not path.is_file()}
     if missing:
-        raise InputError(f"Missing: {', '.join(missing)}. Set pairs to the folder of these files.")
+        raise InputError(f"Missing: {', '.join(map(str, missing.values()))}. {_advice(cfg, [*paths], [*missing])}")
     sets = {name: load_bin(path, Path(cfg.cache) / "pairs") for name, path in paths.items()}
     for name, pairs in sets.items():
         if len(pairs.same) < FOLDS:
             raise InputError(f"{paths[name]} holds {len(pairs.same)} pairs, too few for {FOLDS} folds.")
+        identities = read_identities(paths[name], pairs.same, pairs.digest)
+        sets[name] = replace(pairs, identities=identities, attributes=read_attributes(paths[name], pairs.same))
+    reasons = {name: lacking(pairs.same) for name, pairs in sets.items()}
+    if all(reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"{paths[name]}: {reason}: give each tenth of the pairs both kinds.")
+    for name, reason in reasons.items() if is_first() else ():
+        if reason:
+            print(f"{paths[name]}: {reason}: its accuracy is left out of averages, and chooses no epoch.")
     return sets
+
+
+def _advice(cfg: Config, names: list[str], missing: list[str]) -> str:
+    """Tells what to set if some verification sets are missing: pairs_sets without them, if others are there."""
+    text = "Set pairs to the folder of these files"
+    there = [name for name in names if name not in missing]
+    if cfg.of_groups or not there:
+        return f"{text}."
+    return f"{text}, or verify on those that are there: --pairs_sets {shlex.quote(','.join(there))}"

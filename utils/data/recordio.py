@@ -27,6 +27,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.storage.files import replaced
+from utils.storage.mistaken import mistaken
 
 RECORDS, INDEX, PROPERTY = "train.rec", "train.idx", "property"
 
@@ -159,10 +160,12 @@ def _refuse(path: Path, offsets: np.ndarray, bad: np.ndarray, reason: str) -> No
 
 def _mapped(path: Path) -> mmap.mmap:
     if not path.exists():
-        raise InputError(f"There is no file {path}: set data to the folder that holds {RECORDS}.")
+        others = sorted(other.name for other in path.parent.glob("*.rec"))
+        held = f" It holds {others[0]}: name it {RECORDS}, and its index {INDEX}." if others else ""
+        raise InputError(f"There is no file {path}: set data to the folder that holds {RECORDS}.{held}")
     with open(path, "rb") as file:
-        if file.seek(0, 2) == 0:  # an empty file cannot be memory-mapped
-            raise InputError(f"{path} is empty: get it again.")
+        if reason := mistaken(file.read(1024)):  # an empty file could not be memory-mapped
+            raise InputError(f"{path} {reason}.")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_SEQUENTIAL"):  # read-ahead, images included, is faster than one page fault per record
         data.madvise(mmap.MADV_SEQUENTIAL)

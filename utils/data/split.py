@@ -3,9 +3,9 @@
 import numpy as np
 
 from config.config import Config
-from utils.data.index import Index
+from utils.data.index import Index, difference
 from utils.errors import InputError
-from utils.process import command
+from utils.process import command_of_run
 from utils.storage.files import read_json, write_json
 
 
@@ -39,7 +39,7 @@ def require_split(cfg: Config) -> None:
     """Raises InputError that names the groups without a split, if there are any."""
     missing = [name for name in cfg.ethnicities if not (cfg.split_dir / f"{name}.json").exists()]
     if missing:
-        first = command(cfg, "baseline_data_split.py")
+        first = command_of_run(cfg, "baseline_data_split.py")
         raise InputError(f"{cfg.split_dir} has no split of {', '.join(missing)}: run first: {first}")
 
 
@@ -56,7 +56,8 @@ def read_quarter(cfg: Config, quarter: str, index: Index) -> list[str]:
         split = read_json(path)
         dealt = sorted(name for names in split.values() for name in names)
         if dealt != sorted(index.identities_of(ethnicity)):
-            raise InputError(f"{path} was made when data held other identities: delete it and split again.")
+            changed = difference(dealt, index.identities_of(ethnicity))
+            raise InputError(f"{path} was made when data held other identities ({changed}): delete it and split again.")
         if tuple(split) != cfg.quarters:
             raise InputError(f"{path} holds {len(split)} quarters, expected {len(cfg.quarters)}: split again.")
         chosen += split[quarter]

@@ -25,6 +25,8 @@ from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
 
 SIZE = 112  # pixels, height and width of every image
+OF_ANOTHER_SIZE = f"not {SIZE} x {SIZE}"  # the end of the reason why an image cannot be used
+ALIGN = f"Align the faces to {SIZE} x {SIZE} first: python -m utils.prepare align --help"
 MAX_BAD_SHARE = 0.001
 BLOCK = 256  # images decoded and verified together; changing it changes the digest of every data folder
 
@@ -33,7 +35,7 @@ def decode(content: bytes) -> np.ndarray:
     """Decodes an image file to RGB (112, 112, 3) uint8; raises ValueError, with the reason, if that is impossible."""
     image = images.decode(content, upright=False)
     if image.shape[:2] != (SIZE, SIZE):
-        raise ValueError(f"is {image.shape[1]} x {image.shape[0]}, not {SIZE} x {SIZE}")
+        raise ValueError(f"is {image.shape[1]} x {image.shape[0]}, {OF_ANOTHER_SIZE}")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)  # ten times as fast as copying the reversed view with NumPy
 
 
@@ -63,6 +65,8 @@ class ImageStore:
                 _delete_outdated(path, made_from)
                 _decode_all(self.index, data, Filling(path, *form, made_from, BLOCK, {"opencv": cv2.__version__}))
 
+            for note in self.index.notes(data) if is_first() else []:
+                print(note)
             self.images = provide(path, *form, made_from, fill, checked and is_local_rank_0)
         blocks = about(path)["blocks"]
         self.digest = hashlib.sha256("".join(block["content"] for block in blocks).encode()).hexdigest()
@@ -137,12 +141,24 @@ def _report(bad: dict[int, str], count: int, data: Path, folder: Path, skip: boo
         write_text(listing, text)
     shown = [f"\n  {reason}" for reason in reasons[:20]] + ["\n  ..."] * (len(bad) > 20)
     text = f"{len(bad):,} of {count:,} images of {data} cannot be used (all listed in {listing}):{''.join(shown)}"
-    if not skip:
-        raise InputError(f"{text}\nRepair or remove them, or set skip_bad_images to train without them.")
-    if len(bad) > MAX_BAD_SHARE * count:
-        raise InputError(f"{text}\nThat is more than {MAX_BAD_SHARE:.1%}, which is too many to be skipped.")
+    are_few = len(bad) <= MAX_BAD_SHARE * count
+    if not skip or not are_few:
+        raise InputError(f"{text}\n{_advice(reasons, count, skip, are_few)}")
     if is_first():
         print(text, file=sys.stderr)
+
+
+def _advice(reasons: list[str], count: int, skip: bool, are_few: bool) -> str:
+    """Tells the user what to do about unusable images, by their reasons."""
+    of_another_size = [reason for reason in reasons if reason.endswith(OF_ANOTHER_SIZE)]
+    sizes = {reason.removesuffix(f", {OF_ANOTHER_SIZE}").rsplit(" is ", 1)[1] for reason in of_another_size}
+    text = f"That is more than {MAX_BAD_SHARE:.1%}, which is too many to be skipped. " * skip
+    if len(of_another_size) == count and len(sizes) == 1:
+        return f"{text}All images are {sizes.pop()}: crops of another kind, or not aligned. {ALIGN}"
+    if of_another_size:
+        rest = "Repair or remove the others. " * (len(of_another_size) < len(reasons))
+        return f"{text}{rest}{len(of_another_size):,} of them are of another size. {ALIGN}"
+    return f"{text}Repair or remove them{', or set skip_bad_images to train without them' * (are_few and not skip)}."
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ START_TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for all others to start."""
 
 TIMEOUT = timedelta(minutes=30)
-"""Timeout of collectives. A killed rank is noticed at once; a machine that cannot be reached is noticed after this."""
+"""Timeout of collectives. A killed rank is noticed at once; an unreachable machine only after this."""
 
 CPU_TIMEOUT = timedelta(days=7)
 """Timeout of the CPU group's collectives, in which ranks also wait while rank 0 decodes millions of images."""
@@ -85,9 +85,9 @@ def join(cfg: Config, device: torch.device) -> None:
     """
     if _store is None:
         return
-    if device.type == "cuda":
-        _set_gpu(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
+        if device.type == "cuda":
+            _set_gpu(int(os.environ.get("LOCAL_RANK", 0)), _store)
         place: dict[str, Any] = {
             "store": _store,
             "rank": int(os.environ["RANK"]),
@@ -100,15 +100,21 @@ def join(cfg: Config, device: torch.device) -> None:
     require_same({**settings, "kind of device": device.type}, "Start all with the same settings.")
 
 
-def _set_gpu(local: int) -> None:
+def _set_gpu(local: int, store: dist.Store) -> None:
+    """Selects the GPU of process `local` of this machine: the only one that it sees, or the one with its number.
+
+    Raises InputError if there is none, or if another process has it.
+    """
     if not dist.is_nccl_available():
         raise InputError("device = 'cuda' under torchrun needs NCCL, which this PyTorch lacks: set device to cpu.")
-    if local >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else local  # schedulers such as SLURM may show each process its own GPU only
+    if index >= count or store.add(f"processes on {torch.cuda.get_device_properties(index).uuid}", 1) > 1:
         raise InputError(
-            f"Process {local} of this machine has no GPU, of which it has {torch.cuda.device_count()}: "
+            f"Process {local} of this machine has no GPU of its own, it sees {count}: "
             "set torchrun's --nproc_per_node to as many, or device to cpu."
         )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(index)
 
 
 def _wait_for_start(store: dist.Store, rank: int, world_size: int) -> None:
@@ -124,7 +130,7 @@ def _wait_for_start(store: dist.Store, rank: int, world_size: int) -> None:
             sys.exit(1)  # another rank has ended and printed why
         if time.monotonic() > end:
             missing = ", ".join(str(number) for number, key in enumerate(keys) if not store.check([key]))
-            raise InputError(f"Process {missing} has not started: see what torchrun says of it.")
+            raise InputError(f"Process {missing} has not started: see torchrun's log.")
         time.sleep(0.1)
 
 

@@ -17,6 +17,6 @@ def build_header(name: str, num_classes: int, cfg: Config, kind: str, size: int 
     header = class_of(loss)
     if cfg.header_sharding and world_size() > 1:
         header = sharded(header)
-    m, std = cfg.margin(kind)
+    m, std = cfg.margin(kind, name if name in LOSSES else "")
     options = {**loss.options, **({"std": std} if loss.std else {}), **options}
     return header(size or cfg.embedding_size, num_classes, s=cfg.s, m=m, **options)

@@ -6,6 +6,7 @@ teacher's embeddings, which are a further input. Headers normalise the embedding
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,13 @@ from utils.distributed import collectives
 class Header(nn.Module):
     """Base class of all headers. Each rank holds b of the B samples of a global batch, and the whole `kernel`."""
 
-    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def loss(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
         """Returns the mean cross-entropy of this rank's samples.
 
-        `inputs` are those of `forward`: embeddings (b, D), one or two, then labels (b,) int64.
+        `inputs` are those of `forward`: embeddings (b, D), one or two, then labels (b,) int64. Its other parameters are
+        given by name.
         """
-        return F.cross_entropy(self(*inputs), inputs[-1])
+        return F.cross_entropy(self(*inputs, **options), inputs[-1])
 
     kernel: torch.Tensor
 
@@ -55,7 +57,7 @@ class MarginHeader(Header):
         return self.adjusted(logits, column, target)
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
-        """Applies the margin to the target cosines (B, 1). No gradient may flow from one sample to another."""
+        """Applies the margin to the target cosines (B, 1), element by element: it is differentiated by them only."""
         raise NotImplementedError
 
     def adjusted(self, logits: torch.Tensor, column: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -67,7 +69,7 @@ class MarginHeader(Header):
 
 
 class MarginLogits(torch.autograd.Function):
-    """Computes the logits (B, C) with the margin at the target, and the target cosines (B, 1), in little memory.
+    """Computes the logits (B, C) with the margin at the target, and the target cosines (B, 1).
 
     It never makes a normalised copy of the kernel: the (B, C) product is divided by the norms of the centres, in place.
     The result is the only (B, C) tensor that is kept for the backward pass.
@@ -197,7 +199,7 @@ class CurricularFace(MarginHeader):
 
 
 def cos_of_sum(cosine: torch.Tensor, m: float | torch.Tensor) -> torch.Tensor:
-    """Returns cos(theta + m) for cos(theta), without arccos: its slope is infinite at +-1, here it is zero there."""
+    """Returns cos(theta + m) for cos(theta), without arccos, whose gradient is infinite at +-1; here it is zero."""
     # In fp32 the smallest (1 - c)(1 + c) above zero is 1e-7: the floor only applies where the sine is exactly zero.
     sine = ((1 - cosine) * (1 + cosine)).clamp_min(1e-14).sqrt()
     cos_m, sin_m = (m.cos(), m.sin()) if isinstance(m, torch.Tensor) else (math.cos(m), math.sin(m))

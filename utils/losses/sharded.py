@@ -15,7 +15,7 @@ embeddings get N times the gradient of the loss, as with a dense header and the 
 
 import functools
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,6 @@ from torch import nn
 
 from utils.distributed.collectives import gathered, own, reduced
 from utils.distributed.world import is_first, rank, world_size
-
-Dense = TypeVar("Dense", bound=nn.Module)
 
 
 def dense_state_dict(header: nn.Module | None) -> dict[str, torch.Tensor]:
@@ -74,16 +72,16 @@ class ShardedHeader(nn.Module):
     def own(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
-    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def loss(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
         """Returns the mean cross-entropy of all B samples, the same on every rank.
 
-        `inputs` are embeddings (b, D), for AdaDistill the student's and the teacher's, then labels (b,) int64. The loss
-        is infinite if a label is not in range(C).
+        `inputs` are embeddings (b, D), for AdaDistill the student's and the teacher's, then labels (b,) int64. Named
+        ones are passed to `forward`. The loss is infinite if a label is not in range(C).
         """
         *embeddings, label = inputs
         label = gathered(label) - self.columns.start
         label = torch.where((label >= 0) & (label < len(self.columns)), label, len(self.columns))
-        logits = self(*map(Gathered.apply, embeddings), label)
+        logits = self(*map(Gathered.apply, embeddings), label, **options)
         return _CrossEntropy.apply(logits, label.unsqueeze(1))
 
     def target_logit(self, target: torch.Tensor) -> torch.Tensor:
@@ -97,14 +95,13 @@ class ShardedHeader(nn.Module):
         """Adjusts this rank's logits (B, W + 1), given all target cosines; no gradient flows to the targets."""
         return super().adjusted(logits, column, reduced(target))
 
-    def update(self, student: torch.Tensor, teacher: torch.Tensor, label: torch.Tensor) -> None:
-        """Moves this rank's centres by the samples (B, D) of their classes, in order; `alpha` is the mean over B."""
-        held = label < len(self.columns)
-        total = student.new_zeros(())
-        if held.any():
-            super().update(student[held], teacher[held], label[held])
-            total = self.alpha * held.sum()
-        self.alpha = reduced(total) / len(label)
+    def is_held(self, label: torch.Tensor) -> torch.Tensor:
+        """Returns a mask (B,) bool of the samples whose class this rank holds."""
+        return label < len(self.columns)
+
+    def mean_of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of values (B,) of which each rank has those of its classes, and zeros for the others."""
+        return reduced(values.sum()) / len(values)
 
     @torch.no_grad()
     def set_centres(self, kernel: torch.Tensor) -> None:
@@ -112,6 +109,7 @@ class ShardedHeader(nn.Module):
         self.kernel[:, :-1] = kernel[:, self.columns.start : self.columns.stop]
 
     # Files --------------------------------------------------------------------------------------------------------
+    # Shards are sent from CPU to CPU, by gloo: NCCL would make a communicator for every pair of ranks.
 
     def dense_state_dict(self) -> dict[str, torch.Tensor] | None:
         """Returns the state dict of the dense header, `kernel` (D, C) on the CPU, on rank 0; None on the others.
@@ -154,12 +152,12 @@ class ShardedHeader(nn.Module):
         """
         if not is_first():
             if self.columns:
-                dist.send(columns[:, :-1].contiguous(), 0)
+                dist.send(columns[:, :-1].cpu().contiguous(), 0)
             return None
         whole = torch.empty(len(columns), self.classes, dtype=columns.dtype)
         whole[:, : len(self.columns)] = columns[:, :-1]
         for other, shard in self._other_shards():
-            part = columns.new_empty(len(columns), len(shard))
+            part = torch.empty(len(columns), len(shard), dtype=columns.dtype)
             dist.recv(part, other)
             whole[:, shard.start : shard.stop] = part
         return whole
@@ -170,13 +168,13 @@ class ShardedHeader(nn.Module):
         columns[:, -1] = 0
         if not is_first():
             if self.columns:
-                part = columns.new_empty(len(columns), len(self.columns))
+                part = torch.empty(len(columns), len(self.columns), dtype=columns.dtype)
                 dist.recv(part, 0)
                 columns[:, :-1] = part
             return
         columns[:, :-1] = whole[:, : len(self.columns)]
         for other, shard in self._other_shards():
-            dist.send(whole[:, shard.start : shard.stop].to(columns).contiguous(), other)
+            dist.send(whole[:, shard.start : shard.stop].to("cpu", columns.dtype).contiguous(), other)
 
     def _other_shards(self) -> list[tuple[int, range]]:
         """Returns (rank, classes) of every rank other than 0 that holds classes."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.data import image_formats, images, recordio
 from utils.data.index import EXTENSIONS, GROUPS_OF_RECORDS, scan
+from utils.data.listing import described, entries
 from utils.prepare.likeness import BYTES, fingerprint
 from utils.prepare.work import in_processes
 
@@ -33,6 +34,7 @@ class Contents:
     group: np.ndarray  # (N,) int64: position in `groups`, 0 if there are none
     stamps: np.ndarray  # (N, 2) int64: as in the index
     records: recordio.Records | None  # all of train.rec, other groups included; None if the images are files
+    hidden: str  # a line that counts hidden entries, "" if there are none
 
     @property
     def in_records(self) -> bool:
@@ -53,16 +55,17 @@ class Contents:
         return np.flatnonzero(self.group == group)
 
 
-def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
+def list_images(folder: Path, groups: tuple[str, ...] | None, nested: bool = False) -> Contents:
     """Lists the images of a folder; if `groups` is None they are detected. Raises InputError as `scan` does.
 
+    With `nested` images in subfolders of identities are listed too, as in a stage with the setting nested_images.
     Unlike in a stage, an identity may occur in two groups: `shared_names` lists them.
     """
     asked_for = groups or ()
     records = recordio.read_index(folder) if (folder / recordio.RECORDS).is_file() else None
     groups = tuple(sorted(_find_groups(folder, records) if groups is None else groups))
-    apart = [scan(folder, (group,), records) for group in groups]
-    indexes = apart or [scan(folder, groups, records)]
+    apart = [scan(folder, (group,), records, nested) for group in groups]
+    indexes = apart or [scan(folder, groups, records, nested)]
     identities = sum((index.identities for index in indexes), ())
     begins = np.cumsum([0, *(len(index.identities) for index in indexes)])
     identity = np.concatenate([index.identity + begin for index, begin in zip(indexes, begins, strict=False)])
@@ -79,6 +82,7 @@ def list_images(folder: Path, groups: tuple[str, ...] | None) -> Contents:
         of_identity[identity],
         np.concatenate([index.stamps for index in indexes]),
         records,
+        described([path for index in indexes for path in index.hidden], folder),
     )
 
 
@@ -97,13 +101,11 @@ def _find_groups(folder: Path, records: recordio.Records | None) -> tuple[str, .
 
 
 def _folders(path: Path) -> list[Path]:
-    with os.scandir(path) as entries:
-        return [path / entry.name for entry in entries if entry.is_dir()]
+    return [path / entry.name for entry in entries(path) if entry.is_dir()]
 
 
 def _holds_image(path: Path) -> bool:
-    with os.scandir(path) as entries:
-        return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+    return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries(path))
 
 
 @dataclass(frozen=True)

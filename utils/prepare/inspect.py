@@ -78,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ethnicities", metavar="A,B", help='the groups, separated by commas; "" for <data>/<identity>/<image>'
     )
+    parser.add_argument(
+        "--nested_images", action="store_true", help="with --ethnicities: read images in subfolders of identities too"
+    )
     parser.add_argument("--pairs", type=path_of, metavar="FOLDER", help="verification sets, *.bin")
     parser.add_argument("--release", type=path_of, metavar="FOLDER", help="RFW's folder, which holds txts")
     parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="folder of the report")
@@ -89,7 +92,9 @@ def run(given: argparse.Namespace) -> None:
     groups = None if given.ethnicities is None else groups_of(given.ethnicities)
     refuse_inside(given.output, given.data)
     refuse_filled(given.output, WRITTEN)
-    contents = list_images(given.data, groups)
+    if given.nested_images and groups is None:
+        raise InputError('--nested_images goes with --ethnicities, "" for none: with subfolders groups cannot be told.')
+    contents = list_images(given.data, groups, given.nested_images)
     if given.release and contents.in_records:
         raise InputError(
             f"{given.data} names identities by numbers, which are not compared with names: leave --release out."
@@ -120,7 +125,7 @@ def run(given: argparse.Namespace) -> None:
         "pairs": _overlap(contents, pairs, shared) if pairs else None,
         "release": _names(contents, identities) if given.release else None,
     }
-    facts["warnings"] = _warnings(facts)
+    facts["warnings"] = [*filter(None, [contents.hidden]), *_warnings(facts)]
     _write(given.output, contents, seen, same, pairs, shared, identities, facts)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from utils.data.listing import is_hidden
 from utils.data.pairs import load_bin
 from utils.errors import InputError
 from utils.prepare.contents import Seen, digest_of
@@ -33,7 +34,7 @@ class Match(NamedTuple):
 
 def read_pairs(folder: Path) -> PairsImages:
     """Reads the distinct images of all .bin files. Raises InputError if there is none, and as `load_bin` does."""
-    paths = sorted(folder.glob("*.bin"))
+    paths = sorted(path for path in folder.glob("*.bin") if not is_hidden(path.name))
     if not paths:
         raise InputError(f"{folder} holds no .bin: set --pairs to the folder of the <ethnicity>_test.bin files.")
     found: dict[bytes, tuple[Path, int]] = {}

@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--folder", type=path_of, metavar="FOLDER", help="aligned faces to convert to train.rec")
     source.add_argument("--rec", type=path_of, metavar="FOLDER", help="folder of the train.rec to unpack")
     parser.add_argument("--ethnicities", metavar="A,B", help="with --folder: the groups, separated by commas")
+    parser.add_argument(
+        "--nested_images", action="store_true", help="with --folder: read images in subfolders of identities too"
+    )
     parser.add_argument("--groups", action="store_true", help="with --rec: a folder for each group")
     parser.add_argument("--output", type=path_of, required=True, metavar="FOLDER", help="for the result")
     add_processes(parser)
@@ -69,17 +72,19 @@ def run(given: argparse.Namespace) -> None:
         if given.groups:
             raise InputError("--groups goes with --rec: with --folder give --ethnicities.")
         groups = groups_of(given.ethnicities or "")
-        pack(given.folder, groups, given.output, given.processes)
+        pack(given.folder, groups, given.output, given.processes, given.nested_images)
     else:
         if given.ethnicities is not None:
             raise InputError("--ethnicities goes with --folder: with --rec give --groups, or nothing.")
+        if given.nested_images:
+            raise InputError("--nested_images goes with --folder: leave it out.")
         unpack(given.rec, given.groups, given.output, given.processes)
 
 
 # Folder to train.rec --------------------------------------------------------------------------------------------------
 
 
-def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0) -> None:
+def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0, nested: bool = False) -> None:
     """Writes the images of a folder as records. Raises InputError as `scan` and `write_records` do."""
     if unknown := [name for name in groups if name not in GROUPS_OF_RECORDS]:
         raise InputError(
@@ -92,7 +97,9 @@ def pack(folder: Path, groups: tuple[str, ...], output: Path, processes: int = 0
         raise InputError(f"There is a {RECORDS} in {output} already: delete it, or set --output to another folder.")
     refuse_inside(output, folder)
     refuse_filled(output, WRITTEN)
-    index = scan(folder, groups)
+    index = scan(folder, groups, nested=nested)
+    for note in index.notes(folder):
+        print(note)
     with locked(output):
         # Written before the records: once train.rec exists, the output must be complete.
         write_text(output / IDENTITIES, "".join(f"{k}\t{name}\n" for k, name in enumerate(index.identities)))

@@ -5,6 +5,8 @@ Reads   <release>/txts/<ethnicity>/<ethnicity>_pairs.txt, whose lines have colum
           id1 n1 id2 n2    an impostor pair
         <images>/<ethnicity>/<id>/<id>_%04d.jpg, or <images>/data/<ethnicity>/..., aligned to 112 x 112
 Writes  <output>/<ethnicity>_test.bin, with the pairs in the order of the list, encoded images unchanged
+        <output>/<ethnicity>_test_identities.json, the identities of each pair
+        <output>/acquisition.csv, a copy of <images>/acquisition.csv, which utils.prepare align writes
         If an image is missing or cannot be decoded, <output>/<ethnicity>_test_failures.csv is written instead, and an
           existing .bin stays.
 Run     python -m utils.prepare rfw --release RFW --images aligned/RFW --output data/RFW
@@ -17,10 +19,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from utils.data.listing import is_hidden
 from utils.data.pairs import FOLDS
 from utils.errors import InputError
-from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_lines, read_pairs
+from utils.prepare import acquisition
+from utils.prepare.lists import Pair, doubts, make_bin, numbered, read_pairs
+from utils.prepare.tables import read_lines
 from utils.prepare.work import add_processes, path_of
+from utils.storage.files import write_text
 
 IN_A_ROW = 300
 SAME = ([True] * IN_A_ROW + [False] * IN_A_ROW) * FOLDS
@@ -60,12 +66,14 @@ def run(given: argparse.Namespace) -> None:
             )
     if complaints:
         raise InputError("\n".join(complaints))
+    if (counts := given.images / acquisition.FILE).exists():
+        write_text(given.output / acquisition.FILE, counts.read_text(encoding="utf-8"))
     print(f"Next: python -m eval.evaluation --pairs {shlex.quote(str(given.output))}")
 
 
 def find_lists(release: Path) -> dict[str, Path]:
     """Finds the list of pairs of each ethnicity, sorted. Raises InputError if there is none, or one is missing."""
-    folders = sorted(path for path in release.glob("txts/*") if path.is_dir())
+    folders = sorted(path for path in release.glob("txts/*") if path.is_dir() and not is_hidden(path.name))
     lists = {folder.name: folder / f"{folder.name}_pairs.txt" for folder in folders}
     missing = [path for path in lists.values() if not path.is_file()]
     if len(missing) == len(lists):

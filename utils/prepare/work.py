@@ -22,7 +22,9 @@ import cv2
 from tqdm import tqdm
 
 from config.config import Config
+from config.paths import expanded
 from utils.data import images
+from utils.data.listing import entries
 from utils.errors import InputError
 from utils.storage.files import printable, write_text
 from utils.threads import map_ahead
@@ -45,15 +47,21 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def path_of(text: str) -> Path:
-    """Parses a path for `add_argument`; refuses "", which an unset shell variable gives, since it would mean "."."""
+    """Parses a path for `add_argument`, with ~ expanded.
+
+    Refuses "", which an unset shell variable gives, since it would mean ".".
+    """
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing")
-    return Path(text)
+    try:
+        return Path(expanded(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def groups_of(text: str) -> tuple[str, ...]:
     """Parses a comma-separated list of groups. Raises InputError as the setting ethnicities does."""
-    return Config(ethnicities=tuple(filter(None, text.split(",")))).ethnicities
+    return Config(ethnicities=tuple(filter(None, map(str.strip, text.split(","))))).ethnicities
 
 
 def new_folder(output: Path) -> Path:
@@ -74,9 +82,8 @@ def refuse_filled(output: Path, names: Iterable[str]) -> None:
     """Raises InputError if a folder holds files other than these, hidden and partial ones."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is no folder: set --output to a new one.")
-    held = os.listdir(output) if output.exists() else []
-    others = (name for name in held if name not in names)
-    if other := sorted(name for name in others if not name.startswith(".") and not name.endswith(".partial")):
+    held = [entry.name for entry in entries(output)] if output.exists() else []
+    if other := sorted(name for name in held if name not in names and not name.endswith(".partial")):
         raise InputError(f"{output} holds {other[0]}, which is not of this command: set --output to a new folder.")
 
 

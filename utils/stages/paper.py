@@ -9,6 +9,7 @@ from config.config import Config
 from config.readers import reads, script_that_trains
 from config.registry import ADAPTORS
 from utils.data.sources import folders as data_folders
+from utils.weights import weights_in
 
 FIXED = (
     "ethnicity",
@@ -62,7 +63,7 @@ class Stage:
     @property
     def results(self) -> list[Path]:
         """The files that show that a stage is finished: the weights in a run folder, else the files that it writes."""
-        folders = [sorted(path.glob("*backbone.pth")) if path.is_dir() else [path] for path in self.writes]
+        folders = [weights_in(path) if path.is_dir() else [path] for path in self.writes]
         return [file for files in folders for file in files]
 
 
@@ -84,6 +85,16 @@ def paper(cfg: Config) -> list[Stage]:
     evaluated = replace(cfg, report=True)
     results = (evaluated.evaluation_dir / "results.json", evaluated.evaluation_dir / "report.html")
     return [*stages, Stage("evaluation", "-m eval.evaluation", evaluated, needs, "evaluation", read, results)]
+
+
+def of_seeds(cfg: Config, seeds: tuple[int, ...]) -> list[Stage]:
+    """Returns the stages of `paper` for each seed; they write below <output>/seed<k>, and their names start so."""
+
+    def named(stage: Stage, seed: int) -> Stage:
+        return replace(stage, name=f"seed{seed}-{stage.name}", needs=tuple(f"seed{seed}-{one}" for one in stage.needs))
+
+    plans = {seed: paper(replace(cfg, seed=seed, output=f"{cfg.output}/seed{seed}")) for seed in seeds}
+    return [named(stage, seed) for seed, stages in plans.items() for stage in stages]
 
 
 def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:

@@ -30,11 +30,10 @@ TRAIN, INFER, ADAPT = "training", "inference", "training of adaptors"
 Rates = dict[tuple[str, str], float]
 """Images (or rows) per second by (kind of work, network); the network of an adaptor is ""."""
 
-INFERRED_PER_TRAINED = {"fp32": 3.7, "tf32": 1.3, "bf16": 1.05}
-"""Images embedded per image trained in each precision, of iresnet34 on an H100: inference is always in fp32."""
-
-ROWS_PER_TRAINED = {"fp32": 110.0, "tf32": 40.0, "bf16": 31.0}
-"""Rows on which the SL adaptor is trained per image on which iresnet34 is trained, measured likewise."""
+TRAINED = {"fp32": 1_215, "tf32": 3_394, "bf16": 4_318}
+INFERRED = {"fp32": 4_526, "tf32": 13_387, "bf16": 20_819}
+ADAPTED = 134_487
+"""Images per second of training and inference of iresnet34, and rows of the SL adaptor, on an H100 (for ratios)."""
 
 SECONDS = 12.0  # duration of the measurement for each kind of work and network
 WINDOWS = 5  # at the most, of which the rate is the median
@@ -48,8 +47,8 @@ def rates_from(rate: float, cfg: Config) -> Rates:
     rates = {}
     for network in (cfg.network, cfg.student_network):
         own = rate * operations(cfg.network) / operations(network)
-        rates |= {(TRAIN, network): own, (INFER, network): INFERRED_PER_TRAINED[cfg.precision] * own}
-    return {**rates, (ADAPT, ""): ROWS_PER_TRAINED[cfg.precision] * rate}
+        rates |= {(TRAIN, network): own, (INFER, network): own * INFERRED[cfg.infer_precision] / TRAINED[cfg.precision]}
+    return {**rates, (ADAPT, ""): rate * ADAPTED / TRAINED[cfg.precision]}
 
 
 def measured_rates(cfg: Config, classes: int) -> Rates:
@@ -114,21 +113,23 @@ class _Clock:
 
 
 class _EndlessFaces(Faces):
-    """A training set that repeats one batch in an endless epoch."""
+    """A training set of one endless epoch, which repeats one batch, or draws rows if the columns hold more."""
 
     def __init__(self, cfg: Config, columns: dict[str, np.ndarray], clock: _Clock):
         self.cfg, self.flip, self._clock = cfg, True, clock
         self.sources, self.identities = {}, ()
         self.columns = {name: Column((values,)) for name, values in columns.items()}
-        self.rows = np.arange(cfg.batch_size)
+        self.rows = np.arange(len(next(iter(columns.values()))))
 
     def __len__(self) -> int:
         return self.cfg.batch_size << 20
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        random, size = np.random.default_rng(0), self.cfg.batch_size
         for _ in itertools.count():
             self._clock.tick()
-            yield self.rows, self.rows % 2 == 0
+            rows = self.rows if len(self.rows) == size else random.choice(self.rows, size)
+            yield rows, rows % 2 == 0
 
 
 def training_rate(
@@ -138,13 +139,18 @@ def training_rate(
     cfg: Config,
     *modules: torch.nn.Module,
     measures: tuple[str, ...] = (),
+    is_streamed: bool = False,
 ) -> float:
     """Measures the rows per second of training by `fit`, which is ended before it writes anything.
 
-    `columns` hold the rows of one batch, by the parameters of `losses`; `measures` is that of `fit`.
+    `columns` hold the rows of one batch or more, by the parameters of `losses`; `measures` is that of `fit`. With
+    `is_streamed` they are read from memory in every step, and not kept on the device.
     """
-    # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
-    cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if device_of(cfg).type == "cuda" else 0.0)
+    if is_streamed:
+        cfg = replace(cfg, device_cache_gb=0.0)
+    else:
+        # Without workers and with data on the device no batch is read ahead, so that the clock ticks once per step.
+        cfg = replace(cfg, num_workers=0, device_cache_gb=1.0 if device_of(cfg).type == "cuda" else 0.0)
     clock = _Clock(device_of(cfg), cfg.batch_size)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Measured):
         faces, run_folder = _EndlessFaces(cfg, columns, clock), Path(folder) / "measured"
@@ -152,17 +158,17 @@ def training_rate(
     return clock.rate
 
 
-def teacher_rate(network: str, cfg: Config, classes: int) -> float:
-    """Measures the images per second of training a teacher."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (cfg.batch_size, 112, 112, 3), np.uint8)
-    columns: dict[str, np.ndarray] = {"image": images, "label": random.integers(0, classes, cfg.batch_size)}
+def teacher_rate(network: str, cfg: Config, classes: int, streamed: int = 0) -> float:
+    """Measures the images per second of training a teacher on one batch on the device, or on `streamed` images."""
+    random, count = np.random.default_rng(0), streamed or cfg.batch_size
+    images = random.integers(0, 256, (count, 112, 112, 3), np.uint8)
+    columns: dict[str, np.ndarray] = {"image": images, "label": random.integers(0, classes, count)}
     backbone, header = build_backbone(network, cfg.embedding_size), ElasticArcFace(cfg.embedding_size, classes)
 
     def losses(image, label):
         return {"margin": header.loss(F.normalize(backbone(image)), label)}
 
-    return training_rate(losses, "teacher", columns, cfg, backbone, header)
+    return training_rate(losses, "teacher", columns, cfg, backbone, header, is_streamed=streamed > 0)
 
 
 def adaptor_rate(cfg: Config, classes: int) -> float:

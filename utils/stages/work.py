@@ -61,7 +61,7 @@ def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
 
     Raises InputError for a folder that cannot be used.
     """
-    index = index_of(cfg, lambda one: scan(Path(one.data), one.selected_ethnicities))
+    index = index_of(cfg, lambda one: scan(Path(one.data), one.selected_ethnicities, nested=one.nested_images))
     used = index.identity[~left_out(cfg, index)]
     of_identity = dict(zip(index.identities, np.bincount(used, minlength=len(index.identities)).tolist(), strict=True))
     seen = {"All": list(index.identities)}

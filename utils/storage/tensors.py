@@ -21,7 +21,11 @@ OURS = re.compile(r"((best|last)_(backbone|header)|(previous_)?checkpoint)\.pth"
 
 
 def save(path: Path, value: Any, previous: Path | None = None) -> str:
-    """Writes and seals a file atomically and returns its SHA-256; keeps the replaced file as `previous`, if given."""
+    """Writes and seals a file atomically and returns its SHA-256; keeps the replaced file as `previous`, if given.
+
+    Tensors are written from the CPU (see `on_cpu`).
+    """
+    value = on_cpu(value)
     with replaced(path, previous) as partial:
         try:
             # Given a path, torch.save hides why a write failed and stores the path in the file.
@@ -32,6 +36,21 @@ def save(path: Path, value: Any, previous: Path | None = None) -> str:
                 raise error.__context__ from None
             raise
         return seal(partial)
+
+
+def on_cpu(value: Any) -> Any:
+    """Returns nested dicts with their tensors on the CPU, and state dicts with their `_metadata`.
+
+    Files of such values have the same bytes whatever device the tensors were on, and load where there is no GPU.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if not isinstance(value, dict):
+        return value
+    moved = type(value)((key, on_cpu(one)) for key, one in value.items())
+    if hasattr(value, "_metadata"):
+        moved._metadata = value._metadata  # type: ignore[attr-defined]  # where PyTorch keeps the versions of modules
+    return moved
 
 
 def load(path: Path) -> Any:
@@ -73,4 +92,5 @@ def load_with_digest(path: Path) -> tuple[Any, str]:
             refused = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
             reason = refused if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]
             reason = "it ends too early" if isinstance(error, OSError | EOFError) else reason
-            raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): replace it.") from error
+            advice = "save the state_dict() of the network instead" if asked else "replace it"
+            raise InputError(f"{path} is damaged or no checkpoint ({reason.rstrip('.')}): {advice}.") from error

@@ -21,9 +21,10 @@ from typing import Any
 from config.config import Config
 from config.published import scaled_milestones
 from config.registry import ADA_LOSSES
+from utils.data.index import difference
 from utils.distributed.collectives import on_first
 from utils.distributed.world import is_first, total_batch, world_size
-from utils.environment import versions
+from utils.environment import computed_in, device_of, versions
 from utils.errors import Damaged, InputError
 from utils.storage.files import write_json, write_text
 from utils.storage.seals import check_seal
@@ -53,7 +54,7 @@ class Run:
     def __init__(self, folder: Path, cfg: Config, kind: str, sources: dict, identities: tuple[str, ...]):
         """Raises InputError if the folder holds a run of another kind, or of other settings or data."""
         self.folder, self.cfg, self.identities = folder, cfg, identities
-        self.decided_by = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
+        self.decided_by: dict[str, Any] = {"kind": kind, "settings": _decisive(cfg, kind), "sources": sources}
         self.sessions: list[dict] = []  # position and versions at each start of the run
         self._is_described = False
         self._state: dict | None = None
@@ -67,10 +68,15 @@ class Run:
         if self._state is None:
             return False
         stored = _completed(self._state["decided_by"], self.decided_by, type(self.cfg)())
+        before, now = (side["settings"]["precision"] for side in (stored, self.decided_by))
+        if computed_in(before, device_of(self.cfg)) == computed_in(now, device_of(self.cfg)):
+            stored["settings"]["precision"] = now  # on a CPU, fp32 and tf32 are the same numbers
         epochs_begun = self._state["epoch"] + (self._state["step"] > 0)
         stored, self._extension = _extended(stored, self.decided_by, epochs_begun)
         if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
+            if "identities changed" in different and (names := self._read_identities()):
+                text = text.replace("identities changed", f"identities changed, {difference(names, self.identities)}")
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
                 text = text.replace("batch_size was", "batch_size of all processes was")
             raise InputError(
@@ -86,6 +92,13 @@ class Run:
         if before <= now or left:
             return ""
         return f"accumulate {accumulate} with batch_size {self.cfg.batch_size} makes the same steps; else "
+
+    def _read_identities(self) -> list[str]:
+        """Returns the identities that the run was started with, [] if they were not written."""
+        path = self.folder / "identities.txt"
+        if not path.exists():
+            return []
+        return path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
 
     def load(self) -> dict | None:
         """Returns the newest intact checkpoint; None if the run has none, and on ranks other than 0.
@@ -103,7 +116,9 @@ class Run:
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
-        before, now = {"processes": "1", "accumulate": "1", **self.sessions[-1]["versions"]}, versions(self.cfg)
+        # Of versions of this code that did not record them:
+        earlier = {"processes": "1", "accumulate": "1", "infer_precision": "fp32"}
+        before, now = {**earlier, **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
         if self._extension:

@@ -1,8 +1,11 @@
-"""Training steps as CUDA graphs: without images, a step is shorter on a GPU than launching its kernels from Python."""
+"""Training steps as CUDA graphs: a GPU waits while Python launches the hundreds of kernels of a step one by one."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+
+from utils.errors import InputError
 
 Columns = dict[str, torch.Tensor]
 
@@ -14,9 +17,10 @@ class CapturedStep:
     the generators. Other values, such as the learning rate, are captured with it until `reset` is called. All batches
     have the same shapes.
 
-    The first step is taken twice, eagerly and as a replay. If the results differ by more than rounding, or if capturing
-    fails, one line is printed and all steps are eager. A step that makes new tensors, such as the first one of an
-    optimizer, is eager and not captured.
+    The first step is taken twice, eagerly and as a replay. If the results differ by more than rounding, one line is
+    printed and all steps are eager. A step that makes new tensors, such as the first one of an optimizer, is eager and
+    not captured. Raises InputError if capturing itself fails: in PyTorch before 2.14 neither the generator nor the
+    allocator recovers, so the steps that follow could not be trusted.
     """
 
     def __init__(self, step: Callable[[Columns], None], tensors: Callable[[], list[torch.Tensor]]):
@@ -51,19 +55,23 @@ class CapturedStep:
         if len(self._tensors()) != len(before):
             return
         eager = [value.clone() for value in self._tensors()]
+        self._inputs = {name: value.clone() for name, value in batch.items()}
         try:
-            self._inputs = {name: value.clone() for name, value in batch.items()}
             replay = capture(lambda: self._step(self._inputs))
-            self._set(before)
-            torch.manual_seed(seed)
-            replay()
-            if all(map(_close, self._tensors(), eager, before)):
-                self._replay = replay
-                return
-            reason = "it gave other numbers"
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"The step could not be captured ({reason}): its kernels are launched one by one, which is slower.")
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"The training step could not be captured as a CUDA graph ({reason}): set capture to False."
+            ) from error
+        self._set(before)
+        torch.manual_seed(seed)
+        replay()
+        if all(map(_close, self._tensors(), eager, before)):
+            self._replay = replay
+            return
+        print("The captured step gives other numbers: its kernels are launched one by one, which is slower.")
         self._is_eager = True
         self._set(eager)
 
@@ -85,19 +93,20 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 
     Calls `function` twice before it captures, as torch.cuda.graph requires. Raises RuntimeError if capturing fails.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
     side.wait_stream(current)
-    try:
-        with torch.cuda.stream(side):
-            function()
-            function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # The reader's threads may allocate pinned memory while this thread captures.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            function()
-    except RuntimeError:
-        torch.cuda.set_stream(current)  # a failed capture may leave its own stream as the current one
-        torch.cuda.synchronize()
-        raise
+    with torch.cuda.stream(side):
+        function()
+        function()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # The reader's threads may allocate pinned memory while this thread captures.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        function()
     return graph.replay
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Returns the stream on which steps are captured on a device: cuBLAS keeps 32 MiB for each stream it has seen."""
+    return torch.cuda.Stream(device)

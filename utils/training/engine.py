@@ -1,9 +1,11 @@
-"""The training loop and the inference loop of all stages; both know nothing of the method that they run."""
+"""The training loop and the inference loop of all stages, independent of the method."""
 
 import contextlib
+import functools
 import inspect
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -24,7 +26,13 @@ from utils.losses.sharded import ShardedHeader
 from utils.process import Interrupted, StopSignals
 from utils.storage.locks import locked, refuse_if_locked
 from utils.training.checkpoint import CHECKPOINTS, Run
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import (
+    compiled,
+    eagerly_if_compiling_fails,
+    mixed_precision,
+    timing_compilation,
+    uncompiled,
+)
 from utils.training.start import freeze, read_by, start, start_sources
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
@@ -53,23 +61,25 @@ def fit(
 
     A `projection` with parameters is trained too; it is kept in checkpoints only.
 
-    The parameters of `losses` are names of columns of `faces`; it gets a batch of each and returns scalars by name.
+    The parameters of `losses` are columns of `faces` or `repeats` (see `Losses`); it returns a dict of scalar tensors.
     Those named in `measures` are logged only, all others are losses and summed.
 
-    `kind` is "teacher", the name of an adaptor or the method of a student; a kind that config does not know is trained
-    as a student. It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change
-    when the run is resumed (`cfg.decisive`).
+    `kind` is "teacher", the name of an adaptor or the method of a student; any other kind uses the students' schedule.
+    It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change when the run is
+    resumed (`cfg.decisive`).
 
     A step averages the gradients of `cfg.accumulate` batches. Gradients of the backbone are clipped to
     `cfg.max_grad_norm`. After every epoch `validate` scores it; without `validate`, the epoch with the lowest training
     loss is the best. If `fit` is called again, an interrupted run is resumed from its last checkpoint and a finished
     run is left unchanged.
 
-    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a loss gets no gradient; if a
-    measure is not returned; and if a loss or gradient is not finite, in which case that step is not taken.
+    Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a label is no class of the
+    header; if a loss gets no gradient; if a measure is not returned; and if a loss or gradient is not finite, in which
+    case that step is not taken.
     """
     columns = _columns_of(losses, faces)
-    _require_batch(faces, cfg)
+    _require_batch(faces, folder, cfg, kind)
+    _require_classes(columns, faces, header)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
         run = _run_of(faces, folder, cfg, kind)
         if not run.has_checkpoint and is_given(folder):
@@ -128,12 +138,14 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    # A step without images is shorter than launching its kernels.
-    captured = device.type == "cuda" and "image" not in columns and world_size() == 1 and not progress.schedule.warmup
-    columns = cache(columns, faces.rows, device, cfg.device_cache_gb)
+    # Under warm-up every step has another learning rate, which would be part of the graph.
+    captured = cfg.capture and device.type == "cuda" and world_size() == 1 and not progress.schedule.warmup
+    reader, losses = _Reader(columns, faces, cfg), _with_repeats(losses, faces, progress)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
     take_step = progress.stepper(collectives.averaging(losses, replicated), cfg.max_grad_norm, captured)
+    if cfg.compile:
+        take_step = timing_compilation(progress.backbone, take_step)
     agreement = collectives.Agreement()
     if progress.epoch or progress.step:
         print(f"{progress.run.folder}: continuing in epoch {progress.epoch + 1} after step {progress.step} of {steps}.")
@@ -141,7 +153,7 @@ def _train(
         while progress.epoch < epochs:
             first, started = progress.step, time.monotonic()
             progress.start_epoch()
-            batches = stream(columns, faces.batches(progress.epoch, first), device, cfg.num_workers)
+            batches = reader.batches(progress.epoch, first)
             bar = _Bar(f"epoch {progress.epoch + 1}/{epochs}", steps * batch_size, first * batch_size)
             with contextlib.closing(batches), bar:  # closing ends the reader's threads, garbage collection may not
                 for batch in batches:
@@ -150,23 +162,48 @@ def _train(
                     progress.step += 1
                     bar.update(batch_size)
                     signal, due = agreement.after_step(stop.received, progress.due(cfg.checkpoint_minutes))
-                    if device.type == "cpu" or bar.due():  # reading a loss synchronises a GPU
+                    if device.type == "cpu" or bar.due():  # means() synchronises a GPU, and finds a NaN
                         bar.set_postfix_str(listed(progress.means()), refresh=False)
                     if signal or due:
                         progress.save()
                         where = f"epoch {progress.epoch + 1} after step {progress.step} of {steps}"
                         stop.leave(f"stopped in {where}", signal)
-                        agreement.now(0)  # discards the all_reduce in flight: it holds the `due` that was just served
+                        agreement.now(0)  # the all_reduce in flight still asks for the checkpoint that was just saved
             means = progress.means()  # synchronises a GPU, so the steps are timed whole
             trained = time.monotonic()
             scores, value = _validate(validate, means, progress, stop, agreement)
             line = progress.finish_epoch(means, scores, value)
             if steps > first:  # a run that was stopped while verifying has no steps left to time
-                seconds = (trained - started) / (steps - first)
+                seconds = (trained - started - reader.seconds_caching) / (steps - first)
                 left = (epochs - progress.epoch) * (seconds * steps + time.monotonic() - trained)
                 line += f"  {batch_size / seconds:,.0f} images/s, {duration(left)} left"
             tqdm.write(line)
         stop.leave("stopped after the last epoch", agreement.now(stop.received))
+
+
+class _Reader:
+    """Reads the batches of a run, after its first step from the memory of the device (see `cache`).
+
+    Only after a step is it known how much of that memory training needs.
+    """
+
+    def __init__(self, columns: dict[str, Column], faces: Faces, cfg: Config):
+        self._columns, self._faces, self._cfg, self._is_cached = columns, faces, cfg, False
+        self.seconds_caching = 0.0  # in the epoch that was read last
+
+    def batches(self, epoch: int, first: int) -> Generator[dict[str, torch.Tensor], None, None]:
+        """Yields the batches of an epoch from step `first` on."""
+        device, self.seconds_caching = device_of(self._cfg), 0.0
+        if not self._is_cached:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # else what an earlier run has freed is not counted as free
+            only = itertools.islice(self._faces.batches(epoch, first), 1)
+            for batch in [*stream(self._columns, only, device, 0)]:
+                yield batch
+                first, started = first + 1, time.monotonic()
+                self._columns = cache(self._columns, self._faces.rows, device, self._cfg.device_cache_gb)
+                self._is_cached, self.seconds_caching = True, time.monotonic() - started
+        yield from stream(self._columns, self._faces.batches(epoch, first), device, self._cfg.num_workers)
 
 
 def _step_seed(cfg: Config, progress: Progress) -> int:
@@ -197,7 +234,7 @@ def _validate(
         raise
 
 
-# `validate` takes no arguments and may call `infer` any number of times, so this cannot be passed on as one.
+# `validate` takes no arguments, so the hook cannot be an argument of `infer`.
 _after_batch: ContextVar[Callable[[], None]] = ContextVar("after_batch", default=lambda: None)
 """`infer` calls it after each batch."""
 
@@ -223,7 +260,7 @@ def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     Another process may be working on the folder, the folder may hold a run of other settings or data, or the images may
     be fewer than one batch. A script that trains several networks calls it for all of them before it trains the first.
     """
-    _require_batch(faces, cfg)
+    _require_batch(faces, folder, cfg, kind)
     collectives.on_first(lambda: refuse_if_locked(folder))
     _run_of(faces, folder, cfg, kind)
 
@@ -250,7 +287,7 @@ def _name_of_given(folder: Path) -> str:
 
 def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     """Returns the columns that the parameters of `losses` name. Raises InputError if one is no column."""
-    names = inspect.signature(losses).parameters
+    names = [name for name in inspect.signature(losses).parameters if name != "repeats"]
     if unknown := [name for name in names if name not in faces.columns]:
         raise InputError(
             f"The loss function has the parameter {unknown[0]!r}, which is no column: "
@@ -259,12 +296,37 @@ def _columns_of(losses: Losses, faces: Faces) -> dict[str, Column]:
     return {name: faces.columns[name] for name in names}
 
 
-def _require_batch(faces: Faces, cfg: Config) -> None:
-    """Raises InputError if the images are fewer than one batch, or if the ranks have different data."""
+def _with_repeats(losses: Losses, faces: Faces, progress: Progress) -> Losses:
+    """Returns `losses` with the `repeats` of the epoch (see `Losses`), if that is one of its parameters."""
+    if "repeats" not in inspect.signature(losses).parameters:
+        return losses
+    repeats = functools.lru_cache(1)(faces.repeats)
+    return lambda **batch: losses(**batch, repeats=repeats(progress.epoch))
+
+
+def _require_classes(columns: dict[str, Column], faces: Faces, header: nn.Module | None) -> None:
+    """Raises InputError if a label is no class of the header; a GPU would end the process by an assertion."""
+    kernel = getattr(header, "kernel", None)
+    if kernel is None or "label" not in columns:
+        return
+    label = columns["label"].arrays[0][faces.rows]
+    classes = header.classes if isinstance(header, ShardedHeader) else kernel.shape[1]
+    if label.min() < 0 or label.max() >= classes:
+        raise InputError(f"The labels are {label.min()} to {label.max()}, but the header has {classes} classes.")
+
+
+def _require_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
+    """Raises InputError for fewer rows than one batch, for one identity only, and if ranks have different data."""
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
+    who = f"Teacher {folder.name}" if kind == "teacher" else folder.name
     if len(faces) < total_batch(cfg):
         each = len(faces) // (cfg.accumulate * (1 if cfg.global_batch else world_size()))
-        raise InputError(f"{len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+        raise InputError(f"{who}: {len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
+    if len(faces.identities) == 1:
+        raise InputError(
+            f"{who}: all {len(faces):,} images are of one identity, {faces.identities[0]}, and a classifier needs two "
+            f"or more: set data, or label its images."
+        )
 
 
 # Inference ------------------------------------------------------------------------------------------------------------
@@ -282,9 +344,9 @@ def infer(
 ) -> np.ndarray | None:
     """Applies `function` to all rows of `columns` in order, with `network` in eval mode: returns (N, ...) float32.
 
-    Always computes in fp32, so embeddings and scores do not depend on the precision of training. With `parts`, only
-    those ranges of rows are computed. With `receive`, it is called with the rows and the results of each batch, in
-    order, and nothing is returned. Several ranks share the batches, and each gets all results.
+    Computes in `cfg.infer_precision`, so embeddings and scores do not depend on the precision of training. With
+    `parts`, only those ranges of rows are computed. With `receive`, it is called with the rows and the results of each
+    batch, in order, and nothing is returned. Several ranks share the batches, and each gets all results.
     """
     device = device_of(cfg)
     count = len(next(iter(columns.values())).arrays[0])
@@ -299,7 +361,8 @@ def infer(
     try:
         loaded = stream(columns, ((np.asarray(rows), None) for rows in mine), device, cfg.num_workers)
         bar = _Bar(title, count, count - sum(map(len, parts)))
-        with eager_fp32(cfg.compile), contextlib.closing(loaded), bar:
+        precision = mixed_precision(network, cfg.infer_precision, device, training=False)
+        with uncompiled(network), precision, contextlib.closing(loaded), bar:
             for k, batch in enumerate(loaded):
                 results = _gathered(function(**batch).float(), cfg.infer_batch_size).cpu().numpy()
                 for rows, result in zip(batches[k * ranks : (k + 1) * ranks], np.split(results, ranks), strict=False):
@@ -337,9 +400,9 @@ class _Bar(tqdm):
         self._shown = 0.0
 
     def due(self) -> bool:
-        """Returns True at most every half second."""
+        """Returns True at most every half second; every minute if the bar is not shown."""
         now = time.monotonic()
-        if now - self._shown < 0.5:
+        if now - self._shown < (60 if self.disable else 0.5):
             return False
         self._shown = now
         return True

@@ -12,15 +12,15 @@ from torch import nn
 
 from config.config import Config
 from utils.data.columns import Column
-from utils.data.embeddings import origin, say_if_collapsed
+from utils.data.embeddings import accepted, in_precision, origin, say_if_collapsed
 from utils.data.faces import Faces
 from utils.distributed.collectives import on_first, require_same, wait_for_all
 from utils.distributed.world import is_first
-from utils.environment import numerics
+from utils.environment import computed_in, device_of, numerics
 from utils.storage.arrays import Filling, outdated, read
 from utils.storage.locks import locked
 from utils.training.engine import infer
-from utils.weights import load_weights, need_weights
+from utils.weights import load_weights, need_weights, size_of
 
 BLOCK = 4096  # the fewest embeddings in a block, which has one SHA-256
 
@@ -32,19 +32,19 @@ class Output:
     path: Path
     made_from: dict
     function: Callable[..., torch.Tensor]  # of a batch of columns: returns (B, D)
-    size: int | None = None  # D; None: `embedding_size`
 
 
 def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
     """Writes the arrays (N, D) of `outputs`, of one size D, each from all rows of `columns`, in one pass over the rows.
 
-    Skips arrays that exist and have the same `made_from`, and resumes an interrupted pass. Several ranks share the
-    rows, and rank 0 writes. Raises InputError if another process is writing one of the arrays.
+    Skips arrays that exist, have the same `made_from` and a precision that is `accepted`, and resumes an interrupted
+    pass. Adds the precision to `made_from`. Several ranks share the rows, and rank 0 writes. Raises InputError if
+    another process is writing one of the arrays.
     """
-    shape = (len(next(iter(columns.values())).arrays[0]), outputs[0].size or cfg.embedding_size)
+    shape = (len(next(iter(columns.values())).arrays[0]), size_of(network, cfg))
     require_same({str(output.path): output.made_from for output in outputs}, "Give all processes the same data.")
     with contextlib.ExitStack() as locks:
-        which = on_first(lambda: _stale(outputs, shape, locks))
+        which = on_first(lambda: _stale(outputs, shape, cfg, locks))
         stale = [outputs[k] for k in which]
         if not stale:
             return
@@ -54,7 +54,11 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
 
         with contextlib.ExitStack() as opened:
             block_rows = cfg.infer_batch_size * -(-BLOCK // cfg.infer_batch_size)
-            forms = [(output.path, shape, np.float32, output.made_from, block_rows, numerics(cfg)) for output in stale]
+            precision = computed_in(cfg.infer_precision, device_of(cfg))
+            forms = [
+                (one.path, shape, np.float32, in_precision(one.made_from, precision), block_rows, numerics(cfg))
+                for one in stale
+            ]
             writer = BlockWriter()
             parts = on_first(lambda: writer.open([opened.enter_context(Filling(*form)) for form in forms]))
             infer(stacked, network, columns, cfg, f"embed {stale[0].path.stem}", parts, writer.receive)
@@ -65,18 +69,20 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
             say_if_collapsed(output.path, read(output.path, shape, np.float32, checked=False))
 
 
-def _stale(outputs: list[Output], shape: tuple[int, int], locks: contextlib.ExitStack) -> list[int]:
+def _stale(outputs: list[Output], shape: tuple[int, int], cfg: Config, locks: contextlib.ExitStack) -> list[int]:
     """Returns the indices of the arrays that must be written, and locks these until `locks` is closed."""
+    precisions = dict.fromkeys((computed_in(cfg.infer_precision, device_of(cfg)), *accepted(cfg.infer_precision)))
     stale = []
     for k, output in enumerate(outputs):
         with contextlib.ExitStack() as lock:
             lock.enter_context(locked(output.path))
-            reason = outdated(output.path, shape, np.float32, output.made_from)
-            if reason is None:
+            origins = [in_precision(output.made_from, precision) for precision in precisions]
+            reasons = [outdated(output.path, shape, np.float32, made_from) for made_from in origins]
+            if None in reasons:
                 print(f"{output.path} is up to date.")
                 continue
-            if reason:
-                print(reason)
+            if reasons[0]:
+                print(reasons[0])
             stale.append(k)
             locks.enter_context(lock.pop_all())
     return stale

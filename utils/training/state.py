@@ -21,7 +21,9 @@ from utils.training.cuda_graph import CapturedStep
 Losses = Callable[..., dict[str, torch.Tensor]]
 """Returns the losses and measures of a batch by name, as scalars.
 
-Its parameters are names of columns (see utils.data.columns). Losses are summed, measures are only logged.
+Its parameters are names of columns (see utils.data.columns), of which it gets a batch. A parameter `repeats` gets an
+int: no label occurs more often in any batch of all ranks in this epoch. If a loss counted that itself, the host would
+wait for the GPU. Losses are summed, measures are only logged.
 """
 
 GRADIENT, HEADER_GRADIENT = "gradient of the network", "gradient of the header"
@@ -186,8 +188,12 @@ class Progress:
             parts = ({name: value.chunk(count)[k] for name, value in batch.items()} for k in range(count))
             self._take_step((losses(**part) for part in parts), max_grad_norm)
 
+        # torch.manual_seed also seeds GPUs; where none is in use, it formats a stack trace for each of them.
+        is_on_gpu = self._check.failed.is_cuda
+        seed_generators = torch.manual_seed if is_on_gpu else torch.default_generator.manual_seed
+
         def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
-            torch.manual_seed(seed)
+            seed_generators(seed)
             take_step(batch)
 
         if captured:
@@ -208,13 +214,13 @@ class Progress:
             for name, value in named.items():
                 values[name] = values.get(name, 0) + value.detach() / self.run.cfg.accumulate
         values[GRADIENT] = nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)
-        others = [parameter for module in self.modules[1:] for parameter in module.parameters()]
-        header_gradients = [one.grad for one in others if one.grad is not None]
+        header_gradients = self._header_gradients()
         if header_gradients:
             values[HEADER_GRADIENT] = nn.utils.get_total_norm(header_gradients)  # of this rank's shard, if sharded
         if len(values) > NUMBERS:
             raise InputError(
-                f"{', '.join(values)} are {len(values)} numbers: utils.training.state.NUMBERS must be as large."
+                f"{', '.join(values)} are {len(values)} losses, measures and gradient norms, and at most {NUMBERS} are "
+                "recorded: raise NUMBERS in utils/training/state.py."
             )
         self.names = list(values)
         numbers = torch.zeros_like(self.sums)
@@ -226,6 +232,8 @@ class Progress:
 
     def _total_loss(self, named: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the sum of the losses. Raises InputError if what is returned does not agree with `measures`."""
+        if not isinstance(named, dict) or any(getattr(value, "ndim", None) != 0 for value in named.values()):
+            raise InputError('The loss function must return a dict of scalar tensors by name, such as {"kd": loss}.')
         if missing := [name for name in self.measures if name not in named]:
             raise InputError(
                 f"measures lists {missing[0]!r}, which the loss function does not return: it returns {_names(named)}."
@@ -238,6 +246,21 @@ class Progress:
                 f"No gradient reaches the loss {constant[0]!r}: list it in the measures of fit if it is only logged."
             )
         return sum(losses.values())  # type: ignore[return-value]
+
+    def _header_gradients(self) -> list[torch.Tensor]:
+        """Returns the gradients of the header and the projection.
+
+        Raises InputError if a parameter of the header got none: it would never be trained.
+        """
+        parameters = [] if self.header is None else [*self.header.named_parameters()]
+        untrained = [name for name, one in parameters if one.requires_grad and one.grad is None]
+        if untrained:
+            raise InputError(
+                f"No gradient reaches the header's parameter {untrained[0]!r}: use it in the losses outside "
+                "target_logit, which is differentiated by the cosine only, or make it a buffer."
+            )
+        others = [parameter for module in self.modules[1:] for parameter in module.parameters()]
+        return [one.grad for one in others if one.grad is not None]
 
     def _tensors(self) -> list[torch.Tensor]:
         """Returns all tensors that a step changes."""

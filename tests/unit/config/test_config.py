@@ -1,6 +1,8 @@
 """Settings: published schedules, refusal of wrong values, derived values that are never stale."""
 
+import argparse
 import dataclasses
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from config.published import scaled_milestones
 from config.readers import CHANGES_NO_NUMBER, READ_BY, reads
 from tests.runs import ROOT
 from utils.errors import InputError
-from utils.process import run
+from utils.prepare.work import groups_of, path_of
+from utils.process import command, run
 
 # Exponent of ten by which the learning rate of each epoch is divided: milestone m takes effect after m - 1 epochs.
 PUBLISHED_52 = [0] * 15 + [1] * 12 + [2] * 12 + [3] * 10 + [4] * 3
@@ -223,6 +226,9 @@ def test_changed_settings_reach_the_next_command_unchanged():
         (["--milestones", "5,3"], "milestones = (5, 3) must be increasing epoch numbers above 1"),
         (["--ethnicities", "A,A"], "ethnicities = ('A', 'A') must be different names"),
         (["--ethnicities", "A,../B"], "must be names of folders"),
+        (["--ethnicities", "A,.B"], "must be names of folders"),
+        (["--ethnicities", "A,B  C"], "must be names of folders"),
+        (["--output", "~nobody-of-this-name/x"], "begins with ~ and no such user is there: write ./~nobody"),
         (["--ethnicities", "All,B"], "without All, which means something else"),
         (["--ethnicities", "A,A_flipped,students"], "without A_flipped, students, which means something else"),
         (["--has_dropout", "perhaps"], "argument --has_dropout: invalid bool value: 'perhaps'"),
@@ -236,6 +242,39 @@ def test_bad_settings_are_refused_in_one_sentence(argv, sentence, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {
+        "data": "~/d",
+        "pairs": "~/p",
+        "output": "~",
+        "cache": "~/c",
+        "leave_out": "~/l.txt",
+        "checkpoint": "~/w.pth",
+    }
+    cfg = Config(**given, teacher=("~/a.pth", "b~/~.pth"))
+    for name, value in given.items():
+        assert getattr(cfg, name) == value.replace("~", str(tmp_path)), name
+    assert cfg.teacher == (f"{tmp_path}/a.pth", "b~/~.pth")
+    assert Config.from_args(["--output=~/runs"]).output == f"{tmp_path}/runs"
+    assert command(cfg, "train.py").count(str(tmp_path)) == 7
+    assert path_of("~/faces") == tmp_path / "faces"
+    with pytest.raises(argparse.ArgumentTypeError, match="no such user"):
+        path_of("~nobody-of-this-name/faces")
+
+
+def test_names_of_groups_may_hold_blanks():
+    cfg = Config.from_args(
+        ["--ethnicities", "East Asian, Latino_Hispanic,St. Helena (UK)", "--ethnicity", "East Asian"]
+    )
+    assert cfg.ethnicities == ("East Asian", "Latino_Hispanic", "St. Helena (UK)")
+    assert cfg.pairs_file("East Asian").name == "East Asian_test.bin"
+    assert cfg.teacher_dir("East Asian").name == "East Asian"
+    line = command(cfg, "train.py")
+    assert Config.from_args(shlex.split(line)[2:]).ethnicities == cfg.ethnicities
+    assert groups_of("East Asian, B") == ("East Asian", "B")
 
 
 def test_wrong_types_are_refused_by_the_constructor_too():

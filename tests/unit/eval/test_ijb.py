@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import export
 from backbones import build_backbone
 from eval import ijb
 from eval.ijb import FARS, as_table, image_weights, load_benchmark, pair_scores, pool, tar_at_far
@@ -230,6 +231,20 @@ def run(folder, *more):
     settings = ["--network", "iresnet_tiny", "--embedding_size", "16", "--device", "cpu", "--infer_batch_size", "8"]
     ijb.command([*where, *settings, *more])
     return next((place / "out" / "ijb").iterdir())
+
+
+def test_an_onnx_file_gives_the_features_of_its_network(folder, network):
+    for name in export.PACKAGES:
+        pytest.importorskip(name)
+    plain = np.load(run(folder) / "features.npy")
+    path = folder.parent / "net.onnx"
+    path.write_bytes(export.to_onnx(network, {}))
+    given = ["--folder", str(folder), "--checkpoint", str(path), "--output", str(folder.parent / "other")]
+    for options, equal in (([], True), (["--onnx_channels", "BGR"], False)):  # its size is not the setting's, 512
+        ijb.command([*given, "--device", "cpu", *options])
+        (place,) = (folder.parent / "other" / "ijb").iterdir()
+        assert np.allclose(np.load(place / "features.npy"), plain, atol=1e-4) == equal
+    assert json.loads((place / "tar.json").read_text())["network"] == "onnx"
 
 
 def test_the_command_equals_a_plain_evaluation(folder, network, capsys):

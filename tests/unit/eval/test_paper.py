@@ -297,7 +297,15 @@ def test_a_row_with_printed_gaps_has_dashes(tmp_path):
     cfg = replace(CFG, checkpoint="x.pth", row="SFTN", pairs_sets=tuple(sets))
     model = scored(("", "iresnet34", "checkpoint", "x"), (99.5, 95.0, 96.0, 95.5, 90.0), tuple(sets))
     compared = paper.compare(paper.comparable(cfg, sets), [model], cfg, ())
-    figures.draw_paper(compared.panels, compared.sets, tmp_path / "paper.png")
+    alt = figures.draw_paper(compared.panels, compared.sets, tmp_path / "paper.png")
+    assert alt.endswith(
+        "SFTN: "
+        + ", ".join(
+            f"{n} {v:.2f} and {compared.here['SFTN'].accuracies[n]:.2f}"
+            for n, v in compared.printed["SFTN"].accuracies.items()
+        )
+        + "."
+    )
     (table,) = compared.tables().values()
     assert [line[5:] for line in table.rows] == [(None,) * 3, (95.5, 90.0, pytest.approx(95.2)), *[(None,) * 3] * 3]
 
@@ -324,9 +332,11 @@ def test_a_row_needs_a_single_checkpoint():
 @pytest.fixture
 def as_if_rfw(monkeypatch, printed_for_tiny):
     """Treats generated sets of 20 pairs as RFW."""
+    published.fairness_ocfr()  # reads and checks the rows, once, with the real numbers of pairs
     monkeypatch.setitem(PAIRS, "MST-KD", dict.fromkeys(GROUPS, 20))
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_evaluation_writes_tables_picture_and_report(trained, tmp_path, as_if_rfw, capsys):
     cfg, given = trained
     output = tmp_path / "output"
@@ -339,7 +349,7 @@ def test_the_evaluation_writes_tables_picture_and_report(trained, tmp_path, as_i
     assert "## Conclusions of MST-KD" in printed
     assert "paper.md, .csv, .tex" in printed
     new = {path.name for path in folder.iterdir()} - before
-    assert new == {"paper.md", "paper.csv", "paper.tex", "paper.png", "report.html"}
+    assert new == {*(f"paper.{extension}" for extension in ("md", "csv", "tex", "png", "svg", "pdf")), "report.html"}
     rows = list(csv.DictReader((folder / "paper.csv").read_text().splitlines()))
     accuracy = list(csv.DictReader((folder / "accuracy.csv").read_text().splitlines()))
     here = {row["Row"]: row for row in rows if row["Figure"] == "here"}

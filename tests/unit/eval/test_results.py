@@ -1,5 +1,7 @@
 """The tables of results, checked cell by cell on hand-made distances, and what they omit for other sets."""
 
+import dataclasses
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -90,6 +92,12 @@ def test_every_table_has_the_right_numbers_in_its_columns(results):
     assert [row[2] for row in impostors] == list(GROUPS)
     assert impostors[0][4] == impostors[1][3]
     assert impostors[0][4].of == 50 * 50
+    assert not any("RFW" in note for note in tables["impostors"].notes)
+
+
+def test_impostors_of_rfw_are_said_to_be_hard():
+    rfw = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], SAME, True, of_rfw=True)
+    assert "own impostor pairs, which RFW selected to be hard." in " ".join(rfw.tables()["impostors"].notes)
 
 
 def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
@@ -97,6 +105,74 @@ def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
     results = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], same, True)
     assert results.of_one_kind == ["B"]
     assert list(results.tables()) == ["accuracy", "intervals", "chance"]
+
+
+def test_a_set_without_both_kinds_in_every_fold_is_marked_and_left_out_of_averages():
+    groups = ("A", "B", "C")
+    labels = SAME["A"].copy()
+    labels[:400] = True  # the first of ten folds holds no impostor pair
+    same, models = (
+        {**SAME, "C": labels},
+        [scored("one", 1, {"A": 0.8, "B": 0.6}), scored("two", 2, {"A": 0.7, "B": 0.7})],
+    )
+    with_c = [
+        dataclasses.replace(
+            one,
+            distances={**one.distances, "C": one.distances["A"]},
+            samples={**one.samples, "C": one.samples["A"]},
+            accuracies=(*one.accuracies, 30.0),
+        )
+        for one in models
+    ]
+    results, without = Results(with_c, same, True), Results(models, SAME, True)
+    assert results.lacking == {"C": "1 of 10 folds hold no impostor pair"} and without.lacking == {}
+    tables, expected = results.tables(), without.tables()
+    note = "* C: 1 of 10 folds hold no impostor pair. Left out of averages, STD and SER."
+    for name in ("accuracy", "intervals", "chance", "differences"):
+        assert tables[name].notes[-1] == note
+        for found, row in zip(tables[name].rows, expected[name].rows, strict=True):
+            found = dict(zip(tables[name].header, found, strict=True))
+            marked = found.pop("C *", None)
+            assert found == dict(zip(expected[name].header, row, strict=True))
+            assert marked is None or (marked if name == "accuracy" else marked.value) == 30.0
+    assert tables["accuracy"].header[4:8] == ("A", "B", "C *", "Average")
+    assert groups == tuple(results.same)
+
+
+def few(pairs):
+    """Results of two models on sets of so many pairs of each group, alternately genuine and impostor."""
+    same = {name: np.arange(pairs) % 2 == 0 for name in GROUPS}
+    models = [scored("one", 1, {"A": 0.8, "B": 0.8}), scored("two", 2, {"A": 1.0, "B": 0.4})]
+    return Results(
+        [
+            dataclasses.replace(one, distances={n: 1.0 - 0.9 * same[n] for n in GROUPS}, accuracies=(100.0, 95.0))
+            for one in models
+        ],
+        same,
+        True,
+    )
+
+
+@pytest.mark.parametrize("pairs", [20, 40, 80, 98])
+def test_few_pairs_have_no_interval_and_no_verdict(pairs):
+    tables = few(pairs).tables()
+    for row in tables["accuracy"].rows:
+        assert row[-1] is None and row[4:7] == (100.0, 95.0, 97.5)
+    for row in tables["intervals"].rows:
+        assert all(np.isnan((cell.low, cell.high)).all() for cell in row[4:])
+    assert {row[k] for row in tables["differences"].rows for k in (3, 5)} == {None}
+    assert {row[k] for row in tables["chance"].rows for k in (6, 7, 9)} == {None}
+    assert "| 100.00 | 95.00 |" in tables["intervals"].markdown() and "nan" not in tables["intervals"].markdown()
+    assert json.dumps(tables["intervals"].as_dict(), allow_nan=False)
+    for name in ("accuracy", "intervals", "chance", "differences"):
+        assert "fewer than 5 genuine or impostor pairs in a fold: A, B." in tables[name].notes[-1]
+
+
+def test_a_hundred_pairs_are_enough():
+    tables = few(100).tables()
+    assert all(isinstance(row[-1], bool) for row in tables["accuracy"].rows)
+    assert not any(np.isnan(cell.low) for row in tables["intervals"].rows for cell in row[4:])
+    assert not any("No interval" in note for note in tables["accuracy"].notes)
 
 
 def test_sets_that_are_not_groups_have_no_std():

@@ -191,11 +191,12 @@ def test_repeated_images_are_embedded_once_with_equal_results(repeated):
     assert scores["A"] == value == round(accuracy(each, pairs.same), 4)
 
 
-def test_scores_and_samples_are_those_of_all_images(repeated, tmp_path):
-    """The sample is drawn from the images of the pairs, including repetitions, for a network and for an adaptor."""
+def test_scores_are_those_of_all_images_and_samples_of_distinct_ones(repeated, tmp_path):
+    """An image in several pairs is in the sample once, for a network and for an adaptor."""
     cfg, _ = repeated
     cfg = replace(cfg, embedding_size=16)
     network, pairs = Counting(), load_pairs(cfg)
+    assert len(pairs["A"].rows) > 6
     adaptor = torch.nn.Linear(32, 16)
     models = [
         Model("teacher", "x", ("1",), (network,)),
@@ -206,7 +207,8 @@ def test_scores_and_samples_are_those_of_all_images(repeated, tmp_path):
     features = views(network, pairs["A"].images, cfg, "each")
     for one, each in zip(found, (features, fuse(adaptor, [features, features], cfg)), strict=True):
         assert np.allclose(one.distances["A"], squared_distances(embed(each)), rtol=0, atol=1e-6)
-        assert np.allclose(one.samples["A"], embed(each), rtol=0, atol=1e-6)
+        assert one.samples["A"].shape == (6, 16)
+        assert np.allclose(one.samples["A"][pairs["A"].rows], embed(each), rtol=0, atol=1e-6)
         assert one.accuracies == (accuracy(squared_distances(embed(each)), pairs["A"].same),)
 
 

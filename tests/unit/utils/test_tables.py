@@ -75,8 +75,20 @@ def test_json_has_all_values_as_plain_types():
 def test_html_is_escaped():
     page = TABLE.html()
     assert "<h2>Rates &amp; more</h2>" in page
-    assert '<td>second &lt;b&gt;</td><td class="number">100.00</td>' in page
+    assert "<caption>Rates &amp; more</caption>" in page
+    cells = '<th scope="row">second &lt;b&gt;</th><td class="number" data-value="100.0">100.00</td>'
+    assert f'<td>specialized</td>{cells}<td class="number">-</td>' in page
     assert page.count("<tr>") == 4
+    assert page.count('scope="col"') == len(TABLE.header)
+
+
+def test_html_links_defined_columns_and_carries_all_digits():
+    page = TABLE.html({"SER": "definition-ser"})
+    assert '<th scope="col" class="number"><a href="#definition-ser">SER</a></th>' in page
+    assert page.count("<a ") == 1
+    values = [line.split('"')[0] for line in page.split('data-value="')[1:]]
+    # A row at a time; an estimate by its value, a rate as a share; nothing for unknown numbers.
+    assert values == ["93.456", "1.0", "0.01", "1.0", "1.5", "100.0", str(1 / 3000), "0.0", "7.0", "0.0", "1.0", "inf"]
 
 
 def test_a_row_of_another_length_is_refused():

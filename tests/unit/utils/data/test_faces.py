@@ -1,5 +1,8 @@
 """Columns: rows, labels and targets of a stage, and the refusal of embeddings with another provenance."""
 
+import dataclasses
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from config.config import Config
 from tests.conftest import encode, noise
 from tests.runs import write_embeddings, write_targets
 from utils.data.columns import Cached, Column, cache, cut, stream, to_network
@@ -59,6 +63,15 @@ def test_each_epoch_has_another_order_and_drops_the_incomplete_batch(cfg):
     assert np.array_equal(resumed[0][1], first[2][1])
     flips = np.concatenate([batch[1] for e in range(60) for batch in faces.batches(e, 0)])
     assert flips.mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("size", [2, 6, 20])
+def test_repeats_are_those_of_the_batch_with_the_most(cfg, size):
+    faces = Faces(replace(cfg, batch_size=size))
+    label = faces.columns["label"].arrays[0]
+    for epoch in range(5):
+        counts = [np.unique(label[rows], return_counts=True)[1].max() for rows, _ in faces.batches(epoch, 0)]
+        assert faces.repeats(epoch) == max(counts)
 
 
 def test_images_are_normalised_and_flipped_as_published():
@@ -124,6 +137,28 @@ def test_missing_embeddings_are_all_named(cfg):
         InputError, match=r"A_flipped.npy.*B_flipped.npy. Run first: python extract_all.py .*--flip_targets True"
     ):
         Faces(replace(cfg, flip_targets=True), inputs=cfg.teachers)
+
+
+def test_the_command_that_is_missing_has_the_settings_of_its_run(cfg):
+    """The run of the adaptor was started with other settings than the student's script is called with."""
+    caller = replace(cfg, num_epoch=7, loss_lambda=3.0, num_epoch_fc=9, is_dual_layer=True, has_dropout=True)
+    with pytest.raises(InputError) as error:
+        Faces(caller, target=True)
+    assert "dual_layer_EAF-Fusion.py" in str(error.value) and "--num_epoch_fc 9" in str(error.value)
+    assert not any(name in str(error.value) for name in ("loss_lambda", "--num_epoch 7"))
+    started = replace(caller, num_epoch_fc=3, lr_fc=0.5, data="/elsewhere", seed=5)
+    folder = cfg.adaptor_dir("DLDPO")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps({"kind": "DLDPO", "all settings": {**dataclasses.asdict(started), "gone": 1}})
+    )
+    with pytest.raises(InputError) as error:
+        Faces(caller, target=True)
+    words = shlex.split(str(error.value).split("Run first: ")[1])
+    assert words[:2] == ["python", "dual_layer_EAF-Fusion.py"]
+    found = Config.from_args(words[2:])
+    assert (found.num_epoch_fc, found.lr_fc, found.seed, found.data) == (3, 0.5, 5, cfg.data)
+    assert found.decisive("DLDPO") == started.decisive("DLDPO")
 
 
 def test_embeddings_of_other_images_are_refused(cfg):
@@ -218,6 +253,8 @@ def test_cached_and_streamed_columns_give_equal_batches(monkeypatch, workers):
 
 def test_the_cache_takes_half_of_the_free_gpu_memory_by_default(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5000, 80_000))
+    for name in ("memory_reserved", "memory_allocated"):  # other tests may have used a GPU
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
     loaded = []
     monkeypatch.setattr(
         "utils.data.columns.Cached", lambda column, rows, device: loaded.append(column.row_bytes * len(rows))

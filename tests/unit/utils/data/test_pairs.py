@@ -3,11 +3,14 @@
 import pickle
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from eval.verification import validator
 from tests.conftest import encode, full_disk, noise, write_pairs
 from utils.data import store
 from utils.data.pairs import Pairs, _DType, _latin1, load_bin, load_pairs
@@ -122,7 +125,12 @@ def test_a_small_file_takes_little_memory(content, tmp_path):
     ("content", "sentence"),
     [
         (pickle.dumps((IMAGES, SAME))[:-100], "damaged or no set of pairs"),
-        (b"", "damaged or no set of pairs"),
+        (b"", "x.bin is empty: get it again"),
+        (b"\n<!doctype html><html>Sign in</html>", "x.bin is a web page instead, perhaps one that asks to log in"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "x.bin is a pointer of Git LFS"),
+        (b"/annex/objects/MD5E-s9--0.bin\n", "x.bin is a pointer of git-annex"),
+        (b"PK\3\4" + bytes(99), "x.bin is a zip archive: unpack it"),
+        (b"\x1f\x8b" + bytes(99), "x.bin is a gzip archive: unpack it"),
         (b"hello", "damaged or no set of pairs"),
         (pickle.dumps([IMAGES, SAME, 1]), r"expected \(images, same or not\)"),
         (pickle.dumps((1, 2)), "expected two lists"),
@@ -133,7 +141,10 @@ def test_a_small_file_takes_little_memory(content, tmp_path):
         (pickle.dumps((IMAGES, [True, 7])), "must be True or False"),
         (pickle.dumps(([*IMAGES[:3], b"x"], SAME)), "image 3 is no JPEG, PNG or WebP image"),
         (pickle.dumps(([*IMAGES[:3], 5], SAME)), "image 3 is no bytes, but int"),
-        (pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)), "image 0 is 96 x 96, not 112 x 112"),
+        (
+            pickle.dumps(([encode(noise(0, 96)), *IMAGES[1:]], SAME)),
+            "image 0 is 96 x 96, not 112 x 112. Align the faces to 112",
+        ),
     ],
 )
 def test_other_files_are_refused(content, sentence, tmp_path):
@@ -146,6 +157,42 @@ def test_too_few_pairs_are_found_before_training(cfg):
     write_pairs(cfg.pairs_file("B"), pairs=9)
     with pytest.raises(InputError, match=r"B_test.bin holds 9 pairs, too few for 10 folds"):
         load_pairs(cfg)
+
+
+def test_a_set_without_both_kinds_in_every_fold_is_said_and_refused_alone(cfg, capsys):
+    def write(kinds: list[bool]) -> None:
+        cfg.pairs_file("B").write_bytes(pickle.dumps(([IMAGES[0]] * 2 * len(kinds), kinds), protocol=2))
+
+    write([True] * 20)
+    assert [*load_pairs(cfg)] == ["A", "B"]
+    line = (
+        f"{cfg.pairs_file('B')}: 10 of 10 folds hold no impostor pair: its accuracy is left out of averages, and choos"
+    )
+    assert line in capsys.readouterr().out
+    write([True, True, *[True, False] * 9])
+    load_pairs(cfg)
+    assert "1 of 10 folds hold no impostor pair" in capsys.readouterr().out
+    alone = replace(cfg, pairs_sets=("B_test",))
+    with pytest.raises(InputError, match=r"B_test.bin: 1 of 10 folds hold no impostor pair: give each tenth"):
+        load_pairs(alone)
+    write([True, False] * 10)
+    load_pairs(alone)
+    assert "folds" not in capsys.readouterr().out
+
+
+def test_the_average_is_that_of_sets_of_both_kinds(cfg):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 8))
+    whole, _ = validator(network, load_pairs(cfg), cfg)()
+    cfg.pairs_file("B").write_bytes(pickle.dumps(([IMAGES[0]] * 40, [True] * 20), protocol=2))
+    scores, value = validator(network, load_pairs(cfg), cfg, best_on="B")()
+    assert scores["B"] == 100 and value == scores["average"] == scores["A"] == whole["A"]
+
+
+def test_the_usual_sets_that_are_there_are_named(cfg):
+    for name in ("lfw", "cfp_fp", "agedb_30"):
+        write_pairs(Path(cfg.pairs) / f"{name}.bin")
+    with pytest.raises(InputError, match=r"Missing: .*calfw.bin, .*cplfw.bin\. .* --pairs_sets lfw,cfp_fp,agedb_30$"):
+        load_pairs(replace(cfg, ethnicities=()))
 
 
 def test_all_missing_bin_files_are_named(cfg):

@@ -135,7 +135,7 @@ def test_a_run_on_several_data_sets_is_refused_on_others(two):
     assert json.loads((folder / "config.json").read_text())["sources"]["images"] == Sources(two).digest
     with pytest.raises(InputError, match=r"\(data_flip was \[\], now \['on', 'off'\]\)"):
         train(replace(two, data_flip=("on", "off")), epochs=1)
-    with pytest.raises(InputError, match=r"identities changed; images changed"):
+    with pytest.raises(InputError, match=r"identities changed, 3 missing: A/a0, A/a1@2, B/b9; images changed"):
         train(replace(two, data=two.data_paths[0]), epochs=1)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import encode, noise, write_images
-from utils.data import index, store
+from utils.data import index, recordio, store
 from utils.data.index import find_images, scan
 from utils.data.store import ImageStore, decode
 from utils.errors import InputError
@@ -188,6 +188,34 @@ def test_bad_images_are_skipped_only_if_they_are_few(cfg, monkeypatch, capsys):
     assert "4 of 20 images" in capsys.readouterr().err
 
 
+def test_images_of_another_size_are_to_be_aligned(cfg):
+    image_of(cfg, "A/a1/0.jpg").write_bytes(encode(noise(1, 160)))
+    image_of(cfg, "A/a1/1.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    advice = "Repair or remove the others. 1 of them are of another size. " + store.ALIGN
+    with pytest.raises(InputError, match=f"1.jpg is a pointer of Git LFS.*\n{advice}$"):
+        ImageStore(cfg)
+    for path in Path(cfg.data).rglob("*.jpg"):
+        path.write_bytes(encode(noise(1, 160)))
+    for skips in (False, True):
+        with pytest.raises(InputError, match="\n(That is .* )?All images are 160 x 160: crops .*prepare align"):
+            ImageStore(replace(cfg, skip_bad_images=skips))
+
+
+def test_records_of_another_name_are_named(cfg):
+    (Path(cfg.data) / "ms1m.rec").write_bytes(b"")
+    empty = Path(cfg.data) / "E"
+    empty.mkdir()
+    (empty / "faces.rec").write_bytes(b"")
+    for data, groups, name in ((cfg.data, ("C",), "ms1m.rec"), (str(empty), (), "faces.rec")):
+        with pytest.raises(InputError, match=f"It holds {name}: name it train.rec, and its index train.idx"):
+            scan(Path(data), groups)
+    with pytest.raises(InputError, match=r"There is no file .*train.rec: .* It holds faces.rec: name it train.rec"):
+        recordio.read_index(empty)
+    (empty / "train.rec").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(InputError, match=r"train.rec is a web page instead"):
+        scan(empty, ())
+
+
 def test_a_truncated_png_is_refused():
     content = encode(noise(0), ".png")
     assert decode(content).shape == (112, 112, 3)
@@ -282,7 +310,7 @@ def test_interrupted_decoding_resumes(cfg, monkeypatch, capsys):
 
 def test_a_saved_index_is_used_until_something_changes(cfg, monkeypatch):
     scans, plain = [], index.scan
-    monkeypatch.setattr(index, "scan", lambda *given: scans.append(1) or plain(*given))
+    monkeypatch.setattr(index, "scan", lambda *given, **named: scans.append(1) or plain(*given, **named))
     first = find_images(cfg)
     assert not (cfg.cache_dir / "index.npz").exists()  # the folders are too recent
     monkeypatch.setattr(index, "SETTLED", 0.0)

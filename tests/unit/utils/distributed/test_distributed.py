@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,10 +303,36 @@ def connect(monkeypatch) -> Iterator[Callable[..., dist.Store]]:
         stream.close()
 
 
+@pytest.mark.parametrize(
+    ("seen", "chosen"),
+    [
+        ([["a", "b", "c"]] * 3, [0, 1, 2]),
+        ([["a"], ["b"], ["c"]], [0, 0, 0]),  # each process sees its own GPU only
+        ([["a"]] * 3, [0, None, None]),
+        ([["a", "b"]] * 3, [0, 1, None]),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own(connect, monkeypatch, seen, chosen):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    for local, (names, wanted) in enumerate(zip(seen, chosen, strict=True)):
+        found = []
+        monkeypatch.setattr(torch.cuda, "device_count", lambda names=names: len(names))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda index, names=names: SimpleNamespace(uuid=names[index])
+        )
+        monkeypatch.setattr(torch.cuda, "set_device", found.append)
+        if wanted is not None:
+            launch._set_gpu(local, connect(local))
+            assert found == [wanted]
+            continue
+        with pytest.raises(InputError, match=f"^Process {local} of this machine has no GPU of its own, it sees"):
+            launch._set_gpu(local, connect(local))
+
+
 def test_ranks_that_do_not_start_are_named(connect, monkeypatch):
     monkeypatch.setattr(launch, "START_TIMEOUT", timedelta(seconds=0.1))
     for rank, missing in ((1, "0, 2"), (0, "2")):
-        with pytest.raises(InputError, match=f"^Process {missing} has not started: see what torchrun says of it.$"):
+        with pytest.raises(InputError, match=f"^Process {missing} has not started: see torchrun's log.$"):
             launch._wait_for_start(connect(rank), rank, 3)
     launch._wait_for_start(connect(2), 2, 3)
 

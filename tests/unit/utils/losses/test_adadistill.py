@@ -78,6 +78,21 @@ def test_a_batch_equals_its_samples_one_after_another(weighted, classes):
     assert torch.allclose(whole.kernel, single.kernel, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_any_repeats_that_suffice_give_the_same_bits(weighted):
+    torch.manual_seed(0)
+    teacher, label = torch.randn(32, 8), torch.randint(6, (32,))
+    student, most = teacher + torch.randn(32, 8), int(label.bincount().max())
+    found = []
+    for repeats in (None, most, most + 3):
+        torch.manual_seed(1)
+        header = AdaDistill(8, 6, weighted=weighted)
+        loss = header.loss(student, teacher, label, repeats=repeats)
+        found.append((loss, header.alpha, header.kernel))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_centres_change_in_training_only_and_get_no_gradient():
     torch.manual_seed(0)
     header = AdaDistill(8, 5)
@@ -195,11 +210,11 @@ def test_a_stopped_student_resumes_with_its_centres(moved, monkeypatch):
     run_script("KD_AdaDistill.py", whole)
     plain, calls = AdaDistill.forward, []
 
-    def interrupted(self, *inputs):
+    def interrupted(self, *inputs, **options):
         calls.append(1)
         if len(calls) == 11:  # in the second epoch; an epoch has eight steps
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *inputs)
+        return plain(self, *inputs, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(AdaDistill, "forward", interrupted)

@@ -196,3 +196,9 @@ def test_every_loss_in_the_registry_trains_with_its_own_margin(name):
     assert header.m == LOSSES[name].m and getattr(header, "std", 0.0) == LOSSES[name].std
     header.loss(torch.eye(8)[:3], torch.arange(3)).backward()
     assert header.kernel.grad.abs().sum() > 0
+
+
+def test_a_method_trains_with_the_margin_of_the_loss_that_it_names():
+    header = build_header("CosFace", 3, Config(embedding_size=8), "EAF-KD")
+    assert header.m == 0.35
+    assert build_header("ElasticCosFace+", 3, Config(embedding_size=8), "mine").std == 0.02

@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import hashlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -88,7 +90,10 @@ def test_faces_in_any_folder_are_aligned_by_their_landmarks(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 files below" in out and "(.txt)" in out
     assert out.endswith("out: 4 images aligned, 0 kept, 0 failed.\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["African", "Asian", "align.json", "top.jpg"]
+    made = ["African", "Asian", "acquisition.csv", "align.json", "top.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
+    counts = (tmp_path / "out" / "acquisition.csv").read_text()
+    assert counts == "group,images,failed\n,1,0\nAfrican,2,0\nAsian,1,0\n"
 
 
 def test_file_names_need_not_be_valid_unicode(tmp_path):
@@ -358,6 +363,76 @@ def test_landmarks_are_read_in_every_format(tmp_path, text):
     assert np.allclose(found.points[0], POINTS, rtol=0, atol=1e-3)
 
 
+NUMBERS = plain(POINTS, ",")
+FLAGGED = " ".join(f"{x:.3f} {y:.3f} 0.0" for x, y in POINTS)
+RETINA = f"# m.1/a.jpg\n449 330 12 14 {FLAGGED} 0.82\n"
+SMALLER = " ".join(f"{x / 3:.3f} {y / 3:.3f} 0.0" for x, y in POINTS)
+NAMED = dict(zip(("left_eye", "right_eye", "nose", "mouth_left", "mouth_right"), POINTS.tolist(), strict=True))
+PERSONS_OWN = dict(zip(("right_eye", "left_eye", "nose", "mouth_right", "mouth_left"), POINTS.tolist(), strict=True))
+OTHERS = {
+    "VGGFace2": (f'NAME_ID,{",".join(f"P{k}X,P{k}Y" for k in range(1, 6))}\n"m.1/a",{NUMBERS}\n', "1 names without en"),
+    "CelebA": (
+        "1\nlefteye_x lefteye_y righteye_x righteye_y nose_x nose_y leftmouth_x leftmouth_y rightmouth_x rightmouth_y\n"
+        f"m.1/a.jpg  {plain(POINTS, '  ')}\n",
+        "1 faces, lines, x1 y1 ... x5 y5",
+    ),
+    "CelebA on Kaggle": (
+        "image_id,lefteye_x,lefteye_y,righteye_x,righteye_y,nose_x,nose_y,leftmouth_x,leftmouth_y,rightmouth_x,r_y\n"
+        f"m.1/a.jpg,{NUMBERS}\n",
+        "1 faces, lines, x1 y1 ... x5 y5",
+    ),
+    "lst": (f"0\tdata/m.1/a.jpg\t17\t1\t2\t3\t4\t{plain(POINTS.T, chr(9))}\n", "lines, x1 ... x5 y1 ... y5"),
+    "semicolons": (f"m.1/a.jpg;{plain(POINTS, ';')}\n", "1 faces, lines, x1 y1 ... x5 y5"),
+    "score behind": (f"m.1/a.jpg {plain(POINTS)} 0.998\n", "x1 y1 ... x5 y5 with 1 numbers behind"),
+    "score behind columns": (f"m.1/a.jpg,{plain(POINTS.T, ',')},0.998\n", "x1 ... x5 y1 ... y5 with 1 numbers behind"),
+    "box before, two numbers behind": (f"m.1/a.jpg 9 8 70 60 {plain(POINTS)} 0.9 1\n", "with 2 numbers behind"),
+    "RetinaFace": (RETINA, "1 faces, a label file as of RetinaFace, x1 y1 ... x5 y5"),
+    "RetinaFace, two faces": (
+        RETINA + f"4 3 1 1 {SMALLER} 0.8\n# m.1/b.jpg\n1 2 3 4 {'-1.0 -1.0 -1.0 ' * 5}0.1\n",
+        "1 images show several faces, of which the largest is taken",
+    ),
+    "utf-16": (line("m.1/a.jpg").encode("utf-16"), "1 faces, lines"),
+    "old Mac": (line("m.1/a.jpg").replace("\n", "\r"), "1 faces, lines"),
+    "json by path": (json.dumps({"data/m.1/a.jpg": POINTS.tolist()}), "1 faces, JSON, x1 y1 ... x5 y5"),
+    "json of ten numbers": (json.dumps({"m.1/a": POINTS.T.ravel().tolist()}), "JSON, x1 ... x5 y1 ... y5"),
+    "json with scores": (json.dumps({"m.1/a.jpg": np.c_[POINTS, np.ones(5)].tolist()}), "1 faces, JSON"),
+    "json of entries": (json.dumps([{"file": "m.1/a.jpg", "score": 0.9, "kps": POINTS.tolist()}]), "1 faces, JSON"),
+    "json of names": (json.dumps({"images": [{"path": "m.1/a.jpg", "keypoints": NAMED}]}), "1 faces, JSON"),
+    "json of the person's own": (
+        json.dumps({"m.1/a.jpg": {"face_1": {"score": 0.9, "facial_area": [1, 2, 3, 4], "landmarks": PERSONS_OWN}}}),
+        "1 faces, JSON",
+    ),
+    "json lines": (json.dumps({"image": "m.1/a.jpg", "landmarks": POINTS.tolist()}) + "\n", "1 faces, JSON"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), OTHERS.values(), ids=OTHERS)
+def test_landmarks_of_other_projects_are_read(tmp_path, text, said, capsys):
+    for name in ("a", "b"):
+        put(tmp_path / "in" / "m.1" / f"{name}.jpg", encode(picture(0)))
+    put(tmp_path / "marks", text if isinstance(text, bytes) else text.encode())
+    found = read_landmarks(tmp_path / "marks")
+    assert (len(found.paths), found.strays) == (1, [])
+    assert np.allclose(found.points[0], POINTS, rtol=0, atol=1e-3)
+    assert said in found.text
+    assert command(tmp_path, "--landmarks", tmp_path / "marks") == [("m.1/b.jpg", "has no landmarks")]
+    assert (tmp_path / "out/m.1/a.jpg").read_bytes() == expected(tmp_path / "in/m.1/a.jpg")
+    assert f"marks: {found.text}." in capsys.readouterr().out
+
+
+def test_names_without_ending_that_fit_two_images_are_none_of_theirs():
+    points, without, strays = matched(["1/a.jpg", "1/a.png", "1/b.jpg", "1/c.webp"], ["1/a", "1/b", "1/c.jpg"])
+    assert points == {"1/b.jpg": 1, "1/c.webp": 2}
+    assert [*without] == ["1/a.jpg", "1/a.png"] and strays == [("1/a", "line 0 fits several images")]
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2, 3]", '{"a.jpg": [1, 2]}', '{"a": 1}\n{"b"'])
+def test_json_without_landmarks_is_refused(tmp_path, text):
+    put(tmp_path / "marks", text.encode())
+    with pytest.raises(InputError, match="marks (is damaged or no JSON|has no line of a path)"):
+        read_landmarks(tmp_path / "marks")
+
+
 @pytest.mark.parametrize("text", ["my photo, again.jpg 3 {}", "my photo, again.jpg\t{}", "my photo, again.jpg,{}"])
 def test_paths_may_hold_separators(tmp_path, text):
     (tmp_path / "marks.txt").write_text(text.format(plain(POINTS)))
@@ -555,7 +630,7 @@ def test_the_face_of_a_deleted_image_is_kept(three):
 
 def test_a_folder_of_other_faces_is_refused(three):
     folder, marks = three
-    with pytest.raises(InputError, match=r"out holds faces of other --images, --landmarks or --detector"):
+    with pytest.raises(InputError, match=r"out holds faces of other --images, --landmarks, --detector or --score"):
         command(folder, *listed(folder, "1/0.jpg"))
     listed(folder, *(f"1/{k}.jpg" for k in range(3)))
     command(folder, *marks)
@@ -803,6 +878,56 @@ def test_a_face_is_detected_and_aligned(tmp_path, yunet):
     assert np.allclose(found, landmarks("red", 25, 9), rtol=0, atol=1e-3) and note == ""
     assert (tmp_path / "out/1/a.jpg").read_bytes() == expected(tmp_path / "in/1/a.png", found)
     assert not (tmp_path / "out" / "several_faces.csv").exists()
+
+
+def test_a_face_needs_the_score(tmp_path, yunet, capsys):
+    """The network gives a face of half the red a score of half as much, since the score is the mean of two parts."""
+    faint = scene(("red", 25, 9)).astype(float)
+    put(tmp_path / "in" / "a.png", encode((0.88 * faint).round().astype(np.uint8), ".png"))
+    put(tmp_path / "in" / "b.png", encode(scene(("red", 25, 9)), ".png"))
+    assert prepare.SCORE == 0.85
+    assert command(tmp_path, "--detector", yunet, output="default") == []
+    rows = command(tmp_path, "--detector", yunet, "--score", 0.9, output="strict")
+    assert rows == [("a.png", "shows no face that the detector finds")]
+    with pytest.raises(InputError, match="holds faces of other .* or --score"):
+        command(tmp_path, "--detector", yunet, "--score", 0.8, output="default")
+    with pytest.raises(InputError, match="--score goes with --detector"):
+        command(tmp_path, *listed(tmp_path, "a.png"), "--score", 0.8)
+    for wrong in ("0", "1.5", "high", "nan"):
+        with pytest.raises(SystemExit):
+            command(tmp_path, "--detector", yunet, "--score", wrong)
+
+
+def test_a_pointer_in_place_of_the_detector_is_named(tmp_path):
+    put(tmp_path / "in" / "a.jpg", encode(picture(0)))
+    put(tmp_path / "yunet.onnx", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"yunet\.onnx is a pointer of Git LFS, not the file itself: git lfs pull"):
+        command(tmp_path, "--detector", tmp_path / "yunet.onnx")
+
+
+SHARED = ROOT.parent / "shared"
+DETECTOR = SHARED / "yunet" / "face_detection_yunet_2023mar.onnx"
+SHA256 = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+
+
+@pytest.mark.skipif(not (DETECTOR.is_file() and (SHARED / "data").is_dir()), reason="YuNet or photographs are not here")
+def test_yunet_finds_the_faces_of_photographs(tmp_path):
+    """Aligned photographs of LFW, padded, are aligned again: their landmarks lie where the template has them."""
+    assert hashlib.sha256(DETECTOR.read_bytes()).hexdigest() == SHA256
+    assert SHA256 in (ROOT / "docs" / "data.md").read_text()
+    photographs = sorted((SHARED / "data" / "lfw112" / "train").glob("*/*/*.jpg"))[::100]
+    detector, pad, off = prepare.load_detector(DETECTOR), 56, []
+    for k, path in enumerate(photographs):
+        image = cv2.copyMakeBorder(cv2.imread(str(path)), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+        put(tmp_path / "in" / f"{k}.png", encode(image, ".png"))
+        found, _ = prepare.detect(image, detector)
+        off.append(np.linalg.norm(found - pad - TEMPLATE, axis=1).mean())
+    assert len(photographs) >= 20 and np.mean(off) < 3
+    assert command(tmp_path, "--detector", DETECTOR) == []
+    faces = [cv2.imread(str(tmp_path / "out" / f"{k}.jpg")) for k in range(len(photographs))]
+    both = zip(faces, photographs, strict=True)
+    differences = [np.abs(face.astype(float) - cv2.imread(str(path))).mean() for face, path in both]
+    assert np.median(differences) < 20
 
 
 def test_large_images_are_scaled_down_for_detection(yunet):

@@ -11,7 +11,8 @@ from tests.soak.trials import ROOT, another_process_holding
 from utils.errors import Damaged, InputError
 from utils.storage.files import _keep_as, replaced, sha256
 from utils.storage.locks import locked, refuse_if_locked
-from utils.storage.seals import check_seal, read_sealed_json, seal, write_sealed_json
+from utils.storage.seals import SEAL, check_seal, read_sealed_json, seal, write_sealed_json
+from utils.storage.tensors import on_cpu, save
 
 
 def test_a_failed_write_leaves_only_the_old_file(tmp_path):
@@ -56,6 +57,38 @@ def test_pytorch_can_read_a_sealed_file(tmp_path):
     assert broken() != ""
     path.write_bytes(b"")
     assert broken() == "it ends too early"
+
+
+def state_of_a_run(device: str) -> dict:
+    """Returns the state dicts of a network, channels-last, and of its optimizer after a step."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4))
+    with torch.no_grad():
+        for k, value in enumerate(network.state_dict().values()):
+            value.copy_(torch.arange(value.numel()).view(value.shape) + k)
+    network.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, fused=True)
+    for value in network.parameters():
+        value.grad = torch.full_like(value, 0.5)
+    optimizer.step()
+    return {"epoch": 1, "log": [{"a": 1.0}], "backbone": network.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def test_a_state_on_the_cpu_is_written_as_it_is(tmp_path):
+    state = state_of_a_run("cpu")
+    with open(tmp_path / "plain.pth", "wb") as file:
+        torch.save(state, file)
+    save(tmp_path / "checkpoint.pth", state)
+    plain, written = (tmp_path / "plain.pth").read_bytes(), (tmp_path / "checkpoint.pth").read_bytes()
+    assert written[: -SEAL - 2] == plain[:-2]
+    assert on_cpu(state)["backbone"]._metadata == state["backbone"]._metadata
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_state_on_a_gpu_is_written_with_the_bytes_of_one_on_the_cpu(tmp_path):
+    digests = [save(tmp_path / f"{device}.pth", state_of_a_run(device)) for device in ("cuda", "cpu")]
+    assert digests[0] == digests[1]
+    state = torch.load(tmp_path / "cuda.pth", weights_only=True)  # the devices are those that were saved
+    assert {value.device.type for value in state["backbone"].values()} == {"cpu"}
 
 
 def test_a_sealed_json_is_read_back_and_refused_when_changed(tmp_path):

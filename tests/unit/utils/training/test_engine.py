@@ -1,6 +1,7 @@
 """The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -18,20 +19,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones import build_backbone
 from config.config import Config
+from config.registry import ADA_LOSSES, LOSSES
+from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
-from utils.environment import versions
+from utils.environment import computed_in, versions
 from utils.errors import InputError
-from utils.losses import CurricularFace, ElasticArcFace, build_header
+from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
 from utils.training.engine import _seed, fit, infer
 from utils.training.extract import BlockWriter
-from utils.training.precision import compiled, eager_fp32, eagerly_if_compiling_fails, mixed_precision
+from utils.training.precision import compiled, eagerly_if_compiling_fails, mixed_precision, uncompiled
 from utils.training.state import FiniteCheck, Progress
 
 
@@ -298,6 +303,37 @@ def test_losses_and_measures_that_disagree_with_what_is_returned_are_refused(cfg
     assert torch.equal(network.fc.weight, before)
 
 
+@pytest.mark.parametrize("returned", [lambda loss: loss, lambda loss: {"kd": loss.repeat(2)}, lambda loss: {"kd": 1.0}])
+def test_losses_that_are_no_dict_of_scalars_are_refused(cfg, returned):
+    setup(cfg)
+    network = Linear()
+
+    def losses(image):
+        return returned(network(image).norm())
+
+    with pytest.raises(InputError, match="^The loss function must return a dict of scalar tensors by name"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher")
+
+
+def test_a_parameter_of_a_header_that_would_never_be_trained_is_refused(cfg):
+    class Learned(ArcFace):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            self.learned = torch.nn.Parameter(torch.tensor(0.3))
+
+        def target_logit(self, target):
+            return target - self.learned
+
+    setup(cfg)
+    network, header = Linear(), Learned(16, 5)
+
+    def losses(image, label):
+        return {"margin": header.loss(network(image), label)}
+
+    with pytest.raises(InputError, match="^No gradient reaches the header's parameter 'learned': use it in the losses"):
+        fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
+
+
 def test_a_folder_and_kind_of_ones_own_are_trained_and_resumed(cfg, tmp_path, capsys):
     """A kind that config does not know has the schedule of a student; a measure may have a gradient."""
 
@@ -556,9 +592,12 @@ def test_who_worked_on_a_run_is_kept_and_a_change_is_said(cfg, monkeypatch, caps
 
 def test_a_run_from_cached_columns_is_the_same_run(cfg, monkeypatch):
     train(cfg)
-    monkeypatch.setattr(Column, "gather", lambda *_: pytest.fail("streamed"))
+    plain, streamed = Column.gather, []
+    monkeypatch.setattr(Column, "gather", lambda self, *batch: streamed.append(1) or plain(self, *batch))
     cached = replace(cfg, output=cfg.output + "2", device_cache_gb=1.0)
-    train(cached)
+    steps = []
+    train(cached, before_step=lambda call: steps.append(len(streamed)))
+    assert steps == [2] * 15  # the images and labels of the first step
     assert_equal_runs(cfg, cached)
 
 
@@ -582,23 +621,29 @@ def graphs() -> int:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_run_is_stopped_and_goes_on_alike(cfg, capsys):
+def test_a_compiled_run_is_captured_and_stopped_and_goes_on_alike(cfg, monkeypatch, capsys):
     def stop(call):
         if call == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
     whole, stopped = (replace(cfg, output=f"{cfg.output}{k}", compile=True) for k in (2, 3))
     train(whole)
+    assert capsys.readouterr().out.count("compile: the first step, in which the network is compiled, took") == 1
     with pytest.raises(Interrupted):
         train(stopped, before_step=stop)
     train(stopped)
     assert_equal_runs(whole, stopped)
+    captured = replace(whole, output=f"{cfg.output}4")
+    with monkeypatch.context() as patch:
+        capture_with(patch, graph_in_python)
+        train(captured)
+    assert_equal_runs(whole, captured)
     network, images = Small().eval(), torch.randn(4, 3, 112, 112)
     plain = network(images)
     with compiled(network):
         assert torch.allclose(network(images), plain, rtol=1e-4, atol=1e-5)
         before = graphs()
-        with eager_fp32(True):
+        with uncompiled(network):
             assert torch.equal(network(images[:3]), network.forward(images[:3]))
         assert graphs() == before > 0
     assert torch.equal(network(images), plain)
@@ -625,14 +670,14 @@ class NoCompiler(TorchDynamoException):
     pass
 
 
-def _fails_in_the_first_call(_):
+def _fails_in_the_first_call(_, **__):
     def forward(*_):
         raise NoCompiler("no compiler here.")
 
     return forward
 
 
-def _fails_at_once(_):
+def _fails_at_once(_, **__):
     raise RuntimeError("no compiler here.")
 
 
@@ -644,7 +689,9 @@ def test_without_a_compiler_a_run_is_eager(cfg, monkeypatch, capsys, compiler, p
     monkeypatch.setattr(torch, "compile", compiler)
     failing = replace(cfg, output=cfg.output + "2", compile=True)
     train(failing)
-    assert capsys.readouterr().out.count("compile: no compiler here. Training without compilation.\n") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("compile: no compiler here. Training without compilation.\n") == 1
+    assert "compile: the first step" not in printed
     assert_equal_runs(cfg, failing)
 
 
@@ -660,20 +707,27 @@ def test_an_error_in_the_losses_is_not_taken_for_one_of_the_compiler():
     def losses(image):
         raise RuntimeError("sizes do not match")
 
+    wrapped = eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)
+    assert [*inspect.signature(wrapped).parameters] == ["image"]
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        eagerly_if_compiling_fails(torch.nn.Linear(3, 2), losses)(image=None)
+        wrapped(image=None)
 
 
-def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
+def test_embeddings_are_computed_in_their_own_precision_however_the_network_is_trained(cfg):
     network = torch.nn.Linear(64, 32)
     columns = {"embedding": Column((np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32),))}
 
-    def embed():
-        return infer(lambda embedding: network(embedding), network, columns, cfg, "test")
+    def embed(precision="tf32"):
+        given = replace(cfg, infer_precision=precision)
+        return infer(lambda embedding: network(embedding), network, columns, given, "test")
 
-    plain = embed()
+    plain, rounded = embed(), embed("bf16")
+    assert np.array_equal(embed("fp32"), plain)  # on a CPU
+    assert not np.array_equal(rounded, plain)
+    assert np.allclose(rounded, plain, atol=0.05)
     with mixed_precision(network, "bf16", torch.device("cpu")):
         assert np.array_equal(embed(), plain)
+        assert np.array_equal(embed("bf16"), rounded)
         lowered = network(torch.from_numpy(columns["embedding"].arrays[0]))
         assert lowered.dtype == torch.float32
         assert not np.array_equal(lowered.detach().numpy(), plain)
@@ -682,7 +736,8 @@ def test_embeddings_are_computed_in_fp32_however_the_network_is_trained(cfg):
     assert not network._forward_hooks and not network._forward_pre_hooks
 
 
-def test_tf32_is_allowed_in_training_and_not_in_inference(cfg):
+@pytest.mark.parametrize("infer_precision", ["fp32", "tf32", "bf16"])
+def test_tf32_is_allowed_where_it_is_set(cfg, infer_precision):
     network, seen, before = torch.nn.Linear(4, 2), [], torch.backends.cudnn.allow_tf32
     columns = {"embedding": Column((np.ones((3, 4), np.float32),))}
 
@@ -692,9 +747,9 @@ def test_tf32_is_allowed_in_training_and_not_in_inference(cfg):
 
     with mixed_precision(network, "tf32", torch.device("cpu")):
         assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-        infer(embedding, network, columns, cfg, "test")
+        infer(embedding, network, columns, replace(cfg, infer_precision=infer_precision), "test")
         assert torch.backends.cudnn.allow_tf32
-    assert seen == [False]
+    assert seen == [infer_precision == "tf32"]
     assert torch.backends.cudnn.allow_tf32 is before
 
 
@@ -718,27 +773,13 @@ def graph_in_python(function):
 _RUNNING = []  # the progress of the run whose step is captured
 
 
-def failing_graph(function):
-    function()
-    raise RuntimeError("operation not permitted\nwhile capturing")
-
-
 def graph_that_forgets(function):
     function()
     return lambda: None
 
 
-@pytest.mark.parametrize(
-    ("graph", "said"),
-    [
-        (graph_in_python, ""),
-        (failing_graph, "The step could not be captured (operation not permitted): its kernels are launched one by"),
-        (graph_that_forgets, "The step could not be captured (it gave other numbers): its kernels are launched one by"),
-    ],
-)
-def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
-    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
-    train(cfg)
+def capture_with(monkeypatch, graph):
+    """Makes runs on a CPU capture their steps with `graph` in place of CUDA's."""
     plain = Progress.stepper
 
     def stepper(self, losses, max_grad_norm, _):
@@ -747,27 +788,110 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
 
     monkeypatch.setattr(Progress, "stepper", stepper)
     monkeypatch.setattr("utils.training.cuda_graph.capture", graph)
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [(graph_in_python, ""), (graph_that_forgets, "The captured step gives other numbers: its kernels are launched")],
+)
+def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeypatch, capsys, graph, said):
+    """On a GPU the graph is CUDA's; here it is in Python, and everything around it is the same."""
+    train(cfg)
+    capture_with(monkeypatch, graph)
     captured, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
     train(captured)
     assert_equal_runs(cfg, captured)
     printed = capsys.readouterr().out
     assert said in printed
-    assert printed.count("could not be captured") == bool(said)
+    assert printed.count("other numbers") == bool(said)
     with pytest.raises(Interrupted):
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
     train(stopped)
     assert_equal_runs(cfg, stopped)
 
 
+def test_a_captured_step_moves_the_centres_of_adadistill_and_counts_the_repeats_of_every_epoch(cfg, monkeypatch):
+    def train_student(cfg):
+        setup(cfg)
+        faces, network = Faces(cfg, flip=True), Linear()
+        header, counts = AdaDistill(16, faces.num_classes, s=8.0), []
+
+        def losses(image, label, repeats):
+            counts.append(repeats)
+            return {"ada": header.loss(F.normalize(network(image)), image.flatten(1)[:, :16], label, repeats=repeats)}
+
+        cfg = replace(cfg, num_epoch=3)
+        fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
+        return [faces.repeats(epoch) for epoch in range(3)], counts
+
+    cfg = replace(cfg, seed=1)
+    wanted, counts = train_student(cfg)
+    assert wanted == [3, 2, 3]
+    assert counts == [count for count in wanted for _ in range(5)]
+    captured = replace(cfg, output=cfg.output + "2")
+    capture_with(monkeypatch, graph_in_python)
+    train_student(captured)
+    assert_equal_runs(cfg, captured)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *ADA_LOSSES])
+def test_no_step_waits_for_a_number_of_the_device(cfg, name):
+    """A tensor without values raises an error where the host reads it; such a read could not be captured."""
+    is_distilled = name in ADA_LOSSES
+    cfg = replace(cfg, ada_loss=name) if is_distilled else replace(cfg, loss=name)
+    with FakeTensorMode():
+        network = build_backbone("iresnet_tiny", 16)
+        header = build_header(name, 5, cfg, name if is_distilled else "teacher")
+        optimizer = torch.optim.SGD([*network.parameters(), *header.parameters()], 0.1, momentum=0.9, fused=True)
+
+        def losses(image, label, target):
+            others = {"repeats": 2} if is_distilled else {}
+            return {"loss": header.loss(F.normalize(network(image)), *[target] * is_distilled, label, **others)}
+
+        step = Progress(None, network, header, optimizer, cfg.schedule("teacher")).stepper(losses, 5.0, captured=False)
+        for seed in range(2):
+            step({"image": torch.ones(4, 3, 112, 112), "label": torch.arange(4), "target": torch.ones(4, 16)}, seed)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            RuntimeError("operation not permitted\nwhile capturing"),
+            InputError,
+            r"^The training step could not be captured .* \(operation not permitted\): set capture to False.$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError, "CUDA out of memory"),
+    ],
+)
+def test_a_capture_that_fails_ends_the_run_which_goes_on_without(cfg, monkeypatch, error, kind, sentence):
+    def failing_graph(function):
+        function()
+        raise error
+
+    train(cfg)
+    failed = replace(cfg, output=cfg.output + "2", checkpoint_minutes=0.0)
+    with monkeypatch.context() as patch:
+        capture_with(patch, failing_graph)
+        with pytest.raises(kind, match=sentence):
+            train(failed)
+    assert checkpoint(failed)["step"] == 1
+    train(replace(failed, capture=False))
+    assert_equal_runs(cfg, failed)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_images", [False, True])
+def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_path, monkeypatch, of_images):
     random = np.random.default_rng(0)
     columns = {"embedding": random.normal(size=(80, 32)).astype(np.float32), "label": random.integers(0, 50, 80)}
+    columns["image"] = random.integers(0, 256, (80, 112, 112, 3), np.uint8)
 
     def fitted(name: str, stop_at: int = -1) -> Path:
         cfg = Config(batch_size=8, device="cuda", output=str(tmp_path / name), num_epoch_fc=3)
         setup(cfg)
-        network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.4))
+        layers = [Small()] if of_images else [torch.nn.Linear(32, 16), torch.nn.BatchNorm1d(16)]
+        network = torch.nn.Sequential(*layers, torch.nn.Dropout(0.4))
         header, faces = ElasticArcFace(16, 50, std=0.0125), Faces.__new__(Faces)
         faces.cfg, faces.flip, faces.rows, faces.sources, faces.identities = cfg, False, np.arange(80), {}, ()
         faces.columns = {name: Column((values,)) for name, values in columns.items()}
@@ -780,12 +904,16 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
             return plain(self, minutes)
 
         def losses(embedding, label):
-            return {"eaf": F.cross_entropy(header(F.normalize(network(embedding)), label), label)}
+            return {"eaf": header.loss(F.normalize(network(embedding)), label)}
+
+        def losses_of_images(image, label):
+            return losses(image, label)
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "due", due)
             try:
-                fit(losses, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
+                given = losses_of_images if of_images else losses
+                fit(given, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
             except Interrupted:
                 fitted(name)
         assert name == "plain" or seen[-1]._replay
@@ -843,8 +971,8 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == 2
-    sentence = "train.py: CUDA out of memory: lower batch_size, infer_batch_size or device_cache_gb.\n"
-    assert capsys.readouterr().err == sentence
+    advice = "lower batch_size, infer_batch_size or device_cache_gb, or set capture to False"
+    assert capsys.readouterr().err == f"train.py: CUDA out of memory: {advice}.\n"
 
 
 def test_convolutions_repeat_unless_they_may_be_timed(cfg):
@@ -878,9 +1006,43 @@ def test_inference_fills_what_is_missing_in_any_of_several_arrays(tmp_path, cfg)
     assert np.array_equal(np.load(forms[1][0]), 2 * rows)
 
 
-def test_a_precision_that_makes_nothing_faster_is_said(cfg, capsys):
-    setup(replace(cfg, precision="tf32"))
-    assert "precision = 'tf32': this device computes in fp32 only" in capsys.readouterr().out
+def test_a_precision_that_makes_nothing_faster_is_said(cfg, monkeypatch, capsys):
+    setup(cfg)
+    setup(replace(cfg, precision="bf16", infer_precision="bf16"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("utils.process._has_bf16", lambda _: False)
+    setup(replace(cfg, precision="bf16"))
+    assert capsys.readouterr().out.startswith("precision = 'bf16': this device has no bf16 units")
+    setup(replace(cfg, precision="bf16", infer_precision="bf16"), trains=False)
+    assert capsys.readouterr().out.startswith("infer_precision = 'bf16': this device has no bf16 units")
+
+
+def test_a_run_in_fp32_is_resumed_in_tf32_where_that_is_fp32(cfg, monkeypatch, capsys):
+    assert cfg.precision == "tf32"
+    whole = replace(cfg, output=cfg.output + "2")
+    train(whole)
+    with pytest.raises(Interrupted):
+        train(
+            replace(cfg, precision="fp32"), before_step=lambda call: call == 7 and os.kill(os.getpid(), signal.SIGTERM)
+        )
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.training.checkpoint.computed_in", lambda precision, _: precision)  # as on a GPU
+        with pytest.raises(InputError, match=r"\(precision was 'fp32', now 'tf32'\)"):
+            train(cfg)
+    train(cfg)
+    assert "other conditions" not in capsys.readouterr().out
+    one, other = (checkpoint(given)["backbone"] for given in (cfg, whole))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tf32_is_fp32_without_its_units(monkeypatch):
+    device = torch.device("cuda")
+    for capability, expected in (((7, 5), "fp32"), ((8, 0), "tf32"), ((9, 0), "tf32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert computed_in("tf32", device) == expected
+    assert computed_in("tf32", torch.device("cpu")) == computed_in("fp32", device) == "fp32"
+    assert computed_in("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -976,8 +1138,16 @@ def test_batch_statistics_and_the_buffers_of_the_header_are_resumed(cfg):
 
 
 def test_fewer_rows_than_a_batch_are_refused(cfg):
-    with pytest.raises(InputError, match="20 images are fewer than one batch: set batch_size to 20 or less"):
+    with pytest.raises(InputError, match="^Teacher T: 20 images are fewer than one batch: set batch_size to 20 or"):
         train(replace(cfg, batch_size=32))
+
+
+def test_one_identity_is_refused_before_it_trains_with_loss_0(cfg):
+    one = replace(cfg, data=f"{cfg.data}/one", ethnicities=())
+    write_images(Path(one.data), {".": {"x": 6}})
+    with pytest.raises(InputError, match="^Teacher T: all 6 images are of one identity, x, and a classifier needs two"):
+        train(one)
+    assert not one.teacher_dir("T").exists()
 
 
 def test_cuda_is_refused_where_there_is_none(cfg, monkeypatch):

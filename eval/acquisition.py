@@ -1,0 +1,25 @@
+"""Table of failures to acquire: in which share of a group's images no face could be aligned."""
+
+from pathlib import Path
+
+from eval.intervals import Sampled
+from utils.prepare.acquisition import FILE, read
+from utils.tables import Rate, Table
+
+NOTE = (
+    "Images that utils.prepare align could not align, as a rate of all images of the group, with the Clopper-Pearson "
+    "interval. They are in no pair: the other tables do not contain their errors. Fair: equal rates."
+)
+
+
+def table(folder: Path, groups: list[str], notes: tuple[str, ...]) -> Table | None:
+    """Returns the failures of these groups from <folder>/acquisition.csv; None if it does not exist or names none."""
+    path, rows = folder / FILE, []
+    found = read(path) if path.exists() else {}
+    for name in groups:
+        images, failed = found.get(name, (0, 0))
+        if images:
+            rate = Rate(failed, images)
+            rows.append((name, str(images), rate, Sampled(rate).estimate))
+    header = ("Group", "Images", "Failure to acquire", "Interval")
+    return Table("Failure to acquire", header, rows, 2, (*notes, NOTE), 4, is_printed=False) if rows else None

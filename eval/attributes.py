@@ -1,0 +1,75 @@
+"""Error rates of groups by any attribute of the people, and by crossings of attributes."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+
+import numpy as np
+
+from eval.identities import Ends
+from eval.intervals import Sampled
+from eval.results import BEST, NAMES, Results, names_of
+from utils.data.attributes import ATTRIBUTES, MIXED
+from utils.tables import Table
+
+LEAST_PAIRS = 100  # genuine and impostor pairs of a group; a smaller group is counted, not reported
+POINTS = ("FMR 0.01", BEST)  # shared thresholds, the first that the pairs resolve
+
+
+def table(results: Results, attributes: Mapping[str, Mapping[str, np.ndarray]]) -> Table | None:
+    """Returns FMR and FNMR of each group by attribute and crossing; None if no attribute is known for all sets.
+
+    `attributes` holds for each set the values (P,) of its pairs by attribute.
+    """
+    names = [name for name in ATTRIBUTES if all(name in attributes.get(key, {}) for key in results.same)]
+    if not names:
+        return None
+    values = {name: np.concatenate([attributes[key][name] for key in results.same]) for name in names}
+    same = np.concatenate(list(results.same.values()))
+    groups = dict(_groups(values))
+    sizes = {key: (int(np.sum(which & same)), int(np.sum(which & ~same))) for key, which in groups.items()}
+    large = [key for key, counts in sizes.items() if min(counts) >= LEAST_PAIRS]
+    ends, rows = _ends(results), []
+    for one, shared in zip(results.models, results.shared, strict=True):
+        point = next(name for name in POINTS if shared[name] is not None)
+        accepted = np.concatenate([one.distances[key] for key in results.same]) < shared[point]
+        for key in large:
+            genuine, impostor = groups[key] & same, groups[key] & ~same
+            fmr = Sampled.of(accepted[impostor], ends and ends[impostor]).estimate
+            fnmr = Sampled.of(~accepted[genuine], ends and ends[genuine]).estimate
+            rows.append((*names_of(one), point, *key, *map(str, sizes[key]), fmr, fnmr))
+    header = (*NAMES, "Threshold", "Attribute", "Group", "Genuine pairs", "Impostor pairs", "FMR", "FNMR")
+    notes = (*results.notes, *_notes(sizes, large))
+    return Table("Groups by attributes", header, rows, len(NAMES) + 5, notes, 4, is_printed=False)
+
+
+def _groups(values: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+    """Yields (attribute or crossing, value) and the pairs (P,) bool of each group."""
+    for count in range(1, len(values) + 1):
+        for names in combinations(values, count):
+            joined = np.array(
+                [" / ".join(map(str, row)) for row in zip(*(values[n] for n in names), strict=True)], object
+            )
+            known = np.all([values[name] != MIXED for name in names], axis=0)
+            for value in sorted(set(joined[known].tolist())):
+                yield (" x ".join(names), value), known & (joined == value)
+
+
+def _ends(results: Results) -> Ends | None:
+    """Returns the ends of all sets' pairs, a name in two sets as two identities; None if they are not all known."""
+    if any(known is None for known in results.identities.values()):
+        return None
+    named = [[(f"{key} {one}", f"{key} {other}") for one, other in of] for key, of in results.identities.items()]
+    return Ends.of(np.array([pair for of_set in named for pair in of_set], object))
+
+
+def _notes(sizes: Mapping[tuple[str, str], tuple[int, int]], large: list[tuple[str, str]]) -> list[str]:
+    notes = [
+        "A pair belongs to a group if both of its ends do. One threshold for all pairs. Clopper-Pearson intervals. "
+        f"A group with fewer than {LEAST_PAIRS} genuine or impostor pairs is not reported."
+    ]
+    if sizes:
+        (attribute, value), counts = min(sizes.items(), key=lambda item: min(item[1]))
+        notes.append(f"Smallest group: {attribute} {value}, {counts[0]:,} genuine and {counts[1]:,} impostor pairs.")
+    if left_out := len(sizes) - len(large):
+        notes.append(f"Too small to be reported: {left_out} of {len(sizes)} groups.")
+    return notes

@@ -1,0 +1,149 @@
+"""One table of definitions: what each column of an evaluation's tables means, its fair value, and its source."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from eval.indices import INDICES
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a number means. `fair` is its value for equally treated groups, empty if there is none."""
+
+    text: str
+    fair: str = ""
+    source: str = ""
+
+
+ISO = "ISO/IEC 19795-1:2021"
+MST_KD = "Caldeira et al., MST-KD, ECCV 2024 workshops"
+
+DEFINITIONS: dict[str, Definition] = {
+    "Accuracy": Definition(
+        "Share of pairs, in percent, that are decided correctly: mean of ten folds, each decided at the threshold that "
+        "is best on the nine others, per verification set.",
+        "equal in all groups",
+        "Huang et al., Labeled Faces in the Wild, 2007",
+    ),
+    "Average": Definition("Mean of the accuracies of all verification sets, each with the same weight.", "", MST_KD),
+    "STD": Definition(
+        "Standard deviation of the groups' accuracies in percentage points, with divisor G - 1 for G groups (ddof 1).",
+        "0, but see STD by chance",
+        MST_KD,
+    ),
+    "SER": Definition(
+        "Skewed error ratio: errors of the worst group divided by errors of the best group, (100 - lowest accuracy) / "
+        "(100 - highest accuracy).",
+        "1",
+        f"{MST_KD}, Eq. 7; Wang and Deng, CVPR 2020",
+    ),
+    "Within chance": Definition(
+        "Yes if neither STD nor SER is above the value that 95 of 100 perfectly fair models of the same average do not "
+        "exceed on as many pairs: these pairs then show no unfairness.",
+        "yes",
+        "simulation in eval/uncertainty.py",
+    ),
+    "STD by chance": Definition(
+        "STD that perfectly fair models of the same average show on as many pairs, on average: the number of correct "
+        "decisions of each group is binomial with the same probability.",
+        "",
+        "simulation in eval/uncertainty.py",
+    ),
+    "STD 95 of 100": Definition(
+        "STD that 95 of 100 perfectly fair models of the same average do not exceed on as many pairs.",
+        "",
+        "simulation in eval/uncertainty.py",
+    ),
+    "SER 95 of 100": Definition(
+        "SER that 95 of 100 perfectly fair models of the same average do not exceed on as many pairs.",
+        "",
+        "simulation in eval/uncertainty.py",
+    ),
+    "AVG - STD": Definition("Average minus STD: one number for accuracy and fairness.", "high"),
+    "95 % interval": Definition(
+        "The range [low, high] that holds the middle 95 % of the results on resampled pairs; the note under a table "
+        "says what is resampled.",
+        "",
+        "Efron and Tibshirani, An Introduction to the Bootstrap, 1993",
+    ),
+    "Sure": Definition("Yes if zero is outside the 95 % interval of the difference.", "", "docs/evaluation.md"),
+    "STD sure": Definition(
+        "Yes if zero is outside the 95 % interval of the difference in STD.", "", "docs/evaluation.md"
+    ),
+    "Threshold": Definition(
+        "A pair is accepted as the same person if its squared distance is below the threshold. Embeddings have unit "
+        "length: the squared distance is 2 - 2 x cosine, between 0 and 4."
+    ),
+    "FMR": Definition(
+        "False match rate: share of impostor pairs, of two persons, that are accepted at the threshold. With fewer "
+        "than three errors it is given as less than 3 / pairs.",
+        "equal in all groups",
+        ISO,
+    ),
+    "FNMR": Definition(
+        "False non-match rate: share of genuine pairs, of one person, that are rejected at the threshold. With fewer "
+        "than three errors it is given as less than 3 / pairs.",
+        "equal in all groups",
+        ISO,
+    ),
+    "FMR / reference": Definition("FMR of the group divided by that of the reference group.", "1"),
+    "FNMR / reference": Definition("FNMR of the group divided by that of the reference group.", "1"),
+    "d'": Definition(
+        "Difference of the mean scores of genuine and impostor pairs, divided by the root of their mean variance.",
+        "equal in all groups",
+    ),
+    "Genuine mean": Definition("Mean score of the genuine pairs.", "equal in all groups"),
+    "Genuine sd": Definition("Standard deviation (ddof 1) of the scores of the genuine pairs.", "equal in all groups"),
+    "Impostor mean": Definition("Mean score of the impostor pairs.", "equal in all groups"),
+    "Impostor sd": Definition(
+        "Standard deviation (ddof 1) of the scores of the impostor pairs.", "equal in all groups"
+    ),
+    "Failure to acquire": Definition("Share of images in which no face could be aligned.", "equal in all groups", ISO),
+    "FDR": Definition(
+        "Fairness discrepancy rate: 1 - (largest difference of two groups' FMR + largest difference of FNMR) / 2.",
+        "1",
+        "de Freitas Pereira and Marcel, IEEE T-BIOM 2022",
+    ),
+    "IR": Definition(
+        "Inequity rate: square root of (largest / smallest FMR) x (largest / smallest FNMR).",
+        "1",
+        "Grother, NISTIR 8429, 2022",
+    ),
+    "GARBE": Definition(
+        "Mean of the Gini coefficients of the groups' FMR and of their FNMR, each times G / (G - 1) for G groups.",
+        "0",
+        "Howard et al., 2022",
+    ),
+    "max/geomean FMR": Definition(
+        "Largest FMR of a group divided by the geometric mean of all groups' FMR.", "1", "Grother, NISTIR 8429, 2022"
+    ),
+    "Figure": Definition(
+        "Printed: as in the paper. Here: measured. Difference: here minus printed. In standard errors: divided by the "
+        "standard error of the difference of two accuracies. Agrees: at most 1.96 standard errors."
+    ),
+    "Seeds": Definition("Number of training runs that differ in their seed only."),
+}
+for _name, _index in INDICES.items():  # those that are not described in words above
+    DEFINITIONS.setdefault(_name, Definition(_index.definition, _index.fair, _index.source))
+"""Definitions by term, which is a column's header or its first words: "FMR" defines "FMR African"."""
+
+
+def defined(header: str, terms: Iterable[str]) -> str | None:
+    """Returns the longest of `terms` that the header is or starts with, as whole words; None if there is none."""
+    fitting = [term for term in terms if header == term or header.startswith(f"{term} ")]
+    return max(fitting, key=len, default=None)
+
+
+def anchor(term: str) -> str:
+    """Returns the id of a term's definition in a page."""
+    return "definition-" + "".join(c if c.isalnum() else "-" for c in term.lower())
+
+
+def anchors(header: Iterable[str], sets: Iterable[str], terms: Mapping[str, Definition]) -> dict[str, str]:
+    """Returns the id of the definition of each column that has one; a column named as one of `sets` is an accuracy."""
+    found = {}
+    for name in header:
+        term = "Accuracy" if name in sets else defined(name, terms)
+        if term in terms:
+            found[name] = anchor(term)
+    return found

@@ -1,0 +1,99 @@
+"""Operating points as deployers set them: a threshold from one group, from all, from the worst, or a given number."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval import rates
+from eval.identities import Ends
+from eval.intervals import Sampled
+from utils.errors import InputError
+
+FMRS = (1e-3, 1e-4)
+RATIO_NOTE = (
+    "The ratios are to the reference group, with the interval of the ratio of two independent rates; none where either "
+    "rate has fewer than three errors. All intervals are at the threshold given: its own uncertainty is not in them."
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operating point of one model."""
+
+    name: str  # where the threshold is from
+    threshold: float | None  # squared distance; None if the pairs do not resolve it
+
+
+@dataclass(frozen=True)
+class At:
+    """FMR and FNMR of a group at an operating point."""
+
+    fmr: Sampled
+    fnmr: Sampled
+
+
+class Identified:
+    """The identities of the pairs of each group, numbered once for all models; None where they are not known."""
+
+    def __init__(self, same: Mapping[str, np.ndarray], identities: Mapping[str, np.ndarray | None]):
+        self._ends = {}
+        for name, labels in same.items():
+            known = identities.get(name)
+            ends = None if known is None else Ends.of(known)
+            self._ends[name] = {kind: ends and ends[labels == kind] for kind in (False, True)}
+
+    def of(self, group: str, genuine: bool) -> Ends | None:
+        """Returns the ends of a group's genuine or impostor pairs."""
+        return self._ends[group][genuine]
+
+
+def points(groups: rates.Groups, reference: str, given: float | None = None) -> list[Point]:
+    """Returns the operating points of a model whose distances and labels by group are `groups`.
+
+    At each of FMRS: the largest threshold at which the FMR of the reference group, of all groups together, or of every
+    single group is at most this. `given` is a further threshold; raises InputError if it decides every pair alike.
+    """
+    found = []
+    for fmr in FMRS:
+        found.append(Point(f"all groups at FMR {fmr:g}", rates.threshold_at_fmr(groups, fmr)))
+        if len(groups) > 1:
+            single = {name: rates.threshold_at_fmr({name: pairs}, fmr) for name, pairs in groups.items()}
+            worst = None if None in single.values() else min(single.values())
+            found.append(Point(f"{reference} at FMR {fmr:g}", single[reference]))
+            found.append(Point(f"worst group at FMR {fmr:g}", worst))
+    if given is not None:
+        every = np.concatenate([distance for distance, _ in groups.values()])
+        if not every.min() < given <= every.max():
+            raise InputError(
+                f"threshold = {given:g} decides every pair alike: set it between the distances {every.min():.4g} and "
+                f"{every.max():.4g}, on the squared distance."
+            )
+        found.append(Point("given", given))
+    return found
+
+
+def at(groups: rates.Groups, threshold: float, identified: Identified) -> dict[str, At]:
+    """Returns the error rates of each group at a threshold on the squared distance."""
+    found = {}
+    for name, (distance, same) in groups.items():
+        accepted = distance < threshold
+        found[name] = At(
+            Sampled.of(accepted[~same], identified.of(name, False)),
+            Sampled.of(~accepted[same], identified.of(name, True)),
+        )
+    return found
+
+
+def reference_of(accuracies: Mapping[str, float], wanted: str | None) -> str:
+    """Returns `wanted`, or the group with the best accuracy if None. Raises InputError if it is none of the groups."""
+    if wanted is None:
+        return max(accuracies, key=accuracies.__getitem__)
+    check_reference([*accuracies], wanted)
+    return wanted
+
+
+def check_reference(names: list[str], wanted: str | None) -> None:
+    """Raises InputError if the reference group is none of the groups."""
+    if wanted is not None and wanted not in names:
+        raise InputError(f"reference_group = {wanted!r} is none of the groups: set it to one of {', '.join(names)}.")

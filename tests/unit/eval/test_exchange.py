@@ -1,0 +1,154 @@
+"""Scores of others are read in three forms, ours are written in them, and what is wrong with a file is one sentence."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.exchange import DEALT, read_scores, written
+from eval.verification import ten_fold_of
+from tests.runs import run_script
+from utils.errors import InputError
+
+PAIRS = 200
+SAME = np.arange(PAIRS) % 2 == 0
+COSINES = np.clip(np.random.default_rng(0).normal(0.2 + 0.4 * SAME, 0.15), -1, 1)
+NAMES = [(f"p{k % 30}", f"p{k % 30}" if same else f"q{k % 20}") for k, same in enumerate(SAME)]
+
+
+def favfa() -> str:
+    rows = [
+        f"{one}_0001.jpg,{other}_0002.jpg,{1 - cosine!r}"
+        for (one, other), cosine in zip(NAMES, COSINES.tolist(), strict=True)
+    ]
+    return "\n".join(["img_1,img_2,dist", *rows]) + "\n"
+
+
+def fairlearn() -> str:
+    rows = [
+        f"{int(same)},{cosine!r},{'A' if k < 100 else 'B'}"
+        for k, (same, cosine) in enumerate(zip(SAME, COSINES.tolist(), strict=True))
+    ]
+    return "\n".join(["y_true,y_score,group", *rows]) + "\n"
+
+
+def bob(scale: float = 1) -> str:
+    rows = [
+        f"{one} model{k} {other} probe{k} {scale * cosine!r}"
+        for k, ((one, other), cosine) in enumerate(zip(NAMES, COSINES.tolist(), strict=True))
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def read(tmp_path: Path, text: str):
+    path = tmp_path / "theirs.csv"
+    path.write_text(text)
+    return read_scores(path)
+
+
+@pytest.mark.parametrize("text", [favfa(), bob()])
+def test_scores_are_read_with_their_identities(tmp_path, text):
+    theirs = read(tmp_path, text)
+    pairs, distance = theirs.sets["all"], theirs.scored.distances["all"]
+    assert pairs.same.tolist() == SAME.tolist()
+    assert list(map(tuple, pairs.identities)) == NAMES
+    assert distance == pytest.approx(2 - 2 * COSINES)
+    assert theirs.scored.accuracies == (100 * ten_fold_of(distance, SAME).accuracy.mean(),)
+    assert theirs.scored.name == "theirs"
+
+
+def test_groups_become_sets(tmp_path):
+    theirs = read(tmp_path, fairlearn())
+    assert list(theirs.sets) == ["A", "B"]
+    assert theirs.scored.distances["B"] == pytest.approx(2 - 2 * COSINES[100:])
+    assert theirs.sets["A"].identities is None
+
+
+def test_scores_of_any_scale_are_mapped_in_order(tmp_path):
+    theirs = read(tmp_path, bob(scale=50))
+    assert (np.argsort(theirs.scored.distances["all"]) == np.argsort(-COSINES)).all()
+    assert any("mapped linearly" in note for note in theirs.notes)
+    assert (theirs.scored.distances["all"].min(), theirs.scored.distances["all"].max()) == (0, 4)
+
+
+def test_pairs_sorted_by_kind_are_dealt_to_the_folds(tmp_path):
+    order = np.argsort(~SAME, kind="stable")
+    lines = bob().splitlines()
+    theirs = read(tmp_path, "\n".join(lines[k] for k in order))
+    same = theirs.sets["all"].same
+    assert [int(part.sum()) for part in np.array_split(same, 10)] == [10] * 10
+    assert DEALT in theirs.notes
+    assert DEALT not in read(tmp_path, bob()).notes
+    assert sorted(theirs.scored.distances["all"]) == pytest.approx(sorted(2 - 2 * COSINES))
+
+
+@pytest.mark.parametrize("form", ["favfa", "fairlearn", "bob"])
+@pytest.mark.parametrize("source", [fairlearn(), favfa()])
+def test_what_is_written_is_read_back(tmp_path, form, source):
+    theirs = read(tmp_path, source)
+    again = read(tmp_path, written(form, theirs.scored, theirs.sets, 1.2))
+    before, after = (np.concatenate([*one.scored.distances.values()]) for one in (theirs, again))
+    assert after == pytest.approx(before, abs=1e-12)
+    assert np.concatenate([one.same for one in again.sets.values()]).tolist() == SAME.tolist()
+    if form != "bob":
+        assert list(again.sets) == list(theirs.sets)
+
+
+def test_fairlearn_gets_decisions(tmp_path):
+    theirs = read(tmp_path, fairlearn())
+    rows = list(csv.DictReader(written("fairlearn", theirs.scored, theirs.sets, 1.2).splitlines()))
+    assert [row["y_pred"] == "1" for row in rows] == (2 - 2 * COSINES < 1.2).tolist()
+    assert [row["group"] for row in rows] == ["A"] * 100 + ["B"] * 100
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (favfa().replace(favfa().splitlines()[3].split(",")[2], "nan"), r"line 4: dist is nan, not a finite number"),
+        (bob().replace(bob().split()[4], "x", 1), "line 1: the score is x, not a finite number"),
+        (
+            "\n".join(fairlearn().splitlines()[:60:2]).replace("\n0", "\n1"),
+            "group A has no impostor pair: both kinds are needed",
+        ),
+        ("\n".join(favfa().splitlines()[:5]), "has 4 pairs, too few for 10 folds"),
+        (favfa().replace("dist", "distance"), "expected columns img_1,img_2,dist, or y_true,y_score, or five columns"),
+        (fairlearn().replace("y_true", "truth"), "has no column y_true"),
+        (fairlearn().replace("\n1,", "\n2,", 1), "line 2: y_true must be 1"),
+        (favfa() + "a_1.jpg,b_1.jpg\n", "line 202: expected 3 columns"),
+        (favfa() + "a_1.jpg,b_1.jpg,7\n", r"dist must be a cosine distance, in \[0, 2\], not up to 7"),
+        (
+            "y_true,y_score,identity_1,identity_2\n1,0.5,a,b\n",
+            "pair 0 is genuine, but has the identities a and b",
+        ),
+        ("", "is no table of scores"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        read(tmp_path, text)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_the_evaluation_gives_its_tables_of_their_scores(tmp_path, capsys):
+    path, output = tmp_path / "theirs.csv", ["--output", str(tmp_path / "output")]
+    path.write_text(favfa())
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--score_forms", "favfa,bob"])
+    (folder,) = (tmp_path / "output" / "evaluation").iterdir()
+    best = max(np.mean((t > 2 - 2 * COSINES) == SAME) for t in [*(2 - 2 * COSINES), 5])
+    row = next(csv.DictReader((folder / "one_threshold.csv").read_text().splitlines()))
+    assert float(row["All pairs"]) == pytest.approx(100 * best)
+    assert "resampled identities" in (folder / "intervals.md").read_text()
+    assert {one.name for one in (folder / "scores").iterdir()} == {
+        f"scores-theirs.{ending}" for ending in ("csv", "favfa.csv", "bob.txt")
+    }
+    path.write_text(fairlearn())
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "B", "--threshold", "1.2"])
+    assert "B (reference)" in (folder / "operating.md").read_text()
+    assert not (folder / "scores" / "scores-theirs.favfa.csv").exists()
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "C"], expect=2)
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--threshold", "3.99"], expect=2)
+    run_script("eval.evaluation", ["--scores", str(path), "--checkpoint", "x.pth"], expect=2)
+    said = capsys.readouterr()
+    for sentence in ("none of the groups: set it to one of A, B", "decides every pair alike", "left out where"):
+        assert sentence in said.out + said.err
