@@ -1,6 +1,7 @@
 """Stage 8 (AdaDistill): trains a compact student against class centres that follow the teacher's embeddings.
 
-The centres get no gradient. ArcDistill and CosDistill freeze the centres that the source was trained with.
+The centres get no gradient. ArcDistill and CosDistill freeze the centres that the source was trained with. If
+a teacher's embeddings have another size than the student's, a linear projection of the student's is trained with it.
 
 Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy), both views
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-<ada_loss>/
@@ -17,6 +18,7 @@ from utils.data.pairs import load_pairs
 from utils.process import announce, run, setup
 from utils.training.centres import build_distiller
 from utils.training.engine import fit, is_given
+from utils.training.start import build_projection
 
 
 def main(cfg: Config) -> None:
@@ -28,16 +30,28 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.ada_student_network, cfg.embedding_size)
+    projection = build_projection(cfg, faces)
     header, centres = build_distiller(cfg, faces)
     faces.sources |= centres
 
     def losses(image, label, target, repeats):
-        loss = header.loss(F.normalize(student(image)), target, label, repeats=repeats)
+        loss = header.loss(projection(F.normalize(student(image))), target, label, repeats=repeats)
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
-    validate = validator(student, pairs, cfg)
-    fit(losses, faces, folder, cfg, student, header, kind=cfg.ada_method, measures=("alpha",), validate=validate)
+    kind, validate = cfg.ada_method, validator(student, pairs, cfg)
+    fit(
+        losses,
+        faces,
+        folder,
+        cfg,
+        student,
+        header,
+        kind=kind,
+        projection=projection,
+        measures=("alpha",),
+        validate=validate,
+    )
     announce(cfg, folder, "-m eval.evaluation")
 
 

@@ -1,6 +1,7 @@
 """Stage 7 (EAF-KD): trains a student on the multi-teacher embeddings and on the identity labels with ElasticArcFace.
 
-With --ada_source teacher, the targets are the embeddings of one teacher.
+With --ada_source teacher, the targets are the embeddings of one teacher. If they have another size than the student's,
+a linear projection of the student's is trained with it.
 
 Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy)
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-EAF-KD/
@@ -17,6 +18,7 @@ from utils.data.pairs import load_pairs
 from utils.losses import build_header
 from utils.process import announce, run, setup
 from utils.training.engine import fit, is_given
+from utils.training.start import build_projection
 
 
 def main(cfg: Config) -> None:
@@ -27,16 +29,18 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
+    projection = build_projection(cfg, faces)
     header = build_header("ElasticArcFace", faces.num_classes, cfg, "EAF-KD")
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))
         return {
             "eaf": header.loss(embedding, label),
-            "kd": cfg.loss_lambda * F.mse_loss(embedding, target),
+            "kd": cfg.loss_lambda * F.mse_loss(projection(embedding), target),
         }
 
-    fit(losses, faces, folder, cfg, student, header, kind="EAF-KD", validate=validator(student, pairs, cfg))
+    validate = validator(student, pairs, cfg)
+    fit(losses, faces, folder, cfg, student, header, kind="EAF-KD", projection=projection, validate=validate)
     announce(cfg, folder, "-m eval.evaluation")
 
 

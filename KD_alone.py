@@ -1,6 +1,7 @@
 """Stage 6 (a-KD): trains a student on the multi-teacher embeddings only, without identity labels.
 
-With --ada_source teacher, the targets are the embeddings of one teacher: vanilla KD.
+With --ada_source teacher, the targets are the embeddings of one teacher: vanilla KD. If they have another size than the
+student's, a linear projection of the student's is trained with it.
 
 Reads   <data>, <pairs>, <output>/<setting>/<network>/adaptors/<SL|DuL|DLDPO>/ (or embeddings/<teacher>.npy)
 Writes  <output>/<setting>/<network>/students/<student network>/<adaptor or teacher>-a-KD/
@@ -16,6 +17,7 @@ from utils.data.faces import Faces
 from utils.data.pairs import load_pairs
 from utils.process import announce, run, setup
 from utils.training.engine import fit, is_given
+from utils.training.start import build_projection
 
 
 def main(cfg: Config) -> None:
@@ -26,11 +28,13 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
+    projection = build_projection(cfg, faces)
 
     def losses(image, target):
-        return {"kd": cfg.loss_lambda * F.mse_loss(F.normalize(student(image)), target)}
+        return {"kd": cfg.loss_lambda * F.mse_loss(projection(F.normalize(student(image))), target)}
 
-    fit(losses, faces, folder, cfg, student, kind="a-KD", validate=validator(student, pairs, cfg))
+    validate = validator(student, pairs, cfg)
+    fit(losses, faces, folder, cfg, student, kind="a-KD", projection=projection, validate=validate)
     announce(cfg, folder, "KD_CEL.py")
 
 

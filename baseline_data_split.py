@@ -9,16 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.config import Config
-from utils.data.index import scan
+from utils.data.index import Index, scan
+from utils.data.sources import index_of
 from utils.data.split import write_split
 from utils.process import announce, run
 
 
-def main(cfg: Config) -> None:
-    cfg = replace(cfg, is_teacher_baseline=True)
+def listed(cfg: Config) -> Index:
     index = scan(Path(cfg.data), cfg.selected_ethnicities, nested=cfg.nested_images)
     for note in index.notes(Path(cfg.data)):
         print(note)
+    return index
+
+
+def main(cfg: Config) -> None:
+    cfg = replace(cfg, is_teacher_baseline=True)
+    index = index_of(cfg, listed)
     for ethnicity in cfg.selected_ethnicities:
         identities = index.identities_of(ethnicity)
         split = write_split(cfg, ethnicity, identities)

@@ -25,7 +25,7 @@ def main(cfg: Config) -> None:
     setup(cfg)
     name = "DLDPO" if cfg.has_dropout else "DuL"
     faces = Faces(cfg, inputs=cfg.teachers)
-    adaptor = build_adaptor(name, cfg)
+    adaptor = build_adaptor(name, cfg, faces.columns["embedding"].width)
     header = build_header("ElasticArcFace", faces.num_classes, cfg, name)
 
     def losses(embedding, label):

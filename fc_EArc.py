@@ -21,7 +21,7 @@ from utils.training.extract import embed_targets
 def main(cfg: Config) -> None:
     setup(cfg)
     faces = Faces(cfg, inputs=cfg.teachers)
-    adaptor = build_adaptor("SL", cfg)
+    adaptor = build_adaptor("SL", cfg, faces.columns["embedding"].width)
     header = build_header("ElasticArcFace", faces.num_classes, cfg, "SL")
 
     def losses(embedding, label):

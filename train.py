@@ -7,6 +7,8 @@ Writes  <output>/<setting>/<network>/teachers/<teacher>/
 Run     python train.py [--ethnicity African] [--is_teacher_baseline] [--is_standalone]
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 
 from backbones import build_backbone
@@ -28,7 +30,8 @@ def main(cfg: Config) -> None:
         check_run(faces[teacher], cfg.teacher_dir(teacher), cfg, "teacher")
     for teacher in faces:
         train_teacher(cfg, teacher, faces[teacher], pairs)
-    announce(cfg, cfg.network_dir / "teachers", "extract_all.py")
+    students = replace(cfg, init_from=None, init_header=None, freeze="")  # these settings are the teachers'
+    announce(students, cfg.network_dir / "teachers", "extract_all.py")
 
 
 def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pairs]) -> None:

@@ -28,14 +28,15 @@ def _reversed_channels(_, inputs: tuple[torch.Tensor]) -> torch.Tensor:
     return inputs[0].flip(1)
 
 
-def build_adaptor(name: str, cfg: Config) -> nn.Module:
-    """Builds the adaptor SL, DuL or DLDPO for the embeddings of all T teachers: (B, T * D) -> (B, D).
+def build_adaptor(name: str, cfg: Config, inputs: int | None = None) -> nn.Module:
+    """Builds the adaptor SL, DuL or DLDPO for the concatenated embeddings of all teachers: (B, inputs) -> (B, D).
 
+    `inputs` is the sum of the teachers' embedding sizes; None: every teacher has `embedding_size` dimensions, as D.
     Raises InputError in the standalone setting, which has one teacher and needs no adaptor.
     """
     if cfg.setting == "standalone":
         raise InputError("A standalone teacher needs no adaptor: set is_standalone to False, or ada_source to teacher.")
-    inputs = len(cfg.teachers) * cfg.embedding_size
+    inputs = len(cfg.teachers) * cfg.embedding_size if inputs is None else inputs
     if name == "SL":
         return SingleLayerAdaptor(inputs, cfg.embedding_size)
     return DualLayerAdaptor(inputs, cfg.middle_layer_size, cfg.embedding_size, 0.2 if name == "DLDPO" else 0.0)

@@ -183,6 +183,30 @@ def _misfit(module: nn.Module, expected: State, candidates: list[tuple[str, Stat
     return error(f"{path} does not fit this {type(module).__name__}: {text}. {_guess_network(candidates, state)}")
 
 
+def embedding_size_of(name: str, content: object) -> int:
+    """Returns the embedding size with which the network `name` fits a state dict in `content`; 0 if none fits."""
+    names = _shaped(name, 512, False)
+    for where, state in _nested(content):
+        sizes = {value.shape[0] for value in state.values() if value.ndim == 2} if _prefixes(state, names) else ()
+        for size in sizes:
+            if any(_fits(where, state, _shaped(name, size, False))):
+                return size
+    return 0
+
+
+def adaptor_sizes_of(content: object) -> tuple[int, int]:
+    """Returns the dimensions between the layers (0 for a single layer) and of the outputs of an adaptor in `content`.
+
+    Returns (0, 0) if there is none.
+    """
+    for _, nested in _nested(content):
+        state = _stripped(nested)
+        if _is_adaptor(state):
+            single = "fc.weight" in state
+            return (0, len(state["fc.weight"])) if single else (len(state["fc1.weight"]), len(state["fc2.weight"]))
+    return 0, 0
+
+
 def _stripped(state: State) -> State:
     """Returns the state dict without the prefix that all of its names share, "fc." of an adaptor aside."""
     first = next(iter(state))

@@ -116,6 +116,15 @@ def _reader(field: dataclasses.Field):
     return read
 
 
+_INIT, _ACCUMULATE = "init_from names the weights to start from", "accumulate is the number of batches in a step"
+OTHER_NAMES = {
+    **dict.fromkeys(("pretrained", "finetune", "init_weights"), _INIT),
+    **dict.fromkeys(("gradient_acc", "gradient_accumulation", "accumulation_steps", "accum_iter"), _ACCUMULATE),
+    **dict.fromkeys(("resume", "resume_from"), "the same command resumes a stopped run; " + _INIT),
+}
+"""What to set instead of settings that other projects have, by their names."""
+
+
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         settings, unknown = self.parse_known_args(argv)
@@ -123,6 +132,8 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             if not name.startswith("--"):
                 self.error(f"{name!r} is not understood: settings are given as --name value.")
+            if name.lstrip("-") in OTHER_NAMES:
+                self.error(f"unknown setting {name}: {OTHER_NAMES[name.lstrip('-')]}.")
             close = difflib.get_close_matches(name, self._option_string_actions, 1)
             advice = f"did you mean {close[0]}?" if close else "--help lists all settings."
             self.error(f"unknown setting {name}: {advice}")

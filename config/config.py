@@ -21,7 +21,11 @@ from config.registry import ADA_LOSSES, ADAPTORS, CHOICES, LOSSES, METHODS, name
 @dataclass(frozen=True)
 class Config:
     # Data
-    data: str = "data/BUPT-BalancedFace"  # <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112; or <data>/train.rec
+    data: str = "data/BUPT-BalancedFace"  # <data>/<ethnicity>/<identity>/<image>.jpg, 112 x 112, or train.rec; or a,b
+    data_share: tuple[float, ...] = ()  # share of each data set that is used, at random, of every group alike; "": all
+    share_of: str = "identities"  # data_share counts identities | images
+    data_flip: tuple[str, ...] = ()  # on | off for each data set: images are flipped at random in training; "": on
+    same_names_are_one: bool = False  # identities of one name and group in several data sets are one person
     pairs: str = "data/RFW"  # verification pairs: <pairs>/<ethnicity>_test.bin
     output: str = "output"  # run folders: checkpoints, embeddings, logs, tables
     cache: str = "cache"  # decoded images, 37.6 kB each: put it on a fast local disk
@@ -43,6 +47,11 @@ class Config:
     embedding_size: int = 512  # dimensions of every embedding
     middle_layer_size: int = 512  # dimensions between the two layers of the dual-layer adaptor
 
+    # Fine-tuning
+    init_from: str | None = None  # file of weights that the networks of teachers and students start from; None: random
+    init_header: str | None = None  # means: class centres start at the mean embeddings of `init_from`; None: random
+    freeze: str = ""  # with init_from: features (only the embedding's layers are trained) | bn (batch normalisation)
+
     # Losses
     loss: str = "ElasticArcFace"  # of teachers: one of LOSSES (config/registry.py)
     s: float = 64.0  # scale of the logits
@@ -63,10 +72,12 @@ class Config:
     num_epoch: int | None = None  # epochs; None: as published, teachers 52, students and standalone networks 26
     milestones: tuple[int, ...] | None = None  # epochs of learning rate drops; None: as published, scaled to num_epoch
     lr: float = 0.1  # learning rate of teachers and students for 512 images a step
+    warmup_epochs: int = 0  # the learning rate of teachers and students rises linearly, step by step, in so many epochs
     num_epoch_fc: int = 26  # epochs of the adaptors
     milestones_fc: tuple[int, ...] | None = None  # epochs at which it drops; None: as published, scaled to num_epoch_fc
     lr_fc: float = 1.0  # learning rate of the adaptors for 512 rows a step
-    batch_size: int = 128  # images (or rows) a step, of each process
+    batch_size: int = 128  # images (or rows) a batch, of each process
+    accumulate: int = 1  # batches of a step, their gradients averaged: as one larger batch, in the memory of one
     global_batch: bool = False  # batch_size is that of all processes together (see docs/scale.md)
     sync_bn: bool = False  # synchronise batch normalisation across processes; False: each its own, as published
     momentum: float = 0.9  # of stochastic gradient descent
@@ -91,6 +102,7 @@ class Config:
     tensorboard: bool = False  # write TensorBoard events into the run folders too; needs the package tensorboard
 
     # Evaluation
+    evaluation_groups: tuple[str, ...] | None = None  # groups verified on, in training too; None: `ethnicities`
     pairs_sets: tuple[str, ...] | None = None  # sets to verify on, in training too: lfw,cfp_fp; None: of each group
     checkpoint: str | None = None  # evaluate this file of weights only: a `network`, or an adaptor on top of `teacher`
     teacher: tuple[str, ...] = ()  # files of teachers: those below an adaptor's `checkpoint`, in its order
@@ -115,6 +127,8 @@ class Config:
                 value = float(value)
             if isinstance(value, list):
                 value = tuple(value)
+            if field.name == "data" and isinstance(value, tuple):
+                value = ",".join(value)
             if field.name in PATHS:
                 value = expanded(value)
             object.__setattr__(self, field.name, value)
@@ -123,8 +137,11 @@ class Config:
         for name, allowed in CHOICES.items():
             self._check(name, lambda value, allowed=allowed: value in allowed, "one of " + ", ".join(allowed))
         self._check("batch_size", lambda n: n >= 2, "at least 2: one image has no statistics to normalise by")
-        for name in ("embedding_size", "middle_layer_size", "num_epoch", "num_epoch_fc", "infer_batch_size"):
+        self._check("warmup_epochs", lambda n: n >= 0, "0 or more")
+        sizes = ("embedding_size", "middle_layer_size", "infer_batch_size")
+        for name in (*sizes, "accumulate", "num_epoch", "num_epoch_fc"):
             self._check(name, lambda n: n >= 1, "at least 1")
+        self._check_data_sets()
         for name in ("s", "lr", "lr_fc", "max_grad_norm"):
             self._check(name, lambda x: 0 < x < math.inf, "a number above 0")
         margins = ("m", "std", "std_fc", "ada_m")
@@ -137,9 +154,15 @@ class Config:
         self._check("num_workers", lambda n: 0 <= n <= 1024, "between 0 and 1024")
         for name in ("milestones", "milestones_fc"):
             self._check(name, _are_milestones, "increasing epoch numbers above 1")
+        self._check("freeze", lambda which: which in ("", "features", "bn"), 'features, bn or ""')
+        self._check("freeze", lambda which: self.init_from or not which, "empty where there is no init_from")
+        self._check("init_header", lambda _: self.init_from, "None where there is no init_from")
         for name in PATHS:
             self._check(name, lambda path: path != "", "a path")
         self._check("pairs_sets", _are_names, "names of <name>.bin files in pairs, separated by commas")
+        self._check("evaluation_groups", _are_names, "names of groups, separated by commas")
+        self._check("evaluation_groups", lambda names: len(set(names)) == len(names), "different names")
+        self._check("evaluation_groups", lambda _: self.pairs_sets is None, "None where pairs_sets names the sets")
         for name in ("onnx_mean", "onnx_std"):
             self._check(name, lambda numbers: len(numbers) in (1, 3), "one number, or one for each channel")
         self._check("score_forms", lambda forms: set(forms) <= {*SCORE_FORMS}, f"of {', '.join(SCORE_FORMS)}")
@@ -155,6 +178,15 @@ class Config:
         self._require("ethnicities", not reserved, f"without {', '.join(reserved)}, which means something else")
         known = ("All", *names, *self.quarters)
         self._require("ethnicity", self.ethnicity in known, "one of " + ", ".join(known))
+
+    def _check_data_sets(self) -> None:
+        count = len(self.data_paths)
+        self._require("data", self.data == "" or len({*self.data_paths, ""}) == count + 1, "different paths")
+        one_each = f"as many values as data has paths, {count}"
+        self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
+        self._check("data_share", lambda shares: all(0 < share <= 1 for share in shares), "above 0, and at most 1")
+        self._check("data_flip", lambda flips: len(flips) in (0, count), one_each)
+        self._check("data_flip", lambda flips: set(flips) <= {"on", "off"}, "on or off for each data set")
 
     def _check(self, name: str, holds: Callable[[Any], bool], wanted: str) -> None:
         """Raises InputError if the value of a setting is not None and does not satisfy `holds`."""
@@ -172,6 +204,13 @@ class Config:
         Raises InputError for an unknown name or an impossible value.
         """
         return arguments.parse(cls, argv)
+
+    @property
+    def data_paths(self) -> tuple[str, ...]:
+        """Paths of the data sets: `data` divided at its commas, or all of it if there is a folder of this name."""
+        if "," not in self.data or Path(self.data).exists():
+            return (self.data,)
+        return tuple(expanded(path.strip()) for path in self.data.split(","))
 
     # Names ------------------------------------------------------------------------------------------------------------
 
@@ -203,12 +242,14 @@ class Config:
 
         A specialised teacher is selected on its own group (paper 4.2). The baseline's teachers, quarter1 first, are
         selected on African, Asian, Caucasian, Indian (paper 4.5 and Table 1); other groups follow in the order given.
+        A group that is not among those verified on (`evaluation_groups`) cannot select an epoch.
         """
         if not self.of_groups or self.setting == "standalone":
             return ""
-        if not self.is_teacher_baseline:
-            return teacher
-        return _first(ASSIGNED_ORDER, self.ethnicities)[self.quarters.index(teacher)]
+        group = teacher
+        if self.is_teacher_baseline:
+            group = _first(ASSIGNED_ORDER, self.ethnicities)[self.quarters.index(teacher)]
+        return group if group in self.verified_groups else ""
 
     @property
     def selected_ethnicities(self) -> tuple[str, ...]:
@@ -318,22 +359,28 @@ class Config:
             digest = hashlib.sha256(os.fsencode(Path(self.scores).resolve())).hexdigest()[:8]
             return Path(self.output, "evaluation", f"{Path(self.scores).stem}-{digest}")
         parts += ["published adaptor input"] if self.published_adaptor_input else []
-        parts += ["+".join(self.pairs_sets)] if self.pairs_sets else []
+        if sets := self.pairs_sets or (() if self.verified_groups == self.ethnicities else self.verified_groups):
+            parts.append(_joined(sets))
         if self.checkpoint:
             paths = "\n".join(str(Path(path).resolve()) for path in (self.checkpoint, *self.teacher))
             parts += [f"{Path(self.checkpoint).stem}-{hashlib.sha256(os.fsencode(paths)).hexdigest()[:8]}"]
         return Path(self.output, "evaluation", *parts)
 
     @property
+    def verified_groups(self) -> tuple[str, ...]:
+        """The groups that models are verified on: `evaluation_groups`, else `ethnicities`."""
+        return self.ethnicities if self.evaluation_groups is None else self.evaluation_groups
+
+    @property
     def of_groups(self) -> bool:
         """Whether there is one verification set per group, so that fairness can be measured."""
-        return bool(self.ethnicities) and not self.pairs_sets
+        return bool(self.verified_groups) and not self.pairs_sets
 
     @property
     def pairs_files(self) -> dict[str, Path]:
         """Files of the verification sets by name: `pairs_sets`, else one per group, else the usual five sets."""
         if self.of_groups:
-            return {name: self.pairs_file(name) for name in self.ethnicities}
+            return {name: self.pairs_file(name) for name in self.verified_groups}
         return {name: Path(self.pairs) / f"{name}.bin" for name in self.pairs_sets or PAIRS_SETS}
 
     def pairs_file(self, ethnicity: str) -> Path:
@@ -349,7 +396,7 @@ class Config:
             published = 52 if kind == "teacher" and self.setting != "standalone" else 26
             epochs, milestones, lr = self.num_epoch or published, self.milestones, self.lr
         milestones = scaled_milestones(epochs) if milestones is None else milestones
-        return Schedule(epochs, lr, milestones)
+        return Schedule(epochs, lr, milestones, 0 if kind in ADAPTORS else self.warmup_epochs)
 
     def margin(self, kind: str, name: str = "") -> tuple[float, float]:
         """Mean and standard deviation of the margin in training `kind`; published values where the setting is None.
@@ -409,7 +456,8 @@ class Config:
 
 
 SETTINGS = ("specialized", "baseline", "standalone", "")  # "" for a file given by --checkpoint
-PATHS = ("data", "pairs", "output", "cache", "leave_out", "checkpoint", "teacher", "scores")
+LONGEST_NAME = 150  # bytes in the name of a folder that lists names
+PATHS = ("data", "pairs", "output", "cache", "leave_out", "init_from", "checkpoint", "teacher", "scores")
 SCORE_FORMS = ("favfa", "fairlearn", "bob")
 PAIRS_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 # The order in which teachers are concatenated (paper 4.3), and that of the groups which select the quarters (Table 1).
@@ -430,6 +478,13 @@ def _are_names(names: tuple) -> bool:
 def _first(order: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     """Sorts the names that are in `order` to the front, in that order."""
     return (*(name for name in order if name in names), *(name for name in names if name not in order))
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    """Joins names to the name of a folder: a+b+c; a long one is cut, and made unique by a digest of all names."""
+    whole = "+".join(names)
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    return whole if len(os.fsencode(whole)) <= LONGEST_NAME else f"{names[0][:LONGEST_NAME]}+{len(names) - 1}-{digest}"
 
 
 def _view(name: str, flipped: bool) -> str:

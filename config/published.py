@@ -16,13 +16,16 @@ class Schedule:
     epochs: int
     base_lr: float
     milestones: tuple[int, ...]
+    warmup: int = 0  # epochs in which the learning rate rises linearly from 0
 
-    def lr(self, epoch: int, batch_size: int) -> float:
+    def lr(self, epoch: int, batch_size: int, done: float = 1.0) -> float:
         """Returns the learning rate of the 0-based `epoch` for a total batch of `batch_size` images over all ranks.
 
-        The drop at milestone m applies after m - 1 finished epochs.
+        The drop at milestone m applies after m - 1 finished epochs. During warm-up, `done` is the share of the epoch's
+        steps up to this one, in (0, 1].
         """
-        return self.base_lr * batch_size / 512 * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
+        rate = self.base_lr * batch_size / 512 * 0.1 ** sum(epoch + 1 >= m for m in self.milestones)
+        return rate * (epoch + done) / self.warmup if epoch < self.warmup else rate
 
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:

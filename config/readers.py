@@ -15,11 +15,13 @@ _TRAINING = (TRAIN, *_ADAPTORS, *_STUDENTS)
 _STAGES = (TRAIN, EXTRACT, *_ADAPTORS, *_STUDENTS)
 _TABLE = (
     ("data", SCRIPTS[:-1]),
-    ("pairs pairs_sets", (TRAIN, *_STUDENTS, EVALUATION)),
+    ("pairs pairs_sets evaluation_groups", (TRAIN, *_STUDENTS, EVALUATION)),
     ("cache", (*_STAGES, EVALUATION)),
     ("nested_images", (SPLIT, *_STAGES)),
     ("ethnicities is_teacher_baseline", (SPLIT, *_STAGES, EVALUATION)),  # the split sets the second itself
-    ("leave_out skip_bad_images", _STAGES),
+    ("leave_out skip_bad_images data_share share_of", _STAGES),
+    ("data_flip", (TRAIN, *_STUDENTS)),
+    ("same_names_are_one", (SPLIT, *_STAGES)),
     ("ethnicity", (SPLIT, TRAIN, EXTRACT, *_STUDENTS)),
     ("is_standalone", (*_STAGES, EVALUATION)),
     ("is_dual_layer", (*_STUDENTS, EVALUATION)),
@@ -30,6 +32,8 @@ _TABLE = (
     ("student_network", (A_KD, EAF_KD)),
     ("middle_layer_size", (DUAL, EVALUATION)),
     ("loss", (TRAIN,)),
+    ("init_from freeze", (TRAIN, *_STUDENTS)),
+    ("init_header", (TRAIN, EAF_KD)),
     ("s", (TRAIN, *_ADAPTORS, EAF_KD, ADA)),
     ("m", (TRAIN, *_ADAPTORS, EAF_KD)),
     ("std", (TRAIN, EAF_KD)),
@@ -39,8 +43,8 @@ _TABLE = (
     ("flip_targets", (EXTRACT, *_ADAPTORS, *_STUDENTS)),
     ("ada_source", _STUDENTS),
     ("ada_student_network ada_loss ada_weighted ada_m", (ADA,)),
-    ("num_epoch milestones lr", (TRAIN, *_STUDENTS)),
-    ("batch_size global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
+    ("num_epoch milestones lr warmup_epochs", (TRAIN, *_STUDENTS)),
+    ("batch_size accumulate global_batch sync_bn momentum weight_decay max_grad_norm", _TRAINING),
     ("precision compile device_cache_gb checkpoint_minutes tensorboard", _TRAINING),
     ("seed", (SPLIT, *_TRAINING)),
     ("capture", _TRAINING),
@@ -55,13 +59,16 @@ READ_BY = {name: scripts for names, scripts in _TABLE for name in names.split()}
 
 CHANGES_NO_NUMBER = {
     # Data and weights are compared by their digests instead of their paths.
-    *("data", "pairs", "pairs_sets", "output", "cache", "leave_out", "skip_bad_images", "nested_images"),
-    "weights",
+    *("data", "pairs", "pairs_sets", "evaluation_groups", "init_from", "output", "cache"),
+    *("leave_out", "skip_bad_images", "nested_images", "weights"),
     # They select the run folder.
     *("ethnicities", "ethnicity", "is_teacher_baseline", "is_standalone", "is_dual_layer", "has_dropout", "ada_source"),
     # They change rounding at most, and a change is printed. The total batch size is compared instead of global_batch.
     *("global_batch", "header_sharding", "device", "compile", "cudnn_benchmark", "num_threads", "infer_batch_size"),
     *("infer_precision", "capture", "device_cache_gb", "num_workers", "checkpoint_minutes", "tensorboard"),
+    # The images of a step are compared instead. The statistics of batch normalisation are those of the images that pass
+    # the network together, which the number of processes changes as well.
+    "accumulate",
 }
 """Settings that may differ when a run is resumed. All others that its script reads must be equal."""
 

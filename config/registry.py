@@ -126,6 +126,8 @@ CHOICES = {
     "precision": PRECISIONS,
     "infer_precision": PRECISIONS,
     "weights": ("best", "last"),
+    "init_header": ("means",),
+    "share_of": ("identities", "images"),
     "onnx_channels": ("RGB", "BGR"),
 }
 """The values that a setting can have."""

@@ -23,7 +23,7 @@ from eval.answer import answer
 from eval.audit import Audit
 from eval.curves import draw_curves
 from eval.exchange import read_scores, written
-from eval.models import KINDS, families, model_of_files, models_of
+from eval.models import KINDS, families, left_out, model_of_files, models_of
 from eval.operating import check_reference
 from eval.pictures import Picture
 from eval.published import Row
@@ -38,6 +38,7 @@ from utils.process import command_of_run, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
 
+LEFT_OUT = "Not in the tables"  # begins the note on models that were not evaluated
 LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the pictures need
 
 
@@ -57,7 +58,7 @@ def main(cfg: Config) -> None:
     setup(cfg, trains=False)
     paper.check(cfg)
     if cfg.of_groups and not cfg.scores:
-        check_reference(list(cfg.ethnicities), cfg.reference_group)
+        check_reference(list(cfg.verified_groups), cfg.reference_group)
     folder = cfg.evaluation_dir
     measured = _measured_by_others(cfg) if cfg.scores else _measured(cfg, folder)
     sets, scored = measured.sets, measured.scored
@@ -110,14 +111,15 @@ def _measured(cfg: Config, folder: Path) -> Measured:
     sets = load_pairs(cfg)
     printed = paper.comparable(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
     if model:
-        scored = Scores(cfg, sets, folder / "distances").of([model])
+        scored, notes = Scores(cfg, sets, folder / "distances").of([model]), _notes(cfg)
     else:
-        scored = [one for family in found for one in _score_family(family, sets, folder)]
+        scored, missing = _score_families(cfg, found, sets, folder)
+        notes = (*_notes(cfg), *missing)
     scored.sort(
         key=lambda one: (SETTINGS.index(one.setting), [*NETWORKS, "onnx"].index(one.network), KINDS.index(one.kind))
     )
     of_rfw = paper.is_rfw(cfg, {name: len(pairs.same) for name, pairs in sets.items()})
-    return Measured(sets, scored, cfg.of_groups, of_rfw, printed, _notes(cfg))
+    return Measured(sets, scored, cfg.of_groups, of_rfw, printed, notes)
 
 
 def _measured_by_others(cfg: Config) -> Measured:
@@ -156,6 +158,12 @@ def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, T
 def _families(cfg: Config) -> list[Config]:
     found = families(cfg)
     if not found:
+        if others := left_out(cfg, ()):
+            groups = ", ".join(cfg.ethnicities) or "all groups"
+            raise InputError(
+                f"{cfg.output} holds {', '.join(others)}, but no model of {groups}: "
+                "set ethnicities to the groups of the models, and evaluation_groups to those to verify on."
+            )
         first = command_of_run(cfg, "train.py")
         raise InputError(f"{cfg.output} holds no trained model. Set output, or run first: {first}")
     return found
@@ -203,9 +211,19 @@ def _remove_stale(folder: Path, written: set[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _score_family(family: Config, sets: dict[str, Pairs], folder: Path) -> list[Scored]:
-    scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
-    return [one for models in models_of(family) for one in scores.of(models)]
+def _score_families(
+    cfg: Config, found: list[Config], sets: dict[str, Pairs], folder: Path
+) -> tuple[list[Scored], list[str]]:
+    """Scores all models of the families; also returns a note that names the run folders that no model comes from."""
+    scored, used = [], []
+    for family in found:
+        scores = Scores(family, sets, folder / "distances" / f"{family.setting}-{family.network}")
+        for models in models_of(family):
+            scored += scores.of(models)
+            used += [model.folder for model in models]
+    others = left_out(cfg, used)
+    advice = "ethnicities names the groups of the models, evaluation_groups those to verify on."
+    return scored, [f"{LEFT_OUT}, though in {cfg.output}: {', '.join(others)}; {advice}"] if others else []
 
 
 def _file_name(one: Scored) -> str:
@@ -225,7 +243,7 @@ def _draw(
     results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
 ) -> list[Picture]:
     """Draws all pictures into `folder`."""
-    models, note = results.models, " ".join(results.notes)
+    models, note = results.models, " ".join(one for one in results.notes if not one.startswith(LEFT_OUT))
     drawn: list[Picture] = []
 
     def keep(section: str, title: str, path: Path, alt: str) -> None:

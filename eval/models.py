@@ -1,19 +1,18 @@
 """Finds and loads the trained models in the output folder, or a model from given files."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from backbones import build_adaptor
 from backbones.onnx_model import OnnxNetwork
 from backbones.state_dicts import UnexpectedAdaptor
 from config.config import Config
 from config.registry import ADAPTORS, METHODS, NETWORKS
 from utils.errors import InputError
 from utils.training.checkpoint import decided_by
-from utils.weights import find_weights, load_backbone, load_weights, size_of, weights_with_digest
+from utils.weights import find_weights, load_adaptor, load_backbone, size_of, weights_in, weights_with_digest
 
 KINDS = ("teacher", "adaptor", *METHODS, "checkpoint")
 
@@ -27,6 +26,7 @@ class Model:
     weights: tuple[str, ...]  # SHA-256 of the files from which it was loaded
     networks: tuple[nn.Module, ...]
     adaptor: nn.Module | None = None
+    folder: Path | None = None  # its run folder
 
 
 def families(cfg: Config) -> list[Config]:
@@ -49,13 +49,22 @@ def models_of(family: Config) -> Iterator[list[Model]]:
         print(f"{folder} is left out: add its network and method to config/registry.py, its teacher to ethnicities.")
     for settings, method, path in _students(family):
         network, digest = load_backbone(settings.student_network, path, family)
-        yield [Model(method, f"{settings.source} {settings.student_network}", (digest,), (network,))]
+        name = f"{settings.source} {settings.student_network}"
+        yield [Model(method, name, (digest,), (network,), folder=path.parent)]
+
+
+def left_out(cfg: Config, used: Collection[Path | None]) -> list[str]:
+    """Returns the run folders in `cfg.output` with weights, relative to it, except those in `used`."""
+    output = Path(cfg.output)
+    kinds = ("teachers/*", "adaptors/*", "students/*/*")
+    found = {folder for kind in kinds for folder in output.glob(f"*/*/{kind}") if weights_in(folder)}
+    return [folder.relative_to(output).as_posix() for folder in sorted(found.difference(used))]
 
 
 def model_of_files(cfg: Config) -> Model:
     """Loads the network in `cfg.checkpoint`; with `cfg.teacher`, loads the adaptor in it on top of these teachers.
 
-    Raises InputError for a missing file, a wrong number of teachers, or weights that do not fit the network.
+    Raises InputError for a missing file, or weights that do not fit the network or these teachers.
     """
     paths = [Path(path) for path in (cfg.checkpoint, *cfg.teacher)]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -68,17 +77,9 @@ def model_of_files(cfg: Config) -> Model:
         except UnexpectedAdaptor as error:
             raise InputError(f"{error} Name the teachers below it, in its order: --teacher a.pth,b.pth,...") from error
         return Model("checkpoint", f"{path.name} {_called(network, cfg)}".strip(), (digest,), (network,))
-    if len(teachers) != len(cfg.teachers):
-        raise InputError(
-            f"teacher names {len(teachers)} files: an adaptor takes those of {', '.join(cfg.teachers)}, in this order."
-        )
     loaded = [load_backbone(cfg.network, teacher, cfg) for teacher in teachers]
-    sizes = {teacher.name: size_of(one, cfg) for teacher, (one, _) in zip(teachers, loaded, strict=True)}
-    if wrong := [f"{name} {size}" for name, size in sizes.items() if size != cfg.embedding_size]:
-        raise InputError(f"embedding_size is {cfg.embedding_size}; that of {', '.join(wrong)} is another.")
-    adaptor = build_adaptor("DuL" if cfg.is_dual_layer else "SL", cfg)
     below = _called(loaded[0][0], cfg) or "onnx"
-    return _on_teachers("checkpoint", f"{path.name} on {below}", adaptor, path, loaded)
+    return _on_teachers("checkpoint", f"{path.name} on {below}", path, loaded, cfg)
 
 
 def _called(network: nn.Module, cfg: Config) -> str:
@@ -86,10 +87,15 @@ def _called(network: nn.Module, cfg: Config) -> str:
     return network.convention if isinstance(network, OnnxNetwork) else cfg.network
 
 
-def _on_teachers(kind: str, name: str, adaptor: nn.Module, path: Path, teachers: list[tuple[nn.Module, str]]) -> Model:
-    """Loads the adaptor in `path` on top of `teachers`, which are pairs of a network and the digest of its weights."""
-    digest = load_weights(adaptor, path)
+def _on_teachers(kind: str, name: str, path: Path, teachers: list[tuple[nn.Module, str]], cfg: Config) -> Model:
+    """Loads the adaptor in `path` on top of `teachers`, which are pairs of a network and the digest of its weights.
+
+    The adaptor is `name`; that of a file is DuL with `is_dual_layer`, else SL. Raises InputError if it was not trained
+    on so many teachers of these sizes.
+    """
     networks, digests = zip(*teachers, strict=True)
+    adaptor_name = name if kind == "adaptor" else "DuL" if cfg.is_dual_layer else "SL"
+    adaptor, digest = load_adaptor(adaptor_name, path, sum(size_of(network, cfg) for network in networks), cfg)
     return Model(kind, name, (digest, *digests), networks, adaptor)
 
 
@@ -127,13 +133,14 @@ def _teacher_models(cfg: Config) -> list[Model]:
     loaded = {path: load_backbone(cfg.network, path, cfg) for path in teachers.values()}
     for name, path in teachers.items():
         network, digest = loaded[path]
-        models.append(Model("teacher", name, (digest,), (network,)))
+        models.append(Model("teacher", name, (digest,), (network,), folder=path.parent))
     for name in ADAPTORS:
         if found := _adaptor(cfg, name):
             weights, inputs = found
             loaded |= {path: load_backbone(cfg.network, path, cfg) for path in inputs if path not in loaded}
             teachers_below = [loaded[path] for path in inputs]
-            models.append(_on_teachers("adaptor", name, build_adaptor(name, cfg), weights, teachers_below))
+            model = _on_teachers("adaptor", name, weights, teachers_below, cfg)
+            models.append(replace(model, folder=weights.parent))
     return models
 
 

@@ -66,7 +66,7 @@ def is_rfw(cfg: Config, pairs: dict[str, int]) -> bool:
 
 
 def _is_of_generated_faces(cfg: Config) -> bool:
-    return any(is_generated(Path(folder)) for folder in (cfg.pairs, cfg.data))
+    return any(is_generated(Path(folder)) for folder in (cfg.pairs, *cfg.data_paths))
 
 
 def compare(printed: dict[str, Row], scored: list[Scored], cfg: Config, notes: tuple[str, ...]) -> "Comparison | None":

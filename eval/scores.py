@@ -83,7 +83,7 @@ class Scores:
         made_from = {"pairs": pairs.digest, "weights": [*model.weights], "conditions": self._conditions}
         made_from |= input_of(*model.networks)
         made_from = in_precision(made_from, computed_in(self._cfg.infer_precision, device_of(self._cfg)))
-        size = self._cfg.embedding_size if model.adaptor else size_of(model.networks[0], self._cfg)
+        size = size_of(model.adaptor or model.networks[0], self._cfg)
         # Places in the .bin would count an image once for each of its pairs.
         which = np.unique(np.linspace(0, len(pairs.distinct) - 1, SAMPLE).astype(np.int64))
         of_sample = made_from | {"sample": "distinct images"}  # earlier versions sampled places

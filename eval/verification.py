@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from config.config import Config
 from utils.data.columns import Column, cut
 from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.data.pairs import load_bin as load_bin
+from utils.distributed.world import is_first
 from utils.errors import InputError
 from utils.training.engine import Validate, infer
 
@@ -163,6 +165,42 @@ def accuracy(distance: np.ndarray, same: np.ndarray) -> float:
     return 100 * float(ten_fold_of(distance, same).accuracy.mean())
 
 
+def is_collapsed(distance: np.ndarray) -> bool:
+    """Tells whether the middle 90 % of the squared distances (P,) span fewer than ten steps of THRESHOLDS.
+
+    The grid of thresholds is then too coarse for the protocol's accuracy.
+    """
+    low, high = np.percentile(distance, (5, 95))
+    return bool(high - low < 10 * THRESHOLDS[1])
+
+
+def best_accuracy(distance: np.ndarray, same: np.ndarray) -> float:
+    """Returns the accuracy in percent at the best of all thresholds, chosen on the same pairs (P,)."""
+    order = np.argsort(distance, kind="stable")
+    right = np.append(0, np.where(same[order], 1, -1).cumsum()) + np.count_nonzero(~same)
+    ends = np.append(True, np.append(np.diff(distance[order]) > 0, True))  # equal distances are accepted together
+    return 100 * float(right[ends].max()) / len(same)
+
+
+def collapsed(distances: dict[str, np.ndarray], same: dict[str, np.ndarray]) -> str:
+    """Returns the rest of a sentence on a model if it `is_collapsed` on one of the sets, else "".
+
+    `distances` and `same` hold the squared distances and labels (P,) of each set.
+    """
+    found = []
+    for name, distance in distances.items():
+        if is_collapsed(distance):
+            low, high = np.percentile(distance, (5, 95))
+            grid, exact = accuracy(distance, same[name]), best_accuracy(distance, same[name])
+            found.append(f"{name}: distances {low:.2g} to {high:.2g}, accuracy {grid:.2f}, {exact:.2f}")
+    if not found:
+        return ""
+    return (
+        "is collapsed, its embeddings are closer together than the protocol's thresholds (5th to 95th percentile of "
+        f"the squared distances, accuracy by the protocol, and at the exact best threshold: {'; '.join(found)})."
+    )
+
+
 def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: str = "") -> Validate:
     """Returns a function that verifies `network` on all sets, for `utils.training.engine.fit`.
 
@@ -173,10 +211,12 @@ def validator(network: nn.Module, sets: dict[str, Pairs], cfg: Config, best_on: 
     whole = [name for name, pairs in sets.items() if not lacking(pairs.same)]
 
     def validate() -> tuple[dict[str, float], float]:
-        scores = {}
+        scores, distances, same = {}, {}, {name: pairs.same for name, pairs in sets.items()}
         for name, pairs in sets.items():
-            distance = pair_distances(views(network, pairs.distinct, cfg, f"verify {name}"), pairs.rows)
-            scores[name] = round(accuracy(distance, pairs.same), 4)
+            distances[name] = pair_distances(views(network, pairs.distinct, cfg, f"verify {name}"), pairs.rows)
+            scores[name] = round(accuracy(distances[name], pairs.same), 4)
+        if is_first() and (said := collapsed(distances, same)):
+            tqdm.write(f"The network {said}")
         scores["average"] = round(sum(scores[name] for name in whole) / len(whole), 4)
         return scores, scores[best_on if best_on in whole else "average"]
 

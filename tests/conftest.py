@@ -129,7 +129,7 @@ def faces(tmp_path_factory) -> Path:
     return folder
 
 
-COPYING = ("__post_init__", "_check", "changed", "decisive", "described", "in_use")
+COPYING = ("__post_init__", "_check", "_check_data_sets", "changed", "decisive", "described", "in_use")
 """Methods of Config that read a setting without using its value for the work of the script."""
 
 

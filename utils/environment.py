@@ -29,6 +29,7 @@ def versions(cfg: Config) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device_of(cfg).type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "processes": str(world_size()),
+        "accumulate": str(cfg.accumulate),
         "compile": str(cfg.compile),
         "cudnn_benchmark": str(cfg.cudnn_benchmark),
         "infer_precision": computed_in(cfg.infer_precision, device_of(cfg)),

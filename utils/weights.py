@@ -1,16 +1,17 @@
 """Trained weights: finds them in a run folder and loads them, verified by their SHA-256."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from backbones import build_backbone
+from backbones import build_adaptor, build_backbone
 from backbones.onnx_model import OnnxNetwork
 from backbones.safetensors import read_safetensors
-from backbones.state_dicts import fit_state_dict
+from backbones.state_dicts import adaptor_sizes_of, embedding_size_of, fit_state_dict
 from config.config import Config
 from utils.errors import Damaged, InputError
 from utils.storage.files import sha256
@@ -116,9 +117,13 @@ def load_weights(module: nn.Module, path: Path) -> str:
     ours and is corrupted.
     """
     content, digest = _load_verified(Path(path))
+    _fit(module, content, path)
+    return digest
+
+
+def _fit(module: nn.Module, content: Any, path: Path) -> None:
     if note := fit_state_dict(module, content, path):
         print(f"Loaded {path}: {note}.")
-    return digest
 
 
 def _load_verified(path: Path) -> tuple[Any, str]:
@@ -135,21 +140,38 @@ def _load_verified(path: Path) -> tuple[Any, str]:
 def load_backbone(name: str, path: Path, cfg: Config) -> tuple[nn.Module, str]:
     """Returns a trained network in eval mode, and the SHA-256 of the file that it was loaded from.
 
-    An .onnx file is the network itself, whatever `name` is; what is known of its input is printed.
+    Its embeddings have the size of those in the file, whatever `embedding_size` is. An .onnx file is the network
+    itself, whatever `name` is; what is known of its input is printed.
     """
     if path.suffix == ".onnx":
         given = {"channel_order": cfg.onnx_channels, "input_mean": cfg.onnx_mean, "input_std": cfg.onnx_std}
         network = OnnxNetwork(path, given)
         print(network.described)
         return network.eval(), digest_of(path)
-    backbone = build_backbone(name, cfg.embedding_size)
-    digest = load_weights(backbone, path)
+    content, digest = _load_verified(path)
+    backbone = build_backbone(name, embedding_size_of(name, content) or cfg.embedding_size)
+    _fit(backbone, content, path)
     return backbone.eval(), digest
 
 
+def load_adaptor(name: str, path: Path, inputs: int, cfg: Config) -> tuple[nn.Module, str]:
+    """Returns a trained adaptor of `inputs` dimensions, and the SHA-256 of its file, which gives its other sizes."""
+    content, digest = _load_verified(path)
+    middle, size = adaptor_sizes_of(content)
+    sizes = {"embedding_size": size or cfg.embedding_size, "middle_layer_size": middle or cfg.middle_layer_size}
+    adaptor = build_adaptor(name, replace(cfg, **sizes), inputs)  # type: ignore[arg-type]
+    _fit(adaptor, content, path)
+    return adaptor, digest
+
+
 def size_of(network: nn.Module, cfg: Config) -> int:
-    """Returns the number of dimensions of a network's features: those of an .onnx file, else `cfg.embedding_size`."""
-    return network.embedding_size if isinstance(network, OnnxNetwork) else cfg.embedding_size
+    """Returns the number of dimensions of the outputs of a network or adaptor.
+
+    The last parameter or statistic of each has a row for each dimension; without any, it is `cfg.embedding_size`.
+    """
+    if isinstance(network, OnnxNetwork):
+        return network.embedding_size
+    return next((len(value) for value in reversed(network.state_dict().values()) if value.ndim), cfg.embedding_size)
 
 
 def input_of(*networks: nn.Module) -> dict[str, list[str]]:

@@ -321,8 +321,8 @@ def test_named_checkpoints_score_as_in_their_run_folders(trained, tmp_path, caps
         ),
         (["--checkpoint", str(adaptor), *teachers], "It looks like a dual-layer adaptor from 128 to 32 numbers."),
         (
-            ["--checkpoint", str(adaptor), *teachers[:1], str(student)],
-            "teacher names 1 files: an adaptor takes those of",
+            ["--checkpoint", str(adaptor), "--is_dual_layer", *teachers[:1], f"{student},{student}"],
+            "(32, 128), not (32, 64). It looks like a dual-layer adaptor from 128 to 32 numbers.",
         ),
     ):
         run_script("eval.evaluation", [*given, *output, *options], expect=2)
@@ -363,6 +363,38 @@ def test_other_verification_sets_have_an_average_and_no_std(trained, tmp_path, c
     run_script("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
     advice = "Set pairs to the folder of these files, or verify on those that are there: --pairs_sets lfw"
     assert f"Missing: {tmp_path}/agedb_30.bin. {advice}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_models_are_verified_on_other_groups_than_they_were_trained_on(trained, tmp_path, capsys):
+    cfg, given = trained
+    output = tmp_path / "output"
+    shutil.copytree(cfg.output, output)
+    shutil.copytree(cfg.pairs, tmp_path / "pairs")
+    shutil.copy(cfg.pairs_file("Asian"), tmp_path / "pairs" / "asian_females_test.bin")
+    table = csv.DictReader((output / "evaluation" / "accuracy.csv").read_text().splitlines())
+    known = {(row["Kind"], row["Model"]): row for row in table if row["Setting"] == "specialized"}
+    given = [*given, "--output", str(output), "--pairs", str(tmp_path / "pairs")]
+    run_script("eval.evaluation", [*given, "--evaluation_groups", "Indian,asian_females"])
+    rows = [*csv.DictReader((output / "evaluation" / "Indian+asian_females" / "accuracy.csv").read_text().splitlines())]
+    found = {(row["Kind"], row["Model"]): row for row in rows if row["Setting"] == "specialized"}
+    assert found.keys() == known.keys()
+    for model, row in found.items():
+        assert (row["Indian"], row["asian_females"]) == (known[model]["Indian"], known[model]["Asian"])
+        both = [float(row["Indian"]), float(row["asian_females"])]
+        assert float(row["STD"]) == pytest.approx(np.std(both, ddof=1))
+    assert (output / "evaluation" / "Indian+asian_females" / "rates_best_accuracy.md").exists()
+    assert "Not in the tables" not in capsys.readouterr().out
+
+    run_script("eval.evaluation", [*given, "--ethnicities", "Asian,African", "--evaluation_groups", "Indian"])
+    base = "specialized/iresnet_tiny"
+    left = [*(f"adaptors/{name}" for name in ("DLDPO", "DuL", "SL")), "teachers/Caucasian", "teachers/Indian"]
+    note = f"Not in the tables, though in {output}: {', '.join(f'{base}/{name}' for name in left)}; ethnicities names"
+    assert note in (output / "evaluation" / "Indian" / "accuracy.md").read_text()
+    shutil.rmtree(output / base / "students")
+    shutil.rmtree(output / "baseline")
+    run_script("eval.evaluation", [*given, "--ethnicities", "asian_females"], expect=2)
+    assert f"holds {base}/adaptors/DLDPO, {base}/adaptors/DuL" in capsys.readouterr().err
 
 
 def test_the_report_is_one_page_without_external_files(trained, tmp_path):
@@ -450,11 +482,11 @@ def test_another_order_of_teachers_is_refused_by_an_adaptor(trained, tmp_path, c
 
 def test_a_refused_teacher_is_reported_before_another_is_trained(faces, tmp_path, capsys):
     given = arguments(faces, tmp_path / "output")
-    run_script("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "1"])
+    run_script("train.py", [*given, "--ethnicity", "Indian", "--num_epoch", "3"])
     run_script("train.py", given, expect=2)
     assert (
-        "teachers/Indian holds a run with other settings or data (milestones was [], now [2]; num_epoch was 1, now 2)"
-        in capsys.readouterr().err
+        "teachers/Indian holds a run with other settings or data "
+        "(milestones was [2, 3], now [2]; num_epoch was 3, now 2)" in capsys.readouterr().err
     )
     assert [path.name for path in (tmp_path / "output/specialized/iresnet_tiny/teachers").iterdir()] == ["Indian"]
 

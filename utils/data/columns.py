@@ -4,7 +4,7 @@ The parameter names of a loss function are the columns that it reads:
 
     image      (B, 3, 112, 112) float in [-1, 1], flipped at random in training
     label      (B,) int64
-    embedding  (B, T * D) float32, the unit-length embeddings of T teachers, concatenated
+    embedding  (B, D1 + D2 + ...) float32, the unit-length embeddings of the teachers, concatenated
     target     (B, D) float32, the unit-length embedding that a student learns, from an adaptor or one teacher
 """
 
@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,6 +28,30 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 """Rows (B,) int64, and flips (B,) bool: True where the flipped view is used; None if no row is flipped."""
 
 
+class Joined:
+    """Arrays (N1, ...), (N2, ...), ... one after another as one array, of which rows are read without a copy of all."""
+
+    def __init__(self, arrays: tuple[np.ndarray, ...]):
+        self._arrays = arrays
+        self._starts = np.cumsum([0, *map(len, arrays)])
+        self.shape = (int(self._starts[-1]), *arrays[0].shape[1:])
+        self.dtype, self.ndim, self.strides = arrays[0].dtype, arrays[0].ndim, arrays[0].strides
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.take(np.arange(len(self))[rows])
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Returns the rows (B, ...), in the order of `rows` (B,)."""
+        values = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for array, first in zip(self._arrays, self._starts, strict=False):
+            own = (rows >= first) & (rows < first + len(array))
+            values[own] = np.asarray(array).take(rows[own] - first, axis)
+        return values
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of training data: arrays (N, ...) concatenated along their second dimension.
@@ -35,13 +60,18 @@ class Column:
     rows of other arrays do not change.
     """
 
-    arrays: tuple[np.ndarray, ...]
+    arrays: tuple[np.ndarray | Joined, ...]
     mirrored: tuple[np.ndarray, ...] = ()
 
     @property
     def holds_images(self) -> bool:
         """True if the rows are images (H, W, 3)."""
         return self.arrays[0].ndim == 4
+
+    @property
+    def width(self) -> int:
+        """Number of dimensions of a row of arrays (N, ...) that are concatenated."""
+        return sum(array.shape[1] for array in self.arrays)
 
     @property
     def row_bytes(self) -> int:
@@ -59,9 +89,10 @@ class Column:
         return torch.from_numpy(values)
 
 
-def _gather_rows(arrays: tuple[np.ndarray, ...], rows: np.ndarray) -> np.ndarray:
+def _gather_rows(arrays: tuple[np.ndarray | Joined, ...], rows: np.ndarray) -> np.ndarray:
     """Copies rows of arrays, concatenated along the second dimension."""
-    values = [np.asarray(array).take(rows, axis=0) for array in arrays]  # indexing an np.memmap is slower
+    # Indexing an np.memmap is slower.
+    values = [(one if isinstance(one, Joined) else np.asarray(one)).take(rows, axis=0) for one in arrays]
     return values[0] if len(values) == 1 else np.concatenate(values, 1)
 
 
@@ -96,7 +127,7 @@ class Cached:
         return torch.where(mask.view(-1, *[1] * (values.ndim - 1)), mirrored, values)
 
 
-def _load_rows(arrays: tuple[np.ndarray, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
+def _load_rows(arrays: tuple[np.ndarray | Joined, ...], rows: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copies rows of arrays, concatenated along the second dimension, to the device, PART bytes at a time."""
     width = [sum(array.shape[1] for array in arrays), *arrays[0].shape[2:]] if arrays[0].ndim > 1 else []
     dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype

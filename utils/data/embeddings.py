@@ -8,6 +8,30 @@ from utils.errors import Damaged, InputError
 from utils.storage.arrays import about, read
 from utils.weights import digest_of, find_weights
 
+FAR_APART = 0.1
+"""Mean squared distance of two images' embeddings below which they are collapsed: ten steps of the threshold grid."""
+SAMPLE = 10_000  # embeddings, evenly spaced, of which the mean squared distance is computed
+
+
+def mean_distance(embeddings: np.ndarray) -> float:
+    """Returns the mean squared distance, in [0, 2], of two random ones of the embeddings (N, D), scaled to unit length.
+
+    It is 2 (1 - |mean|^2): about 2 for identities in all directions, 0 where all embeddings are equal.
+    """
+    rows = np.unique(np.linspace(0, len(embeddings) - 1, SAMPLE).astype(np.int64))
+    sample = np.asarray(embeddings[rows], np.float64)
+    sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
+    return float(2 * np.square(sample - sample.mean(0)).sum(1).mean())
+
+
+def say_if_collapsed(path: Path, embeddings: np.ndarray) -> None:
+    """Prints a line if the embeddings (N, D) in `path` are too close together for the grid of thresholds."""
+    if (distance := mean_distance(embeddings)) < FAR_APART:
+        print(
+            f"{path} is collapsed: the mean squared distance of two images is {distance:.2g}, of separated identities "
+            "about 2. What learns from it learns little: train its model longer, or with other settings."
+        )
+
 
 def origin(images: str, weights: str, flipped: bool, inputs: dict[str, dict] | None = None) -> dict:
     """Returns the provenance (`made_from`) of embeddings, to which `embed_all` adds the precision.
@@ -33,12 +57,13 @@ def accepted(infer_precision: str) -> tuple[str, ...]:
 
 
 def read_embeddings(
-    path: Path, shape: tuple[int, int], images: str, flipped: bool, infer_precision: str, command: str
+    path: Path, shape: tuple[int, int | None], images: str, flipped: bool, infer_precision: str, command: str
 ) -> tuple[np.ndarray, dict]:
     """Memory-maps embeddings (N, D) float32 read-only; returns them and their `made_from`.
 
-    `command` is the command that makes them, for error messages. Raises InputError if the array is missing, corrupted,
-    of another shape, or made from other images, the other view or in a precision that is not `accepted`.
+    D may be None: any size. `command` is the command that makes them, for error messages. Raises InputError if the
+    array is missing, corrupted, of another shape, or made from other images, the other view or in a precision that is
+    not `accepted`.
     """
     try:
         found = about(path)
@@ -56,12 +81,14 @@ def read_embeddings(
             f"{path} was computed in {precision}, but infer_precision is {infer_precision}: set it to {precision}, "
             f"or run again: {command}"
         )
-    if found["shape"] != [*shape]:
+    count, size = shape
+    whole = (count, found["shape"][-1] if size is None else size)
+    if found["shape"] != [*whole]:
         raise InputError(
-            f"{path} is of shape {tuple(found['shape'])}, expected {shape}: set embedding_size, or run again: {command}"
+            f"{path} is of shape {tuple(found['shape'])}, expected {whole}: set embedding_size, or run again: {command}"
         )
     try:
-        return read(path, shape, np.float32), found["made from"]
+        return read(path, whole, np.float32), found["made from"]
     except Damaged as error:
         raise InputError(f"{error}. Run again: {command}") from error
 

@@ -10,11 +10,11 @@ import numpy as np
 from config.config import Config
 from config.readers import EXTRACT, script_that_trains
 from utils.data.columns import Batch, Column
-from utils.data.embeddings import check_weights, read_embeddings
+from utils.data.embeddings import check_weights, read_embeddings, say_if_collapsed
 from utils.data.index import Index, find_images
+from utils.data.sources import Sources, index_of, never_flipped, shared
 from utils.data.split import read_quarter, require_split
-from utils.data.store import ImageStore
-from utils.distributed.world import rank, total_batch, world_size
+from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.errors import InputError
 from utils.process import command_of_run
 from utils.storage.files import sha256
@@ -28,8 +28,9 @@ class Faces:
     `teacher` restricts it to the identities of that teacher: one group, or one quarter of each group for the baseline.
     `inputs` adds the column `embedding` from these teachers, and `target` adds the column `target` from `cfg.source`.
     With `cfg.flip_targets`, both columns hold both views of every image. `flip` flips each image with probability 1/2.
-    `pairs` are the verification sets that choose the best epoch (see utils.data.pairs); their digests become sources
-    of the run. Pass `store` to reuse an image store that is already open.
+    `data` may name several data sets (see utils.data.sources). `pairs` are the verification sets that choose the best
+    epoch (see utils.data.pairs); their digests become sources of the run. Pass `store` to reuse an image store that is
+    already open.
 
     Labels count the identities of the set from 0, in order of group and name. Raises InputError if a file is missing
     or was made from another data folder; where possible, before any image is decoded.
@@ -43,7 +44,7 @@ class Faces:
         target: bool = False,
         flip: bool = False,
         pairs: dict | None = None,
-        store: ImageStore | None = None,
+        store: Sources | None = None,
     ):
         self.cfg, self.flip = cfg, flip
         if teacher and cfg.is_teacher_baseline:
@@ -59,11 +60,15 @@ class Faces:
                 [cfg.source_embeddings(view) for view in cfg.target_views], self._source_script, cfg.source_dir
             )
         if cfg.leave_out and store is None:
-            left_out(cfg, find_images(cfg))  # refuses a wrong list before the images are decoded
-        self.store = store or ImageStore(cfg, checked=not inputs)  # adaptors read embeddings and no images
+            left_out(cfg, index_of(cfg, find_images))  # refuses a wrong list before the images are decoded
+        self.store = store or Sources(cfg, checked=not inputs)  # adaptors read embeddings and no images
         index = self.store.index
         chosen = _of_teacher(cfg, teacher, index) if teacher else np.ones(len(index.identities), bool)
-        self.rows = np.flatnonzero(chosen[index.identity] & self.store.usable & ~left_out(cfg, index))
+        usable = self.store.usable & ~left_out(cfg, index)
+        if cfg.data_share:
+            usable &= shared(cfg, index, self.store.source)
+        self.rows = np.flatnonzero(chosen[index.identity] & usable)
+        self._never_flipped = never_flipped(cfg, self.store.source) if flip else None
         if cfg.leave_out and not len(self.rows):
             raise InputError(f"{cfg.leave_out} leaves out every image of {teacher or cfg.data}: shorten it.")
         present, labels = np.unique(index.identity[self.rows], return_inverse=True)
@@ -103,9 +108,12 @@ class Faces:
         if missing:
             raise InputError(f"Missing: {', '.join(missing)}. Run first: {command_of_run(self.cfg, script, run)}")
 
-    def _read(self, path: Path, flipped: bool, run: Path, script: str) -> np.ndarray:
-        """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them."""
-        shape = (len(self.store.index.paths), self.cfg.embedding_size)
+    def _read(self, path: Path, flipped: bool, run: Path, script: str, size: int | None = None) -> np.ndarray:
+        """Memory-maps one view's embeddings (N, D) of all images; checks that the weights in `run` made them.
+
+        `size` is D; None: any, as the teacher has.
+        """
+        shape = (len(self.store.index.paths), size)
         again = command_of_run(self.cfg, script, run)
         precision = self.cfg.infer_precision
         array, self.origins[path] = read_embeddings(path, shape, self.store.digest, flipped, precision, again)
@@ -113,7 +121,7 @@ class Faces:
         return array
 
     def _add_inputs(self, teachers: tuple[str, ...]) -> None:
-        """Adds the column `embedding` (N, T * D) from the teachers, in order."""
+        """Adds the column `embedding` (N, sum of the teachers' sizes) from the teachers, in order."""
         arrays = {False: [], True: []}
         for name in teachers:
             for flipped in self.cfg.target_views:
@@ -121,6 +129,8 @@ class Faces:
                 arrays[flipped].append(self._read(path, flipped, self.cfg.teacher_dir(name), EXTRACT))
             # Only the unflipped view is a source: adaptors are not trained on the flipped one.
             self.sources[f"embedding {name}"] = self.origins[self.cfg.teacher_embeddings(name)]
+            if is_first():
+                say_if_collapsed(self.cfg.teacher_embeddings(name), arrays[False][-1])
         self.columns["embedding"] = Column(tuple(arrays[False]), tuple(arrays[True]))
 
     def _add_target(self) -> None:
@@ -128,10 +138,13 @@ class Faces:
         views = []
         for flipped in self.cfg.target_views:
             path = self.cfg.source_embeddings(flipped)
-            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script))
+            size = self.cfg.embedding_size if self.cfg.ada_source == "adaptor" else None
+            views.append(self._read(path, flipped, self.cfg.source_dir, self._source_script, size))
             if self.cfg.ada_source == "adaptor":
                 self._check_teachers_of(path)
             self.sources[f"target{' flipped' if flipped else ''}"] = self.origins[path]
+        if is_first():
+            say_if_collapsed(self.cfg.source_embeddings(), views[0])
         self.columns["target"] = Column((views[0],), tuple(views[1:]))
 
     def _check_teachers_of(self, path: Path) -> None:
@@ -158,6 +171,8 @@ class Faces:
         for step in range(first, len(self.rows) // size):
             rows = order[step * size : (step + 1) * size]
             flips = np.random.default_rng((FLIPS, seed, epoch, step)).random(size) < 0.5 if self.flip else None
+            if flips is not None and self._never_flipped is not None:
+                flips &= ~self._never_flipped[rows]
             yield rows[part], flips if flips is None else flips[part]
 
     def _order(self, epoch: int) -> np.ndarray:

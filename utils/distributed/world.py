@@ -27,8 +27,8 @@ def is_first() -> bool:
 
 
 def total_batch(cfg: Config) -> int:
-    """Returns the number of images or rows per step of all ranks together."""
-    return cfg.batch_size if cfg.global_batch else cfg.batch_size * world_size()
+    """Returns the number of images or rows per step of all ranks and accumulated batches together."""
+    return cfg.batch_size * cfg.accumulate * (1 if cfg.global_batch else world_size())
 
 
 def _group() -> ModuleType | None:

@@ -8,6 +8,7 @@ from typing import Any
 from config.config import Config
 from config.readers import reads, script_that_trains
 from config.registry import ADAPTORS
+from utils.data.sources import folders as data_folders
 from utils.weights import weights_in
 
 FIXED = (
@@ -75,7 +76,7 @@ def paper(cfg: Config) -> list[Stage]:
     groups = cfg.selected_ethnicities
     baseline = replace(cfg, is_teacher_baseline=True)
     lists = tuple(cfg.split_dir / f"{name}.json" for name in groups)
-    split = Stage("split", "baseline_data_split.py", cfg, (), "split", (Path(cfg.data),), lists)
+    split = Stage("split", "baseline_data_split.py", cfg, (), "split", data_folders(cfg), lists)
     alone = replace(cfg, is_standalone=True, network=cfg.student_network)
     stages = [split, *_setting(cfg, (), ()), *_setting(baseline, (split.name,), lists), *_teachers(alone, (), ())]
     runs = [stage for stage in stages if stage.kind not in ("split", "embeddings")]
@@ -97,7 +98,7 @@ def of_seeds(cfg: Config, seeds: tuple[int, ...]) -> list[Stage]:
 
 
 def _teachers(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> list[Stage]:
-    read = (Path(cfg.data), *cfg.pairs_files.values(), *reads)
+    read = (*data_folders(cfg), *cfg.pairs_files.values(), *reads)
     return [
         Stage(
             f"teacher-{name}",
@@ -118,7 +119,7 @@ def _setting(cfg: Config, needs: tuple[str, ...], reads: tuple[Path, ...]) -> li
     folders = tuple(cfg.teacher_dir(name) for name in cfg.teachers)
     arrays = tuple(cfg.teacher_embeddings(name, view) for name in cfg.teachers for view in cfg.target_views)
     names = tuple(stage.name for stage in teachers)
-    read = (Path(cfg.data), *folders)
+    read = (*data_folders(cfg), *folders)
     embeddings = Stage(f"embeddings-{cfg.setting}", "extract_all.py", cfg, names, "embeddings", read, arrays)
     adaptors = [_adaptor(cfg, name, embeddings) for name in ADAPTORS]
     students = [_student(cfg, name, method) for method in STUDENTS for name in ADAPTORS]
@@ -136,7 +137,7 @@ def _adaptor(cfg: Config, name: str, embeddings: Stage) -> Stage:
 def _student(cfg: Config, name: str, method: str) -> Stage:
     """Returns the stage of the student that learns from the adaptor `name`."""
     own = replace(cfg, **SETTINGS_OF[name])
-    reads = (Path(cfg.data), *cfg.pairs_files.values(), cfg.adaptor_dir(name), *_targets(cfg, name))
+    reads = (*data_folders(cfg), *cfg.pairs_files.values(), cfg.adaptor_dir(name), *_targets(cfg, name))
     writes = (own.student_dir(method),)
     return Stage(
         f"{method}-{_name_of(cfg, name)}",

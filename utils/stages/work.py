@@ -16,6 +16,7 @@ from config.registry import ADAPTORS
 from utils.data.faces import left_out
 from utils.data.index import scan
 from utils.data.pairs import read_bin
+from utils.data.sources import folders, index_of
 from utils.data.split import split_of
 from utils.data.store import SIZE
 from utils.distributed.world import total_batch
@@ -60,7 +61,7 @@ def counted(cfg: Config, pairs: dict[str, int]) -> Counts:
 
     Raises InputError for a folder that cannot be used.
     """
-    index = scan(Path(cfg.data), cfg.selected_ethnicities, nested=cfg.nested_images)
+    index = index_of(cfg, lambda one: scan(Path(one.data), one.selected_ethnicities, nested=one.nested_images))
     used = index.identity[~left_out(cfg, index)]
     of_identity = dict(zip(index.identities, np.bincount(used, minlength=len(index.identities)).tolist(), strict=True))
     seen = {"All": list(index.identities)}
@@ -100,7 +101,7 @@ def counts_of(cfg: Config, may_assume: bool) -> tuple[Counts, list[str]]:
         assumed = [f"{cfg.pairs} lacks {missing[0].name}: sets that are not there count as {RFW_IMAGES:,} images.\n"]
     pairs = {name: RFW_IMAGES if p in missing else len({*read_bin(p)[0]}) for name, p in cfg.pairs_files.items()}
     papers = papers_counts(cfg, pairs)
-    if may_assume and papers and not Path(cfg.data).is_dir():
+    if may_assume and papers and not all(folder.is_dir() for folder in folders(cfg)):
         number = papers.images["All"]
         return papers, [f"{cfg.data} is not there: counted with the paper's {number:,} images.\n", *assumed]
     return counted(cfg, pairs), assumed

@@ -24,7 +24,8 @@ def build_distiller(cfg: Config, faces: Faces) -> tuple[Header, dict[str, str]]:
     """
     is_frozen = issubclass(class_of(ADA_LOSSES[cfg.ada_loss]), FrozenDistill)
     options = {} if is_frozen else {"weighted": cfg.ada_weighted}
-    header = build_header(cfg.ada_loss, faces.num_classes, cfg, cfg.ada_method, **options)
+    size = faces.columns["target"].width
+    header = build_header(cfg.ada_loss, faces.num_classes, cfg, cfg.ada_method, size, **options)
     if not is_frozen:
         return header, {}
     centres, digest = _centres_of_source(cfg, faces)
@@ -36,10 +37,11 @@ def _centres_of_source(cfg: Config, faces: Faces) -> tuple[torch.Tensor, str]:
     (weights,) = need_weights([cfg.source_dir], cfg.weights)
     centres, identities, digest = load_centres(weights)
     where = f"The header beside {weights}"
-    if tuple(centres.shape) != (cfg.embedding_size, faces.num_classes) or len(identities) not in (0, centres.shape[1]):
+    size = faces.columns["target"].width
+    if tuple(centres.shape) != (size, faces.num_classes) or len(identities) not in (0, centres.shape[1]):
         raise InputError(
             f"{where} holds {centres.shape[1]:,} classes of {centres.shape[0]} dimensions; data holds "
-            f"{faces.num_classes:,} identities, embedding_size is {cfg.embedding_size}: "
+            f"{faces.num_classes:,} identities, the targets have {size} dimensions: "
             f"{cfg.ada_loss} needs a source that was trained on these identities."
         )
     advice = f"set data to what the source was trained on, or ada_loss to Ada{cfg.ada_loss}."

@@ -59,6 +59,7 @@ class Run:
         self._is_described = False
         self._state: dict | None = None
         self._damage = ""
+        self._extension: dict[str, list] = {}  # settings by which this session has more epochs: before, now
         self.has_checkpoint = on_first(self._read)
 
     def _read(self) -> bool:
@@ -70,6 +71,8 @@ class Run:
         before, now = (side["settings"]["precision"] for side in (stored, self.decided_by))
         if computed_in(before, device_of(self.cfg)) == computed_in(now, device_of(self.cfg)):
             stored["settings"]["precision"] = now  # on a CPU, fp32 and tf32 are the same numbers
+        epochs_begun = self._state["epoch"] + (self._state["step"] > 0)
+        stored, self._extension = _extended(stored, self.decided_by, epochs_begun)
         if different := _differences(stored, self.decided_by):
             text = "; ".join(different)
             if "identities changed" in different and (names := self._read_identities()):
@@ -77,10 +80,18 @@ class Run:
             if {self._state["sessions"][-1]["versions"].get("processes", "1"), str(world_size())} != {"1"}:
                 text = text.replace("batch_size was", "batch_size of all processes was")
             raise InputError(
-                f"{self.folder} holds a run with other settings or data ({text}): "
+                f"{self.folder} holds a run with other settings or data ({text}): {self._of_same_steps(stored)}"
                 "set them as they were, set another output, or move the folder away to train anew."
             )
         return True
+
+    def _of_same_steps(self, stored: dict) -> str:
+        """Returns advice on how to take the stored run's steps in smaller batches; "" if that is impossible."""
+        before, now = stored["settings"]["batch_size"], total_batch(self.cfg)
+        accumulate, left = divmod(before * self.cfg.accumulate, now)
+        if before <= now or left:
+            return ""
+        return f"accumulate {accumulate} with batch_size {self.cfg.batch_size} makes the same steps; else "
 
     def _read_identities(self) -> list[str]:
         """Returns the identities that the run was started with, [] if they were not written."""
@@ -105,15 +116,23 @@ class Run:
                 os.replace(checkpoint, self.folder / f"damaged_{checkpoint.name}")
             os.replace(previous, checkpoint)
         self.sessions = state["sessions"]
-        earlier = {"processes": "1", "infer_precision": "fp32"}  # of versions of this code that did not record them
+        # Of versions of this code that did not record them:
+        earlier = {"processes": "1", "accumulate": "1", "infer_precision": "fp32"}
         before, now = {**earlier, **self.sessions[-1]["versions"]}, versions(self.cfg)
         if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
             print(f"{self.folder} goes on under other conditions, last bits may differ: {'; '.join(changed)}.")
+        if self._extension:
+            said = ", ".join(f"{name} was {before}, now {now}" for name, (before, now) in self._extension.items())
+            print(f"{self.folder} is continued with more epochs: {said}.")
         return state
 
     def begin(self, epoch: int, step: int) -> None:
-        """Records that the run is started or resumed here, after so many finished epochs and steps of the next."""
-        self.sessions.append({"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)})
+        """Records that the run is started or resumed here, after so many finished epochs and steps of the next.
+
+        A session with more epochs than the one before records what was changed.
+        """
+        session = {"epochs done": epoch, "steps done": step, "versions": versions(self.cfg)}
+        self.sessions.append(session | ({"changed": self._extension} if self._extension else {}))
 
     def save(self, state: dict) -> None:
         """Writes a checkpoint and keeps the one before it; with the first, also config.json and identities.txt."""
@@ -205,6 +224,23 @@ def _completed(stored: dict, now: dict, defaults: Config) -> dict:
     if settings.get("ada_m") == -1:
         chosen["ada_m"] = ADA_LOSSES[chosen["ada_loss"]].m
     return {**stored, "kind": now["kind"], "settings": chosen}
+
+
+def _extended(stored: dict, now: dict, epochs_begun: int) -> tuple[dict, dict[str, list]]:
+    """Adopts a larger number of epochs in what decided a stored run, if no epoch that it has begun changes by that.
+
+    That is so if all milestones up to the epochs begun are equal. Returns what decided the run, and the settings that
+    were changed, each as [before, now].
+    """
+    before, after = stored["settings"], now["settings"]
+    for epochs, drops in (("num_epoch", "milestones"), ("num_epoch_fc", "milestones_fc")):
+        if epochs in after and epochs in before and after[epochs] > before[epochs]:
+            old, new = ([m for m in settings[drops] if m <= epochs_begun] for settings in (before, after))
+            if old == new:
+                changed = {name: [before[name], after[name]] for name in (epochs, drops) if before[name] != after[name]}
+                adopted = before | {name: values[1] for name, values in changed.items()}
+                return {**stored, "settings": adopted}, changed
+    return stored, {}
 
 
 def _differences(stored: dict, now: dict) -> list[str]:

@@ -33,6 +33,7 @@ from utils.training.precision import (
     timing_compilation,
     uncompiled,
 )
+from utils.training.start import freeze, read_by, start, start_sources
 from utils.training.state import Losses, Progress, listed, tensorboard_events
 from utils.weights import find_weights
 
@@ -52,10 +53,13 @@ def fit(
     header: nn.Module | None = None,
     *,
     kind: str,
+    projection: nn.Module | None = None,
     measures: tuple[str, ...] = (),
     validate: Validate | None = None,
 ) -> None:
     """Minimises the sum of the named losses by SGD over `backbone` and `header`, and keeps the run in `folder`.
+
+    A `projection` with parameters is trained too; it is kept in checkpoints only.
 
     The parameters of `losses` are columns of `faces` or `repeats` (see `Losses`); it returns a dict of scalar tensors.
     Those named in `measures` are logged only, all others are losses and summed.
@@ -64,9 +68,10 @@ def fit(
     It selects the epochs and the learning rate (`cfg.schedule`), and the settings that may not change when the run is
     resumed (`cfg.decisive`).
 
-    Gradients of the backbone are clipped to `cfg.max_grad_norm`. After every epoch `validate` scores it; without
-    `validate`, the epoch with the lowest training loss is the best. If `fit` is called again, an interrupted run is
-    resumed from its last checkpoint and a finished run is left unchanged.
+    A step averages the gradients of `cfg.accumulate` batches. Gradients of the backbone are clipped to
+    `cfg.max_grad_norm`. After every epoch `validate` scores it; without `validate`, the epoch with the lowest training
+    loss is the best. If `fit` is called again, an interrupted run is resumed from its last checkpoint and a finished
+    run is left unchanged.
 
     Raises InputError as `check_run` does; if a parameter of `losses` is no column; if a label is no class of the
     header; if a loss gets no gradient; if a measure is not returned; and if a loss or gradient is not finite, in which
@@ -76,32 +81,50 @@ def fit(
     _require_batch(faces, folder, cfg, kind)
     _require_classes(columns, faces, header)
     with locked(folder) if is_first() else contextlib.nullcontext():  # only rank 0 writes
-        run, schedule = Run(folder, cfg, kind, faces.sources, faces.identities), cfg.schedule(kind)
+        run = _run_of(faces, folder, cfg, kind)
         if not run.has_checkpoint and is_given(folder):
             return
-        device = device_of(cfg)
-        backbone.to(device).to(memory_format=torch.channels_last)
-        if cfg.sync_bn and world_size() > 1:
-            share_statistics(backbone)
-        modules = [backbone] if header is None else [backbone, header.to(device)]
-        parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-        lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
-        optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
-        progress = Progress(run, backbone, header, optimizer, schedule, measures)
+        progress = _progress(run, cfg, kind, backbone, header, projection, measures)
         if run.has_checkpoint:
             progress.restore(run.load())
-        if progress.epoch >= schedule.epochs:
+        else:
+            start(backbone, header, faces, cfg, kind)
+        if progress.epoch >= progress.schedule.epochs:
             print(f"{folder} is already trained; move it away to train anew.")
             return
         print(cfg.described(kind))
         run.begin(progress.epoch, progress.step)
         with contextlib.ExitStack() as contexts:
-            contexts.enter_context(mixed_precision(backbone, cfg.precision, device))
+            contexts.enter_context(mixed_precision(backbone, cfg.precision, device_of(cfg)))
             contexts.enter_context(tensorboard_events(cfg, progress))
             if cfg.compile:
                 contexts.enter_context(compiled(backbone))
                 losses = eagerly_if_compiling_fails(backbone, losses)
             _train(losses, columns, faces, cfg, progress, validate)
+
+
+def _progress(
+    run: Run,
+    cfg: Config,
+    kind: str,
+    backbone: nn.Module,
+    header: nn.Module | None,
+    projection: nn.Module | None,
+    measures: tuple[str, ...],
+) -> Progress:
+    """Moves the modules to the device, freezes layers, and returns the state of a run before its first step."""
+    device, schedule = device_of(cfg), cfg.schedule(kind)
+    backbone.to(device).to(memory_format=torch.channels_last)
+    if cfg.sync_bn and world_size() > 1:
+        share_statistics(backbone)
+    frozen = freeze(backbone, read_by(cfg, kind, "freeze"))
+    if projection is not None and not [*projection.parameters()]:
+        projection = None  # the identity
+    modules = [module.to(device) for module in (backbone, header, projection) if module is not None]
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
+    optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
+    return Progress(run, backbone, header, optimizer, schedule, measures, frozen, projection)
 
 
 def _train(
@@ -115,7 +138,8 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    captured = cfg.capture and device.type == "cuda" and world_size() == 1
+    # Under warm-up every step has another learning rate, which would be part of the graph.
+    captured = cfg.capture and device.type == "cuda" and world_size() == 1 and not progress.schedule.warmup
     reader, losses = _Reader(columns, faces, cfg), _with_repeats(losses, faces, progress)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]
@@ -133,6 +157,7 @@ def _train(
             bar = _Bar(f"epoch {progress.epoch + 1}/{epochs}", steps * batch_size, first * batch_size)
             with contextlib.closing(batches), bar:  # closing ends the reader's threads, garbage collection may not
                 for batch in batches:
+                    progress.set_lr((progress.step + 1) / steps)
                     take_step(batch, _step_seed(cfg, progress))
                     progress.step += 1
                     bar.update(batch_size)
@@ -237,14 +262,21 @@ def check_run(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     """
     _require_batch(faces, folder, cfg, kind)
     collectives.on_first(lambda: refuse_if_locked(folder))
-    Run(folder, cfg, kind, faces.sources, faces.identities)
+    _run_of(faces, folder, cfg, kind)
+
+
+def _run_of(faces: Faces, folder: Path, cfg: Config, kind: str) -> Run:
+    return Run(folder, cfg, kind, faces.sources | start_sources(cfg, kind), faces.identities)
 
 
 def is_given(folder: Path) -> bool:
     """Returns True, and prints a line, if a run folder holds weights but no checkpoint, as a released model does."""
     given = collectives.on_first(lambda: _name_of_given(folder))
     if given:
-        print(f"{folder} holds {given} and no checkpoint of a run: used as it is, nothing to train.")
+        print(
+            f"{folder} holds {given} and no checkpoint of a run: used as it is, nothing to train. "
+            "To train from these weights, move the file to another place and set init_from to it."
+        )
     return bool(given)
 
 
@@ -288,7 +320,7 @@ def _require_batch(faces: Faces, folder: Path, cfg: Config, kind: str) -> None:
     collectives.require_same(faces.sources, "Give all processes the same data, pairs and output.")
     who = f"Teacher {folder.name}" if kind == "teacher" else folder.name
     if len(faces) < total_batch(cfg):
-        each = len(faces) // (1 if cfg.global_batch else world_size())
+        each = len(faces) // (cfg.accumulate * (1 if cfg.global_batch else world_size()))
         raise InputError(f"{who}: {len(faces)} images are fewer than one batch: set batch_size to {each} or less.")
     if len(faces.identities) == 1:
         raise InputError(

@@ -12,11 +12,12 @@ from torch import nn
 
 from config.config import Config
 from utils.data.columns import Column
-from utils.data.embeddings import accepted, in_precision, origin
+from utils.data.embeddings import accepted, in_precision, origin, say_if_collapsed
 from utils.data.faces import Faces
 from utils.distributed.collectives import on_first, require_same, wait_for_all
+from utils.distributed.world import is_first
 from utils.environment import computed_in, device_of, numerics
-from utils.storage.arrays import Filling, outdated
+from utils.storage.arrays import Filling, outdated, read
 from utils.storage.locks import locked
 from utils.training.engine import infer
 from utils.weights import load_weights, need_weights, size_of
@@ -34,7 +35,7 @@ class Output:
 
 
 def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Column], cfg: Config) -> None:
-    """Writes the arrays (N, D) of `outputs`, each from all rows of `columns`, in one pass over the rows.
+    """Writes the arrays (N, D) of `outputs`, of one size D, each from all rows of `columns`, in one pass over the rows.
 
     Skips arrays that exist, have the same `made_from` and a precision that is `accepted`, and resumes an interrupted
     pass. Adds the precision to `made_from`. Several ranks share the rows, and rank 0 writes. Raises InputError if
@@ -64,6 +65,8 @@ def embed_all(outputs: list[Output], network: nn.Module, columns: dict[str, Colu
     wait_for_all()
     for output in stale:
         print(f"{output.path}: {shape[0]:,} embeddings.")
+        if is_first():
+            say_if_collapsed(output.path, read(output.path, shape, np.float32, checked=False))
 
 
 def _stale(outputs: list[Output], shape: tuple[int, int], cfg: Config, locks: contextlib.ExitStack) -> list[int]:

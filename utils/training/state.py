@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ NUMBERS = 8  # the most losses, measures and gradient norms of a step
 class Progress:
     """A run's networks and optimizer, position, sums of the losses over the epoch, log and best score.
 
-    `measures` are the names that the loss function returns to be logged only. All ranks call the methods.
+    `measures` are the names that the loss function returns to be logged only. Layers in `frozen` stay in eval mode. All
+    ranks call the methods.
     """
 
     def __init__(
@@ -46,10 +47,13 @@ class Progress:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         measures: tuple[str, ...] = (),
+        frozen: Sequence[nn.Module] = (),
+        projection: nn.Module | None = None,
     ):
         self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
         self.header: Any = header
-        self.measures = measures
+        self.projection = projection
+        self.measures, self.frozen = measures, frozen
         self.epoch = self.step = 0
         self.best = -math.inf
         self.names: list[str] = []  # of losses, measures and gradient norms, in the order of `sums`
@@ -65,13 +69,18 @@ class Progress:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The networks that are trained: the backbone, and the header if there is one."""
-        return [self.backbone] if self.header is None else [self.backbone, self.header]
+        """The networks that are trained: the backbone, and the header and the projection if there are any."""
+        return [module for module in (self.backbone, self.header, self.projection) if module is not None]
 
     @property
     def lr(self) -> float:
-        """The learning rate of this epoch."""
+        """The learning rate at the end of this epoch."""
         return self.schedule.lr(self.epoch, total_batch(self.run.cfg))
+
+    def set_lr(self, done: float) -> None:
+        """Sets the learning rate of a step; `done` is the share of the epoch's steps up to it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch, total_batch(self.run.cfg), done)
 
     # Resuming -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +113,8 @@ class Progress:
         for k, total in enumerate(state["sums"].values()):
             self.sums[k] = total
         self.backbone.load_state_dict(state["backbone"])
+        if self.projection is not None:
+            self.projection.load_state_dict(state["projection"])
         optimizer = state["optimizer"]
         if isinstance(self.header, ShardedHeader):
             self.header.require_fit(state["header"])
@@ -115,7 +126,8 @@ class Progress:
 
     def _broadcast(self, state: dict | None) -> None:
         """Broadcasts what rank 0 has loaded, and scatters the kernel and momentum of a sharded header."""
-        for value in [self.sums, *self.backbone.state_dict().values()]:
+        projected = {} if self.projection is None else self.projection.state_dict()
+        for value in [self.sums, *self.backbone.state_dict().values(), *projected.values()]:
             from_first(value)
         if isinstance(self.header, ShardedHeader):
             self.header.load_dense_state_dict(state and state["header"])
@@ -158,11 +170,11 @@ class Progress:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def start_epoch(self) -> None:
-        """Sets the learning rate and puts the networks in training mode."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        """Puts the networks in training mode, frozen layers in eval mode."""
         for module in self.modules:
             module.train()
+        for layer in self.frozen:
+            layer.eval()
         self._check.start(self.step)
         if self._captured:
             self._captured.reset()  # the learning rate is part of the CUDA graph
@@ -170,8 +182,11 @@ class Progress:
     def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
         """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph."""
 
+        count = self.run.cfg.accumulate
+
         def take_step(batch: dict[str, torch.Tensor]) -> None:
-            self._take_step(losses(**batch), max_grad_norm)
+            parts = ({name: value.chunk(count)[k] for name, value in batch.items()} for k in range(count))
+            self._take_step((losses(**part) for part in parts), max_grad_norm)
 
         # torch.manual_seed also seeds GPUs; where none is in use, it formats a stack trace for each of them.
         is_on_gpu = self._check.failed.is_cuda
@@ -185,15 +200,20 @@ class Progress:
             self._captured = CapturedStep(take_step, self._tensors)
         return self._captured or seeded_step
 
-    def _take_step(self, named: dict[str, torch.Tensor], max_grad_norm: float) -> None:
+    def _take_step(self, batches: Iterable[dict[str, torch.Tensor]], max_grad_norm: float) -> None:
         """Takes one step of the optimizer; if a number is not finite, no weight changes in this or any later step.
 
-        What `losses` itself has changed, such as batch statistics or class centres, is then wrong, but never saved:
-        `save` raises first. All that this method changes is in `_tensors`, and is changed in place.
+        `batches` are the losses and measures of `accumulate` batches, each computed after the one before was used. What
+        `losses` itself has changed, such as batch statistics or class centres, is then wrong, but never saved: `save`
+        raises first. All that this method changes is in `_tensors`, and is changed in place.
         """
         self.optimizer.zero_grad()
-        self._total_loss(named).backward()
-        values = {**named, GRADIENT: nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)}
+        values: dict[str, torch.Tensor] = {}
+        for named in batches:
+            (self._total_loss(named) / self.run.cfg.accumulate).backward()
+            for name, value in named.items():
+                values[name] = values.get(name, 0) + value.detach() / self.run.cfg.accumulate
+        values[GRADIENT] = nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)
         header_gradients = self._header_gradients()
         if header_gradients:
             values[HEADER_GRADIENT] = nn.utils.get_total_norm(header_gradients)  # of this rank's shard, if sharded
@@ -228,7 +248,10 @@ class Progress:
         return sum(losses.values())  # type: ignore[return-value]
 
     def _header_gradients(self) -> list[torch.Tensor]:
-        """Returns the gradients of the header. Raises InputError if a parameter got none: it would never be trained."""
+        """Returns the gradients of the header and the projection.
+
+        Raises InputError if a parameter of the header got none: it would never be trained.
+        """
         parameters = [] if self.header is None else [*self.header.named_parameters()]
         untrained = [name for name, one in parameters if one.requires_grad and one.grad is None]
         if untrained:
@@ -236,7 +259,8 @@ class Progress:
                 f"No gradient reaches the header's parameter {untrained[0]!r}: use it in the losses outside "
                 "target_logit, which is differentiated by the cosine only, or make it a buffer."
             )
-        return [one.grad for _, one in parameters if one.grad is not None]
+        others = [parameter for module in self.modules[1:] for parameter in module.parameters()]
+        return [one.grad for one in others if one.grad is not None]
 
     def _tensors(self) -> list[torch.Tensor]:
         """Returns all tensors that a step changes."""
@@ -281,6 +305,8 @@ class Progress:
         state["measures"] = [*self.measures]
         state["backbone"] = self.backbone.state_dict()
         state["header"] = dense_state_dict(self.header)
+        if self.projection is not None:
+            state["projection"] = self.projection.state_dict()
         self.run.save({**state, "optimizer": self._optimizer_state()})
         self.saved_at = time.monotonic()
         wait_for_all()
@@ -309,6 +335,8 @@ class Progress:
         self.sums.zero_()
         self.save()
         line = f"epoch {self.epoch}/{self.schedule.epochs}  {listed(means)}  {listed(scores)}"
+        if math.isnan(value):
+            line += " (the score that selects the best epoch is NaN, so this one is not the best)"
         return f"{line} (best so far)" if is_best else line
 
     def _optimizer_state(self) -> dict:

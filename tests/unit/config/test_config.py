@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -323,6 +325,25 @@ def test_dropout_needs_the_dual_layer_adaptor():
     assert Config(is_dual_layer=True, has_dropout=True).adaptor == "DLDPO"
     with pytest.raises(InputError, match="has_dropout = True must be False for the single-layer adaptor"):
         _ = Config(has_dropout=True).adaptor
+
+
+def test_the_groups_that_are_verified_on_are_a_setting_of_their_own():
+    cfg = Config(ethnicities=("A", "B"), evaluation_groups=("B", "x"), pairs="pairs", output="out")
+    assert cfg.of_groups
+    assert cfg.pairs_files == {"B": Path("pairs/B_test.bin"), "x": Path("pairs/x_test.bin")}
+    assert [cfg.group_of("A"), cfg.group_of("B")] == ["", "B"]
+    assert cfg.evaluation_dir == Path("out/evaluation/B+x")
+    assert replace(cfg, evaluation_groups=("A", "B")).evaluation_dir == Path("out/evaluation")
+    assert replace(cfg, ethnicities=()).of_groups
+    baseline = replace(cfg, is_teacher_baseline=True)
+    assert [baseline.group_of(name) for name in baseline.quarters] == ["", "B"]
+    many = replace(cfg, evaluation_groups=tuple(f"group{k}" for k in range(99))).evaluation_dir.name
+    assert many.startswith("group0+98-")
+    for names in ((), ("A", "A")):
+        with pytest.raises(InputError, match="evaluation_groups"):
+            replace(cfg, evaluation_groups=names)
+    with pytest.raises(InputError, match="None where pairs_sets names the sets"):
+        replace(cfg, pairs_sets=("lfw",))
 
 
 def test_run_folders():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from eval import rates
 from eval.results import Results
 from eval.scores import Scored
 from eval.uncertainty import by_chance
+from eval.verification import accuracy
 from utils.tables import Estimate
 
 GROUPS = ("A", "B")
@@ -178,3 +180,16 @@ def test_sets_that_are_not_groups_have_no_std():
     tables = results.tables()
     assert list(tables) == ["accuracy", "intervals"]
     assert tables["accuracy"].header[4:] == ("A", "B", "Average")
+
+
+def test_a_collapsed_model_has_a_note_and_no_verdict_of_fairness(results):
+    fair, _ = results.models
+    point = replace(fair, name="point", distances={name: one / 1000 for name, one in fair.distances.items()})
+    point = replace(point, accuracies=tuple(accuracy(point.distances[name], SAME[name]) for name in GROUPS))
+    table = Results([fair, point], SAME, True).tables()["accuracy"]
+    assert cells(table)["fair"]["Within chance"] is True
+    assert cells(table)["point"]["Within chance"] is None
+    (note,) = (note for note in table.notes if "collapsed" in note)
+    assert note.startswith("specialized iresnet34 teacher: point is collapsed")
+    best = rates.threshold_of_best_accuracy({"B": (fair.distances["B"], SAME["B"])})[1]
+    assert f"accuracy 50.00, {100 * best:.2f})" in note

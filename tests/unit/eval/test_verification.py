@@ -12,7 +12,18 @@ from sklearn.model_selection import KFold
 from config.config import Config
 from eval.models import Model
 from eval.scores import Scores, fuse
-from eval.verification import THRESHOLDS, accuracy, embed, pair_distances, squared_distances, ten_fold, validator, views
+from eval.verification import (
+    THRESHOLDS,
+    accuracy,
+    best_accuracy,
+    collapsed,
+    embed,
+    pair_distances,
+    squared_distances,
+    ten_fold,
+    validator,
+    views,
+)
 from tests.conftest import encode, noise, put
 from utils.data import store
 from utils.data.pairs import load_bin, load_pairs
@@ -225,3 +236,39 @@ def test_an_old_cache_of_all_images_is_used_only_without_repetitions(repeated, c
         has_repetitions = len(plain.distinct) < len(plain.rows)
         assert (stored.stat().st_ino != before) == has_repetitions
         assert ("was made from something else" in capsys.readouterr().out) == has_repetitions
+
+
+def test_the_best_accuracy_is_that_of_all_thresholds():
+    random = np.random.default_rng(0)
+    for distance in (random.uniform(0, 4, 60), random.integers(0, 5, 60) / 1000):
+        same = random.random(60) < 0.5
+        thresholds = [*np.unique(distance), 9.0]
+        assert best_accuracy(distance, same) == pytest.approx(
+            100 * max(np.mean((distance < t) == same) for t in thresholds)
+        )
+
+
+def test_a_collapsed_network_is_said_with_the_accuracy_at_the_exact_threshold(cfg, capsys):
+    """All distances under one step of the grid: half of the pairs are right by the protocol, all at 0.002."""
+    same = np.arange(200) % 2 == 0
+    near = np.where(same, 0.001, 0.003) * np.random.default_rng(0).uniform(0.9, 1.1, 200)
+    assert accuracy(near, same) == 50
+    said = collapsed({"A": near, "B": 400 * near}, {"A": same, "B": same})
+    assert said.startswith("is collapsed, its embeddings are closer together than the protocol's thresholds")
+    assert said.endswith("A: distances 0.00092 to 0.0033, accuracy 50.00, 100.00).")
+    assert collapsed({"B": 400 * near}, {"B": same}) == ""
+
+    class Point(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(1, 1)
+
+        def forward(self, image):
+            return torch.nn.functional.pad(image.mean((1, 2, 3))[:, None] / 1e3, (0, 3), value=1.0)
+
+    scores, _ = validator(Point(), load_pairs(cfg), cfg)()
+    assert scores["average"] == 50
+    said = capsys.readouterr().out
+    assert said.startswith("The network is collapsed")
+    assert "A: distances" in said
+    assert "B: distances" in said

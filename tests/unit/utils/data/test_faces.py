@@ -14,9 +14,11 @@ from config.config import Config
 from tests.conftest import encode, noise
 from tests.runs import write_embeddings, write_targets
 from utils.data.columns import Cached, Column, cache, cut, stream, to_network
+from utils.data.embeddings import mean_distance, say_if_collapsed
 from utils.data.faces import Faces
 from utils.data.split import write_split
 from utils.errors import InputError
+from utils.storage import arrays
 from utils.storage.tensors import save
 
 
@@ -178,11 +180,10 @@ def test_embeddings_of_other_weights_are_refused(cfg):
         Faces(cfg, inputs=cfg.teachers)
 
 
-def test_embeddings_of_another_size_or_cut_short_are_refused(cfg):
+def test_embeddings_have_the_size_of_their_teacher_and_are_refused_if_cut_short(cfg):
     for name in ("A", "B"):
         write_embeddings(cfg, name)
-    with pytest.raises(InputError, match=r"is of shape \(20, 16\), expected \(20, 32\): set embedding"):
-        Faces(replace(cfg, embedding_size=32), inputs=cfg.teachers)
+    assert Faces(replace(cfg, embedding_size=32), inputs=cfg.teachers).columns["embedding"].width == 32
     path = cfg.teacher_embeddings("B")
     path.write_bytes(path.read_bytes()[:-64])
     with pytest.raises(InputError, match=r"B.npy is damaged \(.*\). Run again: python extract_all.py"):
@@ -303,3 +304,26 @@ def test_listed_identities_and_images_are_left_out(cfg, tmp_path):
 def write_list(path, text):
     path.write_text(text)
     return path
+
+
+def test_collapsed_embeddings_are_said_where_they_are_written_and_read(cfg, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    apart = random.normal(size=(500, 16)).astype(np.float32)
+    apart /= np.linalg.norm(apart, axis=1, keepdims=True)
+    pairs = np.square(apart[:, None] - apart[None]).sum(2)
+    assert mean_distance(apart) == pytest.approx(pairs.mean(), rel=1e-5)
+    near = 5 * (apart[:1] + 0.01 * apart)
+    say_if_collapsed(tmp_path / "a.npy", apart)
+    assert capsys.readouterr().out == ""
+    say_if_collapsed(tmp_path / "b.npy", near)
+    said = f"b.npy is collapsed: the mean squared distance of two images is {mean_distance(near):.2g}, of"
+    assert said in capsys.readouterr().out
+    assert mean_distance(near) < 0.001
+    inputs = {}
+    for name in cfg.teachers:
+        write_embeddings(cfg, name)
+        inputs[name] = arrays.about(cfg.teacher_embeddings(name))["made from"]
+    write_targets(cfg, inputs)  # all ones
+    capsys.readouterr()
+    Faces(cfg, target=True)
+    assert "SL/embeddings.npy is collapsed: the mean squared distance of two images is" in capsys.readouterr().out

@@ -203,7 +203,9 @@ def test_a_released_file_is_used_as_it_is(cfg, capsys):
     cfg.teacher_dir("T").mkdir(parents=True)
     torch.save(Linear().state_dict(), cfg.teacher_dir("T") / "22896backbone.pth")
     train(cfg, before_step=lambda call: pytest.fail("trained"))
-    assert "22896backbone.pth" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "22896backbone.pth and no checkpoint of a run: used as it is" in said
+    assert "set init_from to it" in said
     assert len(list(cfg.teacher_dir("T").iterdir())) == 1
 
 
@@ -1161,3 +1163,79 @@ def test_inference_reads_all_rows_in_order_and_in_eval_mode(cfg):
     result = infer(lambda embedding: network(embedding), network, columns, replace(cfg, infer_batch_size=4), "test")
     assert np.array_equal(result, rows)
     assert network.training
+
+
+def train_linear(cfg, loss):
+    """Trains a linear layer; returns it, the header and the log."""
+    setup(cfg)
+    faces, network = Faces(cfg, flip=True), torch.nn.Linear(3 * 112 * 112, 16)
+    header = build_header(loss, faces.num_classes, replace(cfg, s=8.0), "teacher")
+
+    def losses(image, label):
+        assert len(label) == cfg.batch_size
+        embedding = F.normalize(network(image.flatten(1) / 100))
+        return {"margin": header.loss(embedding, label), "cosine": embedding.detach().mean()}
+
+    fit(losses, faces, cfg.teacher_dir("T"), cfg, network, header, kind="teacher", measures=("cosine",))
+    log = (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()
+    return network, header, [json.loads(line) for line in log]
+
+
+@pytest.mark.parametrize("loss", ["ArcFace", "CosFace"])
+def test_accumulated_batches_make_the_steps_of_a_larger_batch(cfg, loss):
+    """Losses in which each sample counts by itself, and a network without batch normalisation."""
+    network, header, log = train_linear(cfg, loss)
+    parts = replace(cfg, batch_size=2, accumulate=2, output=f"{cfg.output} in parts")
+    other_network, other_header, other_log = train_linear(parts, loss)
+    assert torch.allclose(network.weight, other_network.weight, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(header.kernel, other_header.kernel, rtol=1e-4, atol=1e-6)
+    for line, other in zip(log, other_log, strict=True):
+        assert line["lr"] == other["lr"]
+        for kind, name in (("loss", "margin"), ("measures", "cosine")):
+            assert line[kind][name] == pytest.approx(other[kind][name], rel=1e-4)
+
+
+def test_a_run_of_accumulated_batches_is_stopped_and_resumed(cfg):
+    """With dropout and elastic margins, which every batch of a step draws anew."""
+    cfg = replace(cfg, batch_size=2, accumulate=2)
+    other = replace(cfg, output=cfg.output + " stopped")
+    train(cfg)
+    with pytest.raises(Interrupted):
+        train(other, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 13 else None)
+    train(other)
+    assert_equal_runs(cfg, other)
+    with pytest.raises(InputError, match="20 images are fewer than one batch: set batch_size to 4 or less"):
+        train(replace(cfg, batch_size=8, accumulate=5), "large")
+
+
+def test_the_learning_rate_rises_linearly_step_by_step_and_the_run_is_resumed(cfg, monkeypatch):
+    cfg, seen, take = replace(cfg, warmup_epochs=2, milestones=(3,)), [], Progress._take_step
+
+    def keep(self, *given):
+        seen.append(self.optimizer.param_groups[0]["lr"])
+        take(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "_take_step", keep)
+        train(cfg, epochs=3)
+    full = 0.1 * 4 / 512
+    assert seen == pytest.approx([*(full * k / 10 for k in range(1, 11)), *[0.1 * full] * 5])
+    log = [json.loads(line)["lr"] for line in (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()]
+    assert log == pytest.approx([full / 2, full, 0.1 * full])
+    other = replace(cfg, output=cfg.output + " stopped")
+    with pytest.raises(Interrupted):
+        train(other, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 3 else None)
+    train(other, epochs=3)
+    assert_equal_runs(cfg, other)
+    assert cfg.schedule("SL").warmup == 0
+
+
+def test_an_epoch_whose_score_is_nan_is_not_the_best(cfg, capsys):
+    scores = iter([float("nan"), 2.0, 1.0])
+    train(cfg, validate=lambda: ({"x": (score := next(scores))}, score))
+    log = [json.loads(line) for line in (cfg.teacher_dir("T") / "log.jsonl").read_text().splitlines()]
+    assert [line["best"] for line in log] == [False, True, False]
+    said = capsys.readouterr().out.splitlines()
+    first, second = (next(line for line in said if line.startswith(f"epoch {k}/3")) for k in (1, 2))
+    assert "(the score that selects the best epoch is NaN, so this one is not the best)" in first
+    assert "(best so far)" in second
