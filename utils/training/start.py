@@ -99,9 +99,9 @@ def class_means(backbone: nn.Module, faces: Faces, cfg: Config) -> torch.Tensor:
 def freeze(backbone: nn.Module, which: str | None) -> list[nn.Module]:
     """Excludes layers from training and returns them: they must stay in eval mode.
 
-    `which` is "features": all layers before the last nn.Linear, in order of definition, so that only the layers that
-    make the embedding are trained; or "bn": all batch normalisations; or empty: none. Raises InputError if the network
-    has no such layers.
+    `which` is "features": all layers but the last nn.Linear and normalisations of vectors (nn.BatchNorm1d), which make
+    the embedding; or "bn": all batch normalisations; or empty: none. Raises InputError if the network has no such
+    layers.
     """
     if not which:
         return []
@@ -110,8 +110,9 @@ def freeze(backbone: nn.Module, which: str | None) -> list[nn.Module]:
     if which == "bn":
         frozen = [layer for layer in layers if isinstance(layer, _BatchNorm)]
     else:
-        linear = [k for k, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
-        frozen = layers[: linear[-1]] if linear else []
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        embedding = [*linear[-1:], *(layer for layer in layers if isinstance(layer, nn.BatchNorm1d))]
+        frozen = [layer for layer in layers if linear and layer not in embedding]
     if not frozen:
         raise InputError(f"freeze = {which!r} finds no such layers in {type(backbone).__name__}: leave freeze empty.")
     for layer in frozen:

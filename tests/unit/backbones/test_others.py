@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from backbones import build_backbone
 from backbones.ir import IR
+from config.config import Config
 from config.registry import NETWORKS
+from utils.weights import size_of
 
 ORIGINAL = {
     "tface_ir_18": [-0.0051576, -0.0120067, -0.0179749, -0.1107914],
@@ -147,3 +149,9 @@ def test_networks_of_adaface_take_bgr_and_all_others_rgb(image):
     images = torch.cat([image, image.flip(-1)])
     bgr.output_layer[1].p = rgb.output_layer[1].p = 0.0
     assert torch.equal(bgr.train()(images), rgb.train()(images.flip(1)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_embedding_size_of_every_network_is_known_from_its_layers(name):
+    with torch.device("meta"):
+        assert size_of(build_backbone(name, 96), Config()) == 96

@@ -138,7 +138,14 @@ def test_frozen_layers_keep_their_values_and_a_stopped_run_is_resumed(cfg, tmp_p
 
 
 def test_only_the_layers_of_the_embedding_are_trained_in_every_network():
-    for name, trained in (("mobilefacenet", {"output_layer.linear"}), ("iresnet18", {"fc", "features"})):
+    expected = {
+        "mobilefacenet": {"output_layer.linear"},
+        "iresnet18": {"fc", "features"},
+        "adaface_ir_18": {"output_layer.3"},  # defined before the body
+        "evolve_ir_se_50": {"output_layer.3", "output_layer.4"},
+        "mbf": {"features.layers.2", "features.layers.3"},
+    }
+    for name, trained in expected.items():
         network = build_backbone(name, 8)
         freeze(network, "features")
         names = {key.rpartition(".")[0] for key, value in network.named_parameters() if value.requires_grad}
