@@ -30,28 +30,17 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.ada_student_network, cfg.embedding_size)
-    projection = build_projection(cfg, faces)
+    project = build_projection(cfg, faces)
     header, centres = build_distiller(cfg, faces)
     faces.sources |= centres
 
     def losses(image, label, target, repeats):
-        loss = header.loss(projection(F.normalize(student(image))), target, label, repeats=repeats)
+        loss = header.loss(project(F.normalize(student(image))), target, label, repeats=repeats)
         return {"ada": loss, "alpha": header.alpha}
 
     print(f"Student {cfg.ada_student_network} learns from {cfg.source}.")
-    kind, validate = cfg.ada_method, validator(student, pairs, cfg)
-    fit(
-        losses,
-        faces,
-        folder,
-        cfg,
-        student,
-        header,
-        kind=kind,
-        projection=projection,
-        measures=("alpha",),
-        validate=validate,
-    )
+    kind, measures, check = cfg.ada_method, ("alpha",), validator(student, pairs, cfg)
+    fit(losses, faces, folder, cfg, student, header, kind=kind, projection=project, measures=measures, validate=check)
     announce(cfg, folder, "-m eval.evaluation")
 
 

@@ -29,18 +29,18 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
-    projection = build_projection(cfg, faces)
+    project = build_projection(cfg, faces)
     header = build_header("ElasticArcFace", faces.num_classes, cfg, "EAF-KD")
 
     def losses(image, label, target):
         embedding = F.normalize(student(image))
         return {
             "eaf": header.loss(embedding, label),
-            "kd": cfg.loss_lambda * F.mse_loss(projection(embedding), target),
+            "kd": cfg.loss_lambda * F.mse_loss(project(embedding), target),
         }
 
     validate = validator(student, pairs, cfg)
-    fit(losses, faces, folder, cfg, student, header, kind="EAF-KD", projection=projection, validate=validate)
+    fit(losses, faces, folder, cfg, student, header, kind="EAF-KD", projection=project, validate=validate)
     announce(cfg, folder, "-m eval.evaluation")
 
 

@@ -28,13 +28,13 @@ def main(cfg: Config) -> None:
     pairs = load_pairs(cfg)
     faces = Faces(cfg, target=True, flip=True, pairs=pairs)
     student = build_backbone(cfg.student_network, cfg.embedding_size)
-    projection = build_projection(cfg, faces)
+    project = build_projection(cfg, faces)
 
     def losses(image, target):
-        return {"kd": cfg.loss_lambda * F.mse_loss(projection(F.normalize(student(image))), target)}
+        return {"kd": cfg.loss_lambda * F.mse_loss(project(F.normalize(student(image))), target)}
 
     validate = validator(student, pairs, cfg)
-    fit(losses, faces, folder, cfg, student, kind="a-KD", projection=projection, validate=validate)
+    fit(losses, faces, folder, cfg, student, kind="a-KD", projection=project, validate=validate)
     announce(cfg, folder, "KD_CEL.py")
 
 

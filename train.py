@@ -30,8 +30,7 @@ def main(cfg: Config) -> None:
         check_run(faces[teacher], cfg.teacher_dir(teacher), cfg, "teacher")
     for teacher in faces:
         train_teacher(cfg, teacher, faces[teacher], pairs)
-    students = replace(cfg, init_from=None, init_header=None, freeze="")  # these settings are the teachers'
-    announce(students, cfg.network_dir / "teachers", "extract_all.py")
+    announce(replace(cfg, init_from=None, init_header=None, freeze=""), cfg.network_dir / "teachers", "extract_all.py")
 
 
 def train_teacher(cfg: Config, teacher: str, faces: Faces, pairs: dict[str, Pairs]) -> None:

@@ -124,7 +124,7 @@ def _progress(
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     lr, decay = schedule.lr(0, total_batch(cfg)), cfg.weight_decay
     optimizer = torch.optim.SGD(parameters, lr, momentum=cfg.momentum, weight_decay=decay, fused=True)
-    return Progress(run, backbone, header, optimizer, schedule, measures, frozen, projection)
+    return Progress(run, backbone, header, optimizer, schedule, measures, frozen, projection, cfg.accumulate)
 
 
 def _train(

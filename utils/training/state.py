@@ -35,8 +35,8 @@ NUMBERS = 8  # the most losses, measures and gradient norms of a step
 class Progress:
     """A run's networks and optimizer, position, sums of the losses over the epoch, log and best score.
 
-    `measures` are the names that the loss function returns to be logged only. Layers in `frozen` stay in eval mode. All
-    ranks call the methods.
+    `measures` are the names that the loss function returns to be logged only. Layers in `frozen` stay in eval mode. A
+    step averages the gradients of `accumulate` batches. All ranks call the methods.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Progress:
         measures: tuple[str, ...] = (),
         frozen: Sequence[nn.Module] = (),
         projection: nn.Module | None = None,
+        accumulate: int = 1,
     ):
         self.run, self.backbone, self.optimizer, self.schedule = run, backbone, optimizer, schedule
         self.header: Any = header
         self.projection = projection
-        self.measures, self.frozen = measures, frozen
+        self.measures, self.frozen, self.accumulate = measures, frozen, accumulate
         self.epoch = self.step = 0
         self.best = -math.inf
         self.names: list[str] = []  # of losses, measures and gradient norms, in the order of `sums`
@@ -182,7 +183,7 @@ class Progress:
     def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
         """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph."""
 
-        count = self.run.cfg.accumulate
+        count = self.accumulate
 
         def take_step(batch: dict[str, torch.Tensor]) -> None:
             parts = ({name: value.chunk(count)[k] for name, value in batch.items()} for k in range(count))
@@ -210,9 +211,9 @@ class Progress:
         self.optimizer.zero_grad()
         values: dict[str, torch.Tensor] = {}
         for named in batches:
-            (self._total_loss(named) / self.run.cfg.accumulate).backward()
+            (self._total_loss(named) / self.accumulate).backward()
             for name, value in named.items():
-                values[name] = values.get(name, 0) + value.detach() / self.run.cfg.accumulate
+                values[name] = values.get(name, 0) + value.detach() / self.accumulate
         values[GRADIENT] = nn.utils.clip_grad_norm_(self.backbone.parameters(), max_grad_norm)
         header_gradients = self._header_gradients()
         if header_gradients:
