@@ -36,6 +36,8 @@ class Faces:
     or was made from another data folder; where possible, before any image is decoded.
     """
 
+    _never_flipped: np.ndarray | None = None  # (N,) bool, the rows whose data set has `data_flip` off
+
     def __init__(
         self,
         cfg: Config,
