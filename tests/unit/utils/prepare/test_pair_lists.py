@@ -232,7 +232,8 @@ def bfw() -> str:
 def test_a_table_with_folds_and_groups_becomes_a_set_of_each_group(faces, capsys):
     (faces.parent / "bfw.csv").write_text(bfw())
     run(pairs, "--list", faces.parent / "bfw.csv", "--images", faces, "--output", faces.parent / "out")
-    assert files(faces.parent / "out") == ["asian_females_test.bin", "white males_test.bin"]
+    written = [f"{group}_test{ending}" for group in sorted(GROUPS) for ending in (".bin", "_identities.json")]
+    assert files(faces.parent / "out") == written
     out = capsys.readouterr().out
     assert "images in columns 2 and 3, label in column 4 (label)" in out
     assert "1 pairs are of images of two groups, and belong to no set." in out
@@ -258,7 +259,7 @@ def test_groups_of_other_columns(faces):
     (faces.parent / "bfw.csv").write_text(table.replace(",0.3", ",one"))
     given = ["--list", faces.parent / "bfw.csv", "--images", faces]
     run(pairs, *given, "--output", faces.parent / "out", "--groups", "kind")
-    assert files(faces.parent / "out") == ["one_test.bin"]
+    assert files(faces.parent / "out") == ["one_test.bin", "one_test_identities.json"]
     with pytest.raises(InputError, match=r"bfw.csv has no column 'race' \(fold, p1, .*\): set --groups"):
         run(pairs, *given, "--output", faces.parent / "out", "--groups", "race")
     with pytest.raises(InputError, match="--groups goes with a folder as --output"):
