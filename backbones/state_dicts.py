@@ -19,6 +19,7 @@ from backbones.safetensors import read_safetensors
 from config.errors import InputError
 from config.registry import NETWORKS, class_of
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 State = dict[str, torch.Tensor]
 
 
@@ -82,9 +83,22 @@ def fit_state_dict(module: nn.Module, content: object, path: Path) -> str:
         )
     if not found:
         raise _misfit(module, expected, candidates, path)
+    _require_floats(found[0].state, expected, path)
     missing = expected.keys() - found[0].state.keys()  # counters only
     module.load_state_dict(found[0].state | {name: expected[name] for name in missing})
     return _described(found[0], len(missing))
+
+
+def _require_floats(state: State, expected: State, path: Path) -> None:
+    """Raises InputError for weights that PyTorch would convert without a word, or that are not finite."""
+    for name, value in state.items():
+        if not expected[name].is_floating_point():
+            continue
+        if value.layout != torch.strided or value.dtype not in FLOATS:
+            kind = str(value.layout if value.layout != torch.strided else value.dtype).removeprefix("torch.")
+            raise InputError(f"{path} holds {name} as {kind}: save the weights as dense floating-point numbers.")
+        if not value.isfinite().all():
+            raise InputError(f"{path} holds numbers in {name} that are not finite: its training has failed.")
 
 
 def _nested(content: object, where: str = "", depth: int = DEPTH) -> Iterator[tuple[str, State]]:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -282,12 +283,14 @@ def measure_all(device: str, minutes: float, results: Path) -> None:
     card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     path = results / f"gpu_{re.sub(r'[^A-Za-z0-9]+', '_', card)}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("versions") != versions(cfg):
-        kept = {"versions": versions(cfg), "correctness": {}, "rates": {}, "stages": {}, "kernels": {}, "notes": {}}
+    now = versions(cfg) | {"code": _code()}
+    if {**kept.get("versions", {}), "commit": ""} != {**now, "commit": ""}:  # committing results changes the commit
+        kept = {"versions": now, "correctness": {}, "rates": {}, "stages": {}, "kernels": {}, "notes": {}}
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as work:
         parts = Bench(device_of(cfg), Size() if device == "cuda" else SMALL, Path(work)).parts()
-        missing = [part for part in parts if part[1] not in kept[part[0]]]
+        states = [(str(kept[section].get(name, "missing"))[:7], (section, name, run)) for section, name, run in parts]
+        missing = [part for wanted in ("missing", "failed:") for state, part in states if state == wanted]
         for number, (section, name, function) in enumerate(missing):
             if time.monotonic() > end:
                 print(f"The time is over, {len(missing) - number} measurements are missing: run the command again.")
@@ -299,7 +302,19 @@ def measure_all(device: str, minutes: float, results: Path) -> None:
             write(path, kept, page(kept))
             result = kept[section][name] if section in ("correctness", "rates") else "measured"
             print(f"{section}: {name}: {result}", *notes, sep="\n  ", flush=True)
+            if device == "cuda" and str(kept[section][name]).startswith("failed"):
+                print("A failure may spoil later measurements in this process: run the command again for the others.")
+                break
     print(f"Written to {path} and {path.with_suffix('.md').name}.")
+
+
+def _code() -> str:
+    """Returns the SHA-256 of the code that is measured, which committing the results does not change."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder in ("backbones", "benchmarks", "config", "eval", "utils"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
@@ -310,11 +325,12 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
             result = function()
     except torch.OutOfMemoryError:
         result = "does not fit"
-    except (InputError, RuntimeError) as error:
+    except Exception as error:
         result = f"failed: {(str(error) or type(error).__name__).splitlines()[0]}"
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # an error of the device is raised again by every later call
+            torch.cuda.empty_cache()
     return result, said.getvalue()
 
 

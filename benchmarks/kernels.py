@@ -41,7 +41,9 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, list
         wait()
     kernels, kinds = [], {}
     for event in found.key_averages():
-        if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
+        # A compiled region is reported as a kernel too, with the time of its kernels.
+        is_region = getattr(event, "is_user_annotation", False)
+        if not is_region and event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU):
             time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             kernels.append([event.key[:100], time / 1e3 / STEPS, event.count / STEPS])
     for name, time, launches in kernels:

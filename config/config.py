@@ -181,7 +181,8 @@ class Config:
 
     def _check_data_sets(self) -> None:
         count = len(self.data_paths)
-        self._require("data", self.data == "" or len({*self.data_paths, ""}) == count + 1, "different paths")
+        differ = all(self.data_paths) and len({*map(os.path.realpath, self.data_paths)}) == count
+        self._require("data", self.data == "" or differ, "different paths")
         one_each = f"as many values as data has paths, {count}"
         self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
         self._check("data_share", lambda shares: all(0 < share <= 1 for share in shares), "above 0, and at most 1")

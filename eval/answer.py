@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from config.readers import listed
 from eval.fairness import summary
 from eval.results import Results
 from eval.uncertainty import by_chance, is_within_chance
@@ -22,11 +23,13 @@ def answer(results: Results) -> tuple[str, ...]:
 
 def _without_groups(results: Results, best: int) -> tuple[str, ...]:
     values, names = results.accuracies[best], [*results.same]
-    sentences = [f"The best average has {results.models[best].title}: {values.mean():.2f} % of the pairs are right."]
+    title = results.models[best].title
+    who = f"{title}, the model of the best average," if len(results.models) > 1 else title
+    sentences = [f"{who} decides {values.mean():.2f} % of the pairs correctly."]
     if len(names) > 1:
         lowest = int(values.argmin())
         sentences.append(f"Its lowest accuracy is {values[lowest]:.2f} %, on {names[lowest]}.")
-    return (*sentences, "These sets are not groups of people: they do not tell whether the model is fair.")
+    return (*sentences, "These sets are not groups of people: their accuracies do not tell whether the model is fair.")
 
 
 def _who(results: Results, best: int) -> str:
@@ -42,7 +45,7 @@ def _who(results: Results, best: int) -> str:
     names = _names(results)
     alike = sum(_lowest(row) == worst for row in _values(results))
     also = f"; the same holds for {alike} of all {others + 1} models" if others else ""
-    who = " and ".join(names[k] for k in worst)
+    who = listed([names[k] for k in worst])
     return (
         f"Worst off {'is' if len(worst) == 1 else 'are'} {who}: {model} decides "
         f"{values[worst[0]]:.2f} % of {'its' if len(worst) == 1 else 'their'} pairs correctly, the least of all "

@@ -111,7 +111,7 @@ class Audit:
                 shown = f"{name} (reference)" if name == reference else name
                 rows.append((*names_of(one), shown, d_prime(*kinds), *moments, *ks))
         moments_of = ("Genuine mean", "Genuine sd", "Impostor mean", "Impostor sd")
-        header = (*NAMES, "Group", "d'", *moments_of, "KS genuine", "KS impostor")
+        header = (*NAMES, "Group", "d'", *moments_of, "Reference KS genuine", "Reference KS impostor")
         note = (
             "Scores are 1 - (squared distance) / 4, in [0, 1]; KS: Kolmogorov-Smirnov distance to the reference group. "
             f"Fair: equal rows. Not given for a group with fewer than {LEAST_PAIRS} genuine or impostor pairs."

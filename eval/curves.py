@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from eval import rates
 from eval.pictures import COLOURS, LINES, MARKERS, save
@@ -53,7 +53,7 @@ def draw_curves(
     fmr_ends, fnmr_ends = ends(curves, shared)
     for i, (name, curve) in enumerate(curves.items()):
         style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 8], "linewidth": 1.5}
-        label = f"{name} (no error)" if curve.is_without_error else name
+        label = f"{name} (no error at its best threshold)" if curve.is_without_error else name
         # What has no error lies beyond the ends, where the line leaves the axes.
         fmr, fnmr = (
             np.clip(v, 0.1 * low, 1 - 0.1 * low) for v, (low, _) in ((curve.fmr, fmr_ends), (curve.fnmr, fnmr_ends))
@@ -137,6 +137,7 @@ def _finish(
     roc: Axes, det: Axes, against: Axes, histogram: Axes, fmr: tuple[float, float], fnmr: tuple[float, float]
 ) -> None:
     roc.set(xscale="log", xlim=fmr, xlabel="false match rate", ylabel="true match rate (normal deviates)", title="ROC")
+    roc.xaxis.set_minor_formatter(NullFormatter())
     _normal_deviates(roc, "y", (1 - fnmr[1], 1 - fnmr[0]))
     det.set(xlabel="false match rate (normal deviates)", ylabel="false non-match rate (normal deviates)", title="DET")
     _normal_deviates(det, "x", fmr)

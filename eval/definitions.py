@@ -124,7 +124,14 @@ DEFINITIONS: dict[str, Definition] = {
     "Seeds": Definition("Number of training runs that differ in their seed only."),
 }
 for _name, _index in INDICES.items():  # those that are not described in words above
-    DEFINITIONS.setdefault(_name, Definition(_index.definition, _index.fair, _index.source))
+    _text = f"{_index.definition[0].upper()}{_index.definition[1:]}."
+    DEFINITIONS.setdefault(_name, Definition(_text, _index.fair, _index.source))
+for _kind in ("genuine", "impostor"):
+    DEFINITIONS[f"Reference KS {_kind}"] = Definition(
+        f"Kolmogorov-Smirnov distance of the group's {_kind} scores to those of the reference group.",
+        "0",
+        "Massey, JASA 46(253), 1951",
+    )
 """Definitions by term, which is a column's header or its first words: "FMR" defines "FMR African"."""
 
 

@@ -67,7 +67,16 @@ def read_scores(path: Path) -> Theirs:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}).") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty: set scores to a file of scores.")
     lines, digest = _parsed(path, text), sha256(path)
+    if lines.same.any() and not lines.same.all():
+        genuine, impostor = (np.median(lines.distance[which]) for which in (lines.same, ~lines.same))
+        if genuine > impostor:
+            raise InputError(
+                f"{path}: genuine pairs are less alike than impostor pairs: dist must be a distance, "
+                "y_score and score a similarity."
+            )
     sets, distances, notes = {}, {}, [lines.note]
     for name in dict.fromkeys(lines.group.tolist()):
         which = np.flatnonzero(lines.group == name)

@@ -151,7 +151,7 @@ def draw_trade_off(
     axes = figure.subplots()
     accuracies = np.array([model.accuracies for model in models])[:, whole]
     averages, stds = accuracies.mean(1), std(accuracies)
-    margin = max(0.1 * np.ptp(averages), min(0.5, 0.5 * (100 - averages.mean())), 0.02)
+    margin = max(0.1 * np.ptp(averages), min(0.5, 0.5 * (100 - averages.mean())), 0.1)
     along = np.linspace(max(0, averages.min() - margin), min(100, averages.max() + margin), 12)
     chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
     axes.fill_between(along, 0, chance, color="0.9", label="perfectly fair, by chance (95 %)")
@@ -162,6 +162,7 @@ def draw_trade_off(
         marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
         look: dict[str, Any] = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
         axes.plot(averages[of_look], stds[of_look], marker, label=label, **look)
+    axes.ticklabel_format(useOffset=False)
     axes.set_xlabel("average accuracy (%): further right is better")
     axes.set_ylabel("STD of the groups (points): lower is fairer")
     axes.set_xlim(along[0], along[-1])

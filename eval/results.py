@@ -8,8 +8,10 @@ import numpy as np
 
 from eval import rates
 from eval.fairness import summary
+from eval.intervals import Sampled
 from eval.scores import Scored
 from eval.uncertainty import (
+    FEW_ERRORS,
     FEWEST_PAIRS,
     by_chance,
     difference,
@@ -22,7 +24,7 @@ from eval.uncertainty import (
 )
 from eval.verification import collapsed
 from utils.data.pairs import lacking
-from utils.tables import Cell, Estimate, Table
+from utils.tables import Cell, Estimate, Rate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
 FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
@@ -60,10 +62,24 @@ class Results:
         self._samples = resampled(distances, same, identities=self.identities)  # (resamples, models, sets)
         by_model = self._samples.transpose(1, 2, 0)
         self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
+        self._widen_of_few_errors()
         self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
         self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
         self.intervals[:, [name in self.few for name in same]] = np.nan
         self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
+
+    def _widen_of_few_errors(self) -> None:
+        """Widens the interval of an accuracy with fewer than FEW_ERRORS errors to the exact one.
+
+        Resamples of few errors hold too few of them: without any, each resample is right in all pairs.
+        """
+        for m, accuracies in enumerate(self.accuracies):
+            for s, (accuracy, labels) in enumerate(zip(accuracies, self.same.values(), strict=True)):
+                errors = round(len(labels) * (1 - accuracy / 100))
+                if errors < FEW_ERRORS:
+                    low, high = Sampled(Rate(errors, len(labels))).interval
+                    bounds = self.intervals[m, s]
+                    bounds[:] = min(bounds[0], 100 * (1 - high)), max(bounds[1], 100 * (1 - low))
 
     @property
     def pairs(self) -> tuple[int, ...]:

@@ -23,14 +23,16 @@ Resamples of a stratum of n pairs have (n - 1) / n of the variance of new pairs:
 with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at all.
 """
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
+FEW_ERRORS = 30  # errors of a set under which the interval of its accuracy is widened to the exact one
+_EXACT = f" With fewer than {FEW_ERRORS} errors the interval of a set holds the exact one too (Clopper-Pearson)."
 METHOD = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on pairs resampled with replacement, "
     "within each fold and separately for genuine and impostor pairs, with thresholds chosen again for each. Pairs are "
-    "taken as independent of each other, since the sets do not contain identities."
+    f"taken as independent of each other, since the sets do not contain identities.{_EXACT}"
 )
 METHOD_OF_IDENTITIES = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on resampled identities, both ends of a "
-    "pair, with thresholds chosen again for each; the spread is that of sums over pairs that share identities."
+    f"pair, with thresholds chosen again for each; the spread is that of sums over pairs that share identities.{_EXACT}"
 )
 
 

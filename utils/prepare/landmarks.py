@@ -145,7 +145,7 @@ def _of_label_file(path: Path, lines: list[tuple[int, str]]) -> tuple[list[Row],
         numbers = [float(word) for word in words] if all(map(_is_number, words)) else []
         if len(numbers) in (19, 20) and image:
             points = [numbers[k] for k in range(4, 19) if k % 3 != 0]
-            if min(points) >= 0:
+            if any(point != -1 for point in points):  # -1 stands for landmarks that are not known
                 rows.append(Row(image, where, points))
         elif len(numbers) != 4:  # a face of which only the box is known
             strays.append((where, "is no face with a box and five points"))
@@ -244,6 +244,11 @@ def _in_likeliest_order(rows: list[Row]) -> tuple[np.ndarray, list[int], str]:
         raise InputError(
             f"The numbers in {line}, as in most, are neither x1 y1 ... x5 y5 nor x1 ... x5 y1 ... y5 of left eye, "
             "right eye, nose, left and right corner of the mouth, as seen in the image: give them so."
+        )
+    if np.median(np.ptp(points, axis=1)) < 2:
+        raise InputError(
+            f"The landmarks in {rows[0].line}, as in most, lie within two pixels: give them in pixels, not as "
+            "shares of the width and height."
         )
     text = "x1 ... x5 y1 ... y5" if which else "x1 y1 ... x5 y5"
     return points, kept, text + f" with {behind} numbers behind" * bool(behind)

@@ -139,9 +139,9 @@ def _columns(sheet: Sheet) -> tuple[tuple[int, int], int | None]:
         row for row, (_, cells) in enumerate(sheet.rows) if numbered(cells) is None and numbered_words(cells) is None
     ]
     kinds = [kind_of_column(name) for name in sheet.header]
-    if "one" in kinds and "other" in kinds and ("label" in kinds or "inverted" in kinds):
-        label = kinds.index("label" if "label" in kinds else "inverted")
-        return (kinds.index("one"), kinds.index("other")), label
+    labels = [k for k, kind in enumerate(kinds) if kind in ("label", "inverted")]
+    if "one" in kinds and "other" in kinds and len(labels) == 1:
+        return (kinds.index("one"), kinds.index("other")), labels[0]
     if not others:
         return (0, 0), None
     cells = [sheet.rows[row][1] for row in others]
@@ -184,12 +184,13 @@ def _one_label(sheet: Sheet, labels: list[int], cells: list[list[str]]) -> int:
     named = [k for k in labels if k < len(kinds) and kinds[k] in ("label", "inverted")]
     both = [k for k in labels if len({label_of(some[k]) for some in cells}) == 2]
     labels = named or both or labels
-    values = {k: [label_of(some[k]) for some in cells] for k in labels}
+    inverted = {k for k in labels if k < len(kinds) and kinds[k] == "inverted"}
+    values = {k: [label_of(some[k]) != (k in inverted) for some in cells] for k in labels}
     if any(values[k] != values[labels[0]] for k in labels):
         counts = [f"label in column {k + 1} ({sum(values[k]):,} genuine pairs)" for k in labels]
         raise InputError(
-            f"{sheet.path} can be read in two ways: {'; or '.join(counts)}: give it a header line such as img1, img2, "
-            "label, or remove the other column."
+            f"{sheet.path} can be read in two ways: {'; or '.join(counts)}: remove the column that is none, or name "
+            "them in a header line such as img1, img2, label."
         )
     return labels[0]
 

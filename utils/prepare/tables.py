@@ -26,7 +26,8 @@ NAMES = {
     "other": rf"{_OBJECT}{_OTHER}|(?:second|right|two){_OBJECT}|query|verif|template2",
     "label": "labels?|(is)?same(pair|person|identity|subject)?|(is)?match|decision|target|gt|groundtruth|(is)?genuine"
     "|actual(issame)?|issimilar|mated|pairlabel|y",
-    "inverted": "(is)?different|(is)?impost[oe]r|(is)?mismatch|dissimilar",
+    "inverted": "(is)?different|(is)?impost[oe]r|(is)?mismatch|dissimilar|dissimilarity|dist(ance)?"
+    "|(is)?(non?|not)(match|same(person|identity|subject)?|mated|genuine)",
     "name": "name|person|identity|names?1?|person1",
     "number": r"(image|img)?num(ber)?\d?|n\d",
     "fold": "folds?|foldid|split|cvfold",

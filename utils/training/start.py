@@ -55,6 +55,8 @@ def start_sources(cfg: Config, kind: str) -> dict[str, str]:
     path = read_by(cfg, kind, "init_from")
 
     def digest() -> str:
+        if path.endswith(".onnx"):
+            raise InputError(f"{path} cannot be trained: set init_from to the .pth from which it was exported.")
         if not Path(path).is_file():
             raise InputError(f"There is no file {path}: set init_from to a file of weights.")
         return sha256(Path(path))

@@ -210,3 +210,18 @@ def test_exported_copies_do_not_count_and_two_models_are_refused(tmp_path):
     (tmp_path / "other.onnx").write_bytes(b"x")
     with pytest.raises(InputError, match=r"holds best_backbone.pth, last_backbone.pth, other.onnx: keep the one"):
         find_weights(tmp_path, "last")
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (lambda value: (100 * value).to(torch.int8), "as int8: save the weights as dense"),
+        (lambda value: value.to_sparse(), "as sparse_coo: save the weights as dense"),
+        (lambda value: value / 0, "numbers in .* that are not finite"),
+    ],
+)
+def test_weights_that_would_be_converted_without_a_word_are_refused(changed, sentence, state, tmp_path):
+    found = {name: changed(value) if value.ndim == 2 else value for name, value in state.items()}
+    torch.save(found, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=sentence):
+        load_weights(build_backbone("iresnet_tiny", 16), tmp_path / "x.pth")

@@ -121,7 +121,11 @@ def test_fairlearn_gets_decisions(tmp_path):
             "y_true,y_score,identity_1,identity_2\n1,0.5,a,b\n",
             "pair 0 is genuine, but has the identities a and b",
         ),
-        ("", "is no table of scores"),
+        ("", "is empty: set scores to a file of scores"),
+        (
+            "y_true,y_score\n" + 10 * "1,0.1\n0,0.9\n",
+            "genuine pairs are less alike than impostor pairs: dist must be a distance",
+        ),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):

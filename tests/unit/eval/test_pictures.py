@@ -60,7 +60,7 @@ def test_curves_of_a_good_model_fill_axes_that_end_at_one_error(drawn, tmp_path)
     pixels = det.transData.transform([(0.0013499, 0.01), (0.0227501, 0.01), (0.1586553, 0.01)])[:, 0]
     assert pixels[1] - pixels[0] == pytest.approx(pixels[2] - pixels[1], rel=1e-3)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[:4] == ["A", "B", "C (no error)", "D"]
+    assert labels[:4] == ["A", "B", "C (no error at its best threshold)", "D"]
     assert "hollow: a rate of 0" in labels
     assert "No error at the best threshold: C." in alt
     at = rates.error_rates(groups, shared["FMR 0.01"])

@@ -193,3 +193,11 @@ def test_a_collapsed_model_has_a_note_and_no_verdict_of_fairness(results):
     assert note.startswith("specialized iresnet34 teacher: point is collapsed")
     best = rates.threshold_of_best_accuracy({"B": (fair.distances["B"], SAME["B"])})[1]
     assert f"accuracy 50.00, {100 * best:.2f})" in note
+
+
+def test_the_interval_of_a_model_without_errors_has_a_width():
+    """With no error in 4,000 pairs the exact interval ends at 1 - 0.025 ** (1 / 4000): Clopper and Pearson."""
+    models = [dataclasses.replace(scored("one", 1, {"A": 9.0, "B": 9.0}), accuracies=(100.0, 100.0))]
+    models = [dataclasses.replace(one, distances={name: 1.0 - 0.9 * SAME[name] for name in GROUPS}) for one in models]
+    low, high = Results(models, SAME, True).intervals[0, 0]
+    assert low == pytest.approx(100 * 0.025 ** (1 / len(SAME["A"])), abs=1e-6) and high == 100.0

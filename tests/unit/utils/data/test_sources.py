@@ -38,6 +38,7 @@ def test_data_stays_one_path_and_may_hold_several(tmp_path, monkeypatch):
     for settings, sentence in (
         ({"data": "a,a"}, "different paths"),
         ({"data": "a,"}, "different paths"),
+        ({"data": "a,./a/"}, "different paths"),
         ({"data": "a,b", "data_share": (0.5,)}, "as many values as data has paths, 2"),
         ({"data": "a,b", "data_share": (0.5, 1.5)}, "above 0, and at most 1"),
         ({"data": "a,b", "data_flip": ("on", "no")}, "on or off for each data set"),

@@ -267,3 +267,15 @@ def test_groups_of_other_columns(faces):
     (faces.parent / "plain.txt").write_text(rows("{a} {b} {s}"))
     with pytest.raises(InputError, match=r"out2 is no name of a \.bin"):
         run(pairs, "--list", faces.parent / "plain.txt", "--images", faces, "--output", faces.parent / "out2")
+
+
+def test_two_columns_of_labels_that_disagree_are_refused(faces):
+    lines = [f"{one},{other},{k % 3 == 0:d},{same:d}" for k, (one, other, same) in enumerate(PATHS)]
+    with pytest.raises(InputError, match=r"two ways: label in column 3 \(7 genuine pairs\); or label in column 4 \(10"):
+        made(faces, "\n".join(["file1,file2,decision,label", *lines]), "two.csv")
+
+
+@pytest.mark.parametrize("name", ["non_match", "not_same", "distance", "imposter"])
+def test_columns_that_say_the_opposite_are_inverted(faces, name):
+    lines = [f"{one},{other},{not same:d}" for one, other, same in PATHS]
+    assert made(faces, "\n".join([f"p1,p2,{name}", *lines]), "inverted.csv")[1] == SAME
