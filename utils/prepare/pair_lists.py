@@ -81,7 +81,8 @@ def _read(sheet: Sheet) -> Reading:
     paths, label = _columns(sheet)
     pairs, words = [], sheet.separator == "blank"
     for row, (line, cells) in enumerate(sheet.rows):
-        found = numbered(cells) or (_numbered_words(cells) if words else None)
+        is_named = sheet.header and label is not None  # then images may be called by numbers
+        found = None if is_named else numbered(cells) or (_numbered_words(cells) if words else None)
         if found is None and label is not None:
             found = _paths(sheet, row, paths, label)
         if found is None or any("\0" in cell for cell in cells):
@@ -179,11 +180,10 @@ def _are_labels(texts: list[str]) -> bool:
 
 
 def _one_label(sheet: Sheet, labels: list[int], cells: list[list[str]]) -> int:
-    """Chooses the column of labels: by its name, then the one that holds both kinds. Raises InputError for several."""
+    """Chooses the column of labels, by its name if there is a header. Raises InputError if several differ."""
     kinds = [kind_of_column(name) for name in sheet.header]
     named = [k for k in labels if k < len(kinds) and kinds[k] in ("label", "inverted")]
-    both = [k for k in labels if len({label_of(some[k]) for some in cells}) == 2]
-    labels = named or both or labels
+    labels = named or labels
     inverted = {k for k in labels if k < len(kinds) and kinds[k] == "inverted"}
     values = {k: [label_of(some[k]) != (k in inverted) for some in cells] for k in labels}
     if any(values[k] != values[labels[0]] for k in labels):
@@ -226,8 +226,19 @@ def _two_lines_a_pair(sheet: Sheet) -> Reading:
         if label != again or int(label) > FOLDS:
             raise Unlike(sheet, row + 1, f"two lines a pair with the label {label}, at most {FOLDS}")
         pairs.append(Pair(line, face_of(one), face_of(other), int(label) > 0))
+    impostors = [pair for pair in pairs if not pair.same]
+    if impostors and all(_person(pair.one) == _person(pair.other) for pair in impostors):
+        raise InputError(
+            f"{sheet.path} looks like a list of images with the number of their identity, since both images of every "
+            "impostor pair have one name: give a list of pairs."
+        )
     text = f"{sheet.described}, two lines a pair as in CALFW and CPLFW, label in column 2"
     return Reading(_in_blocks(pairs), f"{text}; written in {FOLDS} folds, the genuine pairs first in each", {})
+
+
+def _person(face: Face) -> str:
+    """Returns the path of an image without the number of the image and its ending."""
+    return re.sub(r"[_-]*\d*(\.\w+)?$", "", face.places[0])
 
 
 def in_order_of_folds(pairs: list[Pair], folds: list[str], name: str) -> tuple[list[Pair], str]:

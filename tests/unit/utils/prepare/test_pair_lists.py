@@ -120,6 +120,8 @@ def test_two_lines_a_pair_become_ten_folds_of_both_kinds(tmp_path, labels, capsy
         ("a.jpg b.jpg 1\nc.jpg d.jpg 2\n", "line 2: expected"),
         ("a.jpg,b.jpg,0\nc.jpg,d.jpg,-1\n", "line 1: expected"),
         ("a.jpg b.jpg 0.31\n", "line 1: expected"),
+        ("a_1.jpg 0\na_2.jpg 0\nb_1.jpg 1\nb_2.jpg 1\n", "a list of images with the number of their identity"),
+        ("a.jpg b.jpg 1 0\nc.jpg d.jpg 1 1\n", r"two ways: label in column 3 \(2 gen.* column 4 \(1 gen"),
         ("a.jpg,b.jpg,1\nc.jpg,1\n", "line 2: expected"),
     ],
 )
@@ -279,3 +281,8 @@ def test_two_columns_of_labels_that_disagree_are_refused(faces):
 def test_columns_that_say_the_opposite_are_inverted(faces, name):
     lines = [f"{one},{other},{not same:d}" for one, other, same in PATHS]
     assert made(faces, "\n".join([f"p1,p2,{name}", *lines]), "inverted.csv")[1] == SAME
+
+
+def test_images_may_be_called_by_numbers_under_a_header(tmp_path):
+    (tmp_path / "x").write_text("img1,img2,label\n1,2,1\n1,3,0\n")
+    assert [(pair.one.places[0], pair.same) for pair in read_list(tmp_path / "x").pairs] == [("1", True), ("1", False)]
