@@ -344,7 +344,7 @@ def test_constant_and_nan_models_give_half_accuracy_or_an_error(trained, tmp_pat
     assert [float(row[group]) for group in GROUPS] == [50.0] * 4
     assert capsys.readouterr().err == ""
     run_script("eval.evaluation", [*given, *output, "--checkpoint", str(tmp_path / "nan.pth")], expect=2)
-    sentence = "checkpoint nan.pth iresnet_tiny on the pairs of African: Some embeddings are not finite"
+    sentence = "nan.pth holds numbers in features.bias that are not finite: its training has failed."
     assert sentence in capsys.readouterr().err
 
 
