@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,18 +335,32 @@ def test_a_parameter_of_a_header_that_would_never_be_trained_is_refused(cfg):
         fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, header, kind="teacher")
 
 
+def killed_at(network: torch.nn.Module, stop_at: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[int]]:
+    """Returns a function of images, the mean square of the network's outputs, and the list of its calls.
+
+    Its call `stop_at` sends SIGTERM to this process.
+    """
+    calls: list[int] = []
+
+    def size(image: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return network(image).square().mean()
+
+    return size, calls
+
+
 def test_a_folder_and_kind_of_ones_own_are_trained_and_resumed(cfg, tmp_path, capsys):
     """A kind that config does not know has the schedule of a student; a measure may have a gradient."""
 
     def mine(folder, stop_at=0, cfg=cfg):
         setup(cfg)
-        network, calls = Linear(), []
+        network = Linear()
+        size_of, calls = killed_at(network, stop_at)
 
         def losses(image):
-            calls.append(1)
-            if len(calls) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            size = network(image).square().mean()
+            size = size_of(image)
             return {"size": size, "logged": 1000 * size}
 
         fit(losses, Faces(cfg), folder, cfg, network, kind="mine", measures=("logged",))
@@ -374,13 +389,11 @@ def test_a_checkpoint_with_and_without_measures_is_resumed(cfg):
 
     def measured(cfg, stop_at=0):
         setup(cfg)
-        network, calls = Linear(), []
+        network = Linear()
+        size_of, _ = killed_at(network, stop_at)
 
         def losses(image):
-            calls.append(1)
-            if len(calls) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            size = network(image).square().mean()
+            size = size_of(image)
             return {"size": size, "norm": size.detach().sqrt()}
 
         fit(losses, Faces(cfg), cfg.teacher_dir("T"), cfg, network, kind="teacher", measures=("norm",))
