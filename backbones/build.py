@@ -1,5 +1,7 @@
 """Builds networks and adaptors by name."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ def build_backbone(name: str, embedding_size: int = 512, **options) -> nn.Module
     """
     entry = named("network", NETWORKS, name)
     network = build(entry, embedding_size=embedding_size, **options)
+    network.embedding_size = embedding_size
     if entry.channels == "BGR":
         network.register_forward_pre_hook(_reversed_channels)
     return network
@@ -37,6 +40,11 @@ def build_adaptor(name: str, cfg: Config, inputs: int | None = None) -> nn.Modul
     if cfg.setting == "standalone":
         raise InputError("A standalone teacher needs no adaptor: set is_standalone to False, or ada_source to teacher.")
     inputs = len(cfg.teachers) * cfg.embedding_size if inputs is None else inputs
-    if name == "SL":
-        return SingleLayerAdaptor(inputs, cfg.embedding_size)
-    return DualLayerAdaptor(inputs, cfg.middle_layer_size, cfg.embedding_size, 0.2 if name == "DLDPO" else 0.0)
+    size, dropout = cfg.embedding_size, 0.2 if name == "DLDPO" else 0.0
+    adaptor: Any = (
+        SingleLayerAdaptor(inputs, size)
+        if name == "SL"
+        else DualLayerAdaptor(inputs, cfg.middle_layer_size, size, dropout)
+    )
+    adaptor.embedding_size = size
+    return adaptor

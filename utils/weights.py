@@ -167,14 +167,9 @@ def load_adaptor(name: str, path: Path, inputs: int, cfg: Config) -> tuple[nn.Mo
 def size_of(network: nn.Module, cfg: Config) -> int:
     """Returns the number of dimensions of the outputs of a network or adaptor.
 
-    Its last matrix has a row for each dimension; without any, its last parameter or statistic; without these, it is
-    `cfg.embedding_size`. Published IR networks define their output layer before the others, so a vector may be theirs.
+    Those that are built by name or read from an .onnx file have it as `embedding_size`; for others it is the setting.
     """
-    if isinstance(network, OnnxNetwork):
-        return network.embedding_size
-    values = [value for value in network.state_dict().values() if value.ndim]
-    sizes = [len(value) for value in values if value.ndim == 2] or [len(value) for value in values]
-    return sizes[-1] if sizes else cfg.embedding_size
+    return getattr(network, "embedding_size", cfg.embedding_size)
 
 
 def input_of(*networks: nn.Module) -> dict[str, list[str]]:
