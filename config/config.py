@@ -181,7 +181,7 @@ class Config:
 
     def _check_data_sets(self) -> None:
         count = len(self.data_paths)
-        differ = all(self.data_paths) and len({*map(os.path.realpath, self.data_paths)}) == count
+        differ = all(self.data_paths) and (count == 1 or len({*map(os.path.realpath, self.data_paths)}) == count)
         self._require("data", self.data == "" or differ, "different paths")
         one_each = f"as many values as data has paths, {count}"
         self._check("data_share", lambda shares: len(shares) in (0, count), one_each)
