@@ -1,6 +1,5 @@
 """The training set of one stage: its images, labels, inputs and targets."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from config.readers import EXTRACT, script_that_trains
 from utils.data.columns import Batch, Column
 from utils.data.embeddings import check_weights, read_embeddings, say_if_collapsed
 from utils.data.index import Index, find_images
-from utils.data.sources import Sources, index_of, never_flipped, shared
+from utils.data.sources import Sources, digest_of, index_of, never_flipped, shared
 from utils.data.split import read_quarter, require_split
 from utils.distributed.world import is_first, rank, total_batch, world_size
 from utils.errors import InputError
@@ -78,7 +77,7 @@ class Faces:
         label = np.full(len(index.paths), -1, np.int64)
         label[self.rows] = labels
         self.columns = {"image": Column((self.store.images,)), "label": Column((label,))}
-        identities = hashlib.sha256("\n".join(self.identities).encode(errors="surrogateescape")).hexdigest()
+        identities = digest_of(*self.identities)
         self.sources: dict[str, Any] = {"images": self.store.digest, "identities": identities}
         if cfg.leave_out:
             self.sources["left out"] = sha256(Path(cfg.leave_out))

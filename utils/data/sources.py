@@ -37,7 +37,7 @@ class Sources:
             self.images, self.digest = stores[0].images, stores[0].digest
         else:
             self.images = Joined(tuple(store.images for store in stores))
-            self.digest = _digest_of(*(store.digest for store in stores), *self.index.identities)
+            self.digest = digest_of(*(store.digest for store in stores), *self.index.identities)
 
 
 def each_source(cfg: Config) -> list[Config]:
@@ -85,11 +85,12 @@ def join(indexes: list[Index], same_names_are_one: bool) -> Index:
         stamps=np.concatenate([index.stamps for index in indexes]),
         folders=tuple(folder for index in indexes for folder in index.folders),
         changed=np.concatenate([index.changed for index in indexes]),
-        digest=_digest_of(*(index.digest for index in indexes), *identities),
+        digest=digest_of(*(index.digest for index in indexes), *identities),
     )
 
 
-def _digest_of(*texts: str) -> str:
+def digest_of(*texts: str) -> str:
+    """Returns the SHA-256 of texts, one a line; names of files may be no valid text."""
     return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()
 
 
