@@ -27,7 +27,7 @@ from eval.models import KINDS, families, left_out, model_of_files, models_of
 from eval.operating import check_reference
 from eval.pictures import Picture
 from eval.published import Row
-from eval.results import BEST, Results
+from eval.results import BEST, Results, file_name, names_of
 from eval.scores import Scored, Scores
 from utils.data.identities import in_two_groups
 from utils.data.pairs import Pairs, load_pairs
@@ -37,6 +37,7 @@ from utils.errors import InputError
 from utils.process import command_of_run, run, setup
 from utils.storage.files import write_json, write_text
 from utils.tables import Table
+from utils.weights import find_weights
 
 LEFT_OUT = "Not in the tables"  # begins the note on models that were not evaluated
 LOG_KEYS = {"epoch", "loss", "scores", "best"}  # keys of a log entry that the pictures need
@@ -69,7 +70,7 @@ def main(cfg: Config) -> None:
     results = Results(scored, same, measured.of_groups, measured.notes, identities, measured.of_rfw)
     compared = paper.compare(measured.printed, scored, cfg, measured.notes)
     tables = results.tables() | _audit(cfg, results, sets)
-    forms = {name: {"md": one.markdown(), "csv": one.csv(), "tex": one.latex()} for name, one in tables.items()}
+    forms = {name: one.forms() for name, one in tables.items()}
     if compared:
         tables |= compared.tables()
         forms["paper"] = compared.forms()
@@ -83,12 +84,12 @@ def main(cfg: Config) -> None:
     written_files = _write_forms(forms, folder)
     write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
     for one in scored:
-        write_text(folder / "scores" / f"{_file_name(one)}.csv", _scores_csv(one, sets))
+        write_text(folder / "scores" / f"{file_name(names_of(one))}.csv", _scores_csv(one, sets))
     exchanged = _write_exchanged(cfg, results, sets, folder)
     pictures = _draw(results, compared, _logs(cfg), folder)
     written_files |= {
         "results.json": ["results.json"],
-        "scores/": [*(f"scores/{_file_name(one)}.csv" for one in scored), *exchanged],
+        "scores/": [*(f"scores/{file_name(names_of(one))}.csv" for one in scored), *exchanged],
     }
     for picture in pictures:
         names = [path.relative_to(folder).as_posix() for path in picture.files]
@@ -136,7 +137,7 @@ def _write_exchanged(cfg: Config, results: Results, sets: dict[str, Pairs], fold
     names = []
     for one, shared in zip(results.models, results.shared, strict=True):
         for form in cfg.score_forms:
-            names.append(f"scores/{_file_name(one)}.{form}.{'txt' if form == 'bob' else 'csv'}")
+            names.append(f"scores/{file_name(names_of(one))}.{form}.{'txt' if form == 'bob' else 'csv'}")
             write_text(folder / names[-1], written(form, one, sets, shared.get(BEST)))
     return names
 
@@ -222,12 +223,13 @@ def _score_families(
             scored += scores.of(models)
             used += [model.folder for model in models]
     others = left_out(cfg, used)
+    for student in (Path(cfg.output, name) for name in others if "/students/" in name):
+        if find_weights(student, cfg.weights):  # all that the registry and the settings name are used
+            print(
+                f"{student} is left out: add its network and method to config/registry.py, its teacher to ethnicities."
+            )
     advice = "ethnicities names the groups of the models, evaluation_groups those to verify on."
     return scored, [f"{LEFT_OUT}, though in {cfg.output}: {', '.join(others)}; {advice}"] if others else []
-
-
-def _file_name(one: Scored) -> str:
-    return "-".join(part for part in (one.setting, one.network, one.kind, one.name) if part).replace(" ", "-")
 
 
 def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
@@ -261,7 +263,7 @@ def _draw(
         keep("Printed accuracies and those here", "", path, alt)
     for one, shared in zip(models, results.shared, strict=True):
         if shared:
-            path = folder / "curves" / f"{_file_name(one)}.png"
+            path = folder / "curves" / f"{file_name(names_of(one))}.png"
             thresholds = {title: threshold for title, threshold in shared.items() if threshold is not None}
             alt = draw_curves(one, results.same, thresholds, path, note)
             keep("ROC, DET and thresholds", one.title, path, alt)

@@ -45,8 +45,6 @@ def models_of(family: Config) -> Iterator[list[Model]]:
     """Yields all models of a family in lists; the models of a list share networks."""
     if teachers := _teacher_models(family):
         yield teachers
-    for folder in _unknown_students(family):
-        print(f"{folder} is left out: add its network and method to config/registry.py, its teacher to ethnicities.")
     for settings, method, path in _students(family):
         network, digest = load_backbone(settings.student_network, path, family)
         name = f"{settings.source} {settings.student_network}"
@@ -118,13 +116,6 @@ def _students(cfg: Config) -> list[tuple[Config, str, Path]]:
     ]
     found = [(student, method, find_weights(student.student_dir(method), cfg.weights)) for student, method in students]
     return [(student, method, path) for student, method, path in found if path]
-
-
-def _unknown_students(cfg: Config) -> list[Path]:
-    """Returns the run folders of students whose network, source or method this family does not know."""
-    known = {path.parent for _, _, path in _students(cfg)}
-    folders = sorted((cfg.network_dir / "students").glob("*/*"))
-    return [folder for folder in folders if folder not in known and find_weights(folder, cfg.weights)]
 
 
 def _teacher_models(cfg: Config) -> list[Model]:

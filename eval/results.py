@@ -278,5 +278,10 @@ def names_of(one: Scored) -> tuple[Cell, ...]:
     return one.setting or "-", one.network or "-", one.kind, one.name
 
 
+def file_name(names: tuple[Cell, ...]) -> str:
+    """Returns the name, without ending, of the files of the model with these cells of NAMES."""
+    return "-".join(str(name) for name in names if name != "-").replace(" ", "-")
+
+
 def _excludes_zero(bounds: tuple[float, float]) -> bool:
     return bounds[0] > 0 or bounds[1] < 0

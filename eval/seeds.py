@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.fairness import std
-from eval.results import NAMES
+from eval.results import NAMES, file_name
 from eval.uncertainty import RESAMPLES, interval, resampled, stds
 from eval.verification import accuracy
 from utils.errors import InputError
@@ -143,8 +143,7 @@ def read_training(output: Path) -> Training:
     keys = [tuple(row[name] for name in NAMES) for row in results["tables"]["accuracy"]["rows"]]
     same, distances = {}, {}
     for key in keys:
-        name = "-".join(part for part in key if part != "-").replace(" ", "-")
-        distances[key], same = _read_scores(folder / "scores" / f"{name}.csv")
+        distances[key], same = _read_scores(folder / "scores" / f"{file_name(key)}.csv")
     digests = {name: one["sha256"] for name, one in results["sets"].items()}
     return Training(folder, digests, same, dict(zip(keys, results["weights"].values(), strict=True)), distances)
 
@@ -183,7 +182,7 @@ def _check(trainings: list[Training]) -> None:
 def write_tables(outputs: list[Path], to: Path) -> None:
     """Writes and prints the tables over the trainings in `outputs`."""
     for name, table in Seeds([read_training(output) for output in outputs]).tables().items():
-        for extension, text in {"md": table.markdown(), "csv": table.csv(), "tex": table.latex()}.items():
+        for extension, text in table.forms().items():
             write_text(to / f"{name}.{extension}", text)
         if table.is_printed:
             print(table.markdown())

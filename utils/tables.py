@@ -71,6 +71,10 @@ class Table:
     digits: int = 2  # decimals of a number in Markdown, LaTeX and HTML
     is_printed: bool = True  # on the console, in addition to the files
 
+    def forms(self) -> dict[str, str]:
+        """Returns the table as text by the ending of its file."""
+        return {"md": self.markdown(), "csv": self.csv(), "tex": self.latex()}
+
     def markdown(self) -> str:
         """Returns Markdown with aligned columns, readable in a terminal."""
         rows = self._shown()
