@@ -23,11 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm import tqdm
 
 from config.config import Config
 from eval import published
+from eval.identities import Ends
+from eval.intervals import Sampled
 from eval.rates import just_above
 from eval.verification import normalize
 from utils.data import images
@@ -45,6 +49,10 @@ SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}
 """1 / FAR for each FAR: an integer, since the product of 1e-6 and a count is rounded."""
 
+INTERVALS = (
+    "95 % intervals: Clopper-Pearson at the given threshold. Genuine pairs of one person count as dependent: templates "
+    "that genuine pairs connect are of one person."
+)
 ROWS, COLUMNS = 4096, 64  # of a float64 block: converting all features at once would double their memory
 
 
@@ -62,6 +70,17 @@ class Benchmark:
     pairs: np.ndarray  # (P, 2) int64 in 0 ... T - 1
     same: np.ndarray  # (P,) bool: genuine
     digest: str  # SHA-256 of the file with names and landmarks, on which the features depend
+
+    def people(self) -> Ends:
+        """Returns the identities of the genuine pairs, which IJB's files do not name.
+
+        Templates that genuine pairs connect, directly or through others, are of one person.
+        """
+        one, other = self.pairs[self.same].T
+        size = int(self.template.max()) + 1
+        graph = csr_matrix((np.ones(len(one), bool), (one, other)), shape=(size, size))
+        count, person = connected_components(graph, directed=False)
+        return Ends(person[one].astype(np.int64), person[other].astype(np.int64), count)
 
 
 def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: bool = True, norm: bool = True) -> None:
@@ -87,7 +106,7 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
         weight = image_weights(features, benchmark.detector_score if detector_score else None, norm)
         embeddings = normalize(pool(features, weight, benchmark.template, benchmark.media))
         scores = pair_scores(embeddings, benchmark.pairs)
-        results[name] = tar_at_far(scores[benchmark.same], scores[~benchmark.same])
+        results[name] = tar_at_far(scores[benchmark.same], scores[~benchmark.same], benchmark.people())
         about |= {"network": "onnx" if checkpoint.suffix == ".onnx" else cfg.network}
         about.pop("input", None)
         about |= {"checkpoint": str(checkpoint), "weights": digest, **input_of(network)}
@@ -281,8 +300,11 @@ def pair_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return scores
 
 
-def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str, float] | None]:
+def tar_at_far(genuine: np.ndarray, impostors: np.ndarray, people: Ends | None = None) -> dict[str, dict | None]:
     """Returns TAR (in [0, 1]) and threshold at each of FARS, from the scores (n,) of genuine and of impostor pairs.
+
+    The 95 % interval of a TAR is that of a rate at a given threshold (`eval.intervals`); `people` are the identities of
+    the genuine pairs, which count as independent without them.
 
     A pair is accepted if its score is at least the threshold, which is the smallest float64 at which the share of
     accepted impostor pairs does not exceed the FAR. The published script uses the nearest point of the ROC curve
@@ -292,14 +314,16 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str
     as 3 / n (rule of three, 95 % confidence).
     """
     impostors = np.sort(impostors)[::-1]
-    found: dict[str, dict[str, float] | None] = {}
+    found: dict[str, dict | None] = {}
     for far, one_in in FARS.items():
         if len(impostors) < 3 * one_in:
             found[far] = None
             continue
         # The first len // one_in scores may be accepted; the next one, and all equal to it, must be rejected.
         threshold = just_above(impostors[len(impostors) // one_in])
-        found[far] = {"tar": float(np.mean(genuine >= threshold)), "threshold": threshold}
+        low, high = Sampled.of(genuine < threshold, people).interval  # of the share that is rejected
+        tar = float(np.mean(genuine >= threshold))
+        found[far] = {"tar": tar, "interval": [1 - high, 1 - low], "threshold": threshold}
     return found
 
 
@@ -307,13 +331,14 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray) -> dict[str, dict[str
 
 
 def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | None = None) -> str:
-    """Returns a Markdown table of TAR in percent, a line per name; a dash marks a FAR that the pairs do not resolve.
+    """Returns a Markdown table of TAR in percent with 95 % intervals; a dash marks a FAR that is not resolved.
 
     If `printed` holds a row of the paper, TAR in percent by FAR, two more lines show it and the difference from it.
     """
     rows = [["TAR in % at FAR", *FARS]]
     for name, found in results.items():
         rows.append([name, *(f"{100 * point['tar']:.2f}" if point else "-" for point in found.values())])
+        rows.append(["95 % interval", *(_interval(point) if point else "" for point in found.values())])
     if printed:
         (found,) = results.values()
         both = {far: (found[far], printed.get(far)) for far in FARS}
@@ -321,11 +346,12 @@ def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | 
         apart = [None if point is None or tar is None else 100 * point["tar"] - tar for point, tar in both.values()]
         rows.append(["difference", *("" if value is None else f"{value:+.2f}" for value in apart)])
     width = max(len(row[0]) for row in rows)
-    lines = [f"| {row[0].ljust(width)} | {' | '.join(cell.rjust(6) for cell in row[1:])} |" for row in rows]
-    lines.insert(1, f"|{'-' * (width + 2)}|{'-------:|' * len(FARS)}")
+    wide = max(len(cell) for row in rows for cell in row[1:])
+    lines = [f"| {row[0].ljust(width)} | {' | '.join(cell.rjust(wide) for cell in row[1:])} |" for row in rows]
+    lines.insert(1, f"|{'-' * (width + 2)}|{('-' * (wide + 1) + ':|') * len(FARS)}")
     counts = ", ".join(f"{about[name]:,} {name}" for name in ("images", "templates", "genuine pairs", "impostor pairs"))
     switches = ", ".join(f"{name} {'on' if about[name] else 'off'}" for name in ("detector score", "norm"))
-    text = [f"{about['benchmark']} 1:1: {counts}; {switches}.", "", *lines]
+    text = [f"{about['benchmark']} 1:1: {counts}; {switches}.", "", *lines, "", INTERVALS]
     text += ["", f"Printed: AdaDistill's {about['row']}."] if printed else []
     if any(point is None for found in results.values() for point in found.values()):
         limit = 3 / about["impostor pairs"]
@@ -334,6 +360,11 @@ def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | 
             f"A dash: not resolved, so few impostor pairs cannot show a FAR below {limit:.1e} (rule of three).",
         ]
     return "\n".join(text)
+
+
+def _interval(point: dict) -> str:
+    low, high = point["interval"]
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def command(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from fractions import Fraction
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 import export
 from backbones import build_backbone
 from eval import ijb
-from eval.ijb import FARS, as_table, image_weights, load_benchmark, pair_scores, pool, tar_at_far
+from eval.identities import Ends
+from eval.ijb import FARS, Benchmark, as_table, image_weights, load_benchmark, pair_scores, pool, tar_at_far
 from eval.verification import normalize
 from tests.conftest import noise
 from utils.data.align import TEMPLATE, align
@@ -135,11 +137,35 @@ def test_tar_with_ties_computed_by_hand():
     """Three of 30 impostors may be accepted at FAR 0.1."""
     genuine = np.array([0.95, 0.9, 0.8, 0.7])
     without = np.array([0.9, 0.8, 0.7, *[0.1] * 27])
-    assert tar_at_far(genuine, without)["1e-1"] == {"tar": 1.0, "threshold": np.nextafter(0.1, 1)}
+    found = tar_at_far(genuine, without)["1e-1"]
+    assert (found["tar"], found["threshold"]) == (1.0, np.nextafter(0.1, 1))
+    assert found["interval"] == pytest.approx([0.025**0.25, 1])  # Clopper-Pearson of 4 in 4
     tied = np.array([0.9, 0.8, 0.7, 0.7, *[0.1] * 26])  # threshold 0.7 would accept four
-    assert tar_at_far(genuine, tied)["1e-1"] == {"tar": 0.75, "threshold": np.nextafter(0.7, 1)}
+    found = tar_at_far(genuine, tied)["1e-1"]
+    assert (found["tar"], found["threshold"]) == (0.75, np.nextafter(0.7, 1))
     everywhere = np.full(30, 0.9)  # accepts all or none
     assert tar_at_far(genuine, everywhere)["1e-1"]["tar"] == 0.25
+
+
+def test_pairs_of_one_person_count_as_one_in_the_interval():
+    """Ten people with four equal pairs each are as sure as ten pairs of ten people."""
+    genuine, impostors = np.array([0.9] * 7 + [0.1] * 3), np.linspace(-0.5, 0.5, 30)
+    people = Ends(np.repeat(np.arange(10), 4), np.repeat(np.arange(10), 4), 10)
+    alone = tar_at_far(genuine, impostors)["1e-1"]
+    shared = tar_at_far(np.repeat(genuine, 4), impostors, people)["1e-1"]
+    assert shared["tar"] == alone["tar"]
+    assert shared["interval"] == pytest.approx(alone["interval"])
+    assert alone["interval"] == pytest.approx([0.3475, 0.9333], abs=1e-4)  # Clopper-Pearson of 7 in 10
+    independent = tar_at_far(np.repeat(genuine, 4), impostors)["1e-1"]["interval"]
+    assert independent[0] > alone["interval"][0] + 0.1
+
+
+def test_templates_that_genuine_pairs_connect_are_of_one_person():
+    pairs = np.array([[0, 1], [1, 2], [3, 4], [0, 3], [5, 6]])
+    same = np.array([True, True, True, False, True])
+    one = np.arange(7)
+    people = Benchmark("IJB-C", Path(), [], one, one, one, one, pairs, same, "").people()
+    assert people.one.tolist() == people.other.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("far", "one_in"), FARS.items())
@@ -156,24 +182,24 @@ def test_a_rate_needs_three_over_far_impostors(far, one_in):
 def test_the_table_shows_a_dash_and_a_note_only_where_a_rate_is_not_resolved():
     about = {"benchmark": "IJB-C", "detector score": True, "norm": False, "images": 1000, "templates": 9}
     about |= {"genuine pairs": 4, "impostor pairs": 30}
-    points = {far: {"tar": 0.98765, "threshold": 0.1} for far in FARS}
+    points = {far: {"tar": 0.98765, "interval": [0.98, 0.99], "threshold": 0.1} for far in FARS}
     whole = as_table({"x": points}, about)
     assert "1,000 images" in whole
     assert "detector score on, norm off" in whole
-    assert whole.count("98.77") == 6
+    assert whole.count("98.77") == whole.count("[98.00, 99.00]") == 6
     assert "rule of three" not in whole
     part = as_table({"x": points, "y": {**points, "1e-6": None}}, about)
-    assert part.splitlines()[-3].split("|")[2].strip() == "-"
+    assert next(line for line in part.splitlines() if line.startswith("| y ")).split("|")[2].strip() == "-"
     assert "below 1.0e-01 (rule of three)" in part
 
 
 def test_the_printed_row_follows_its_checkpoint():
     about = {"benchmark": "IJB-C", "detector score": True, "norm": True, "images": 1000, "templates": 9}
     about |= {"genuine pairs": 4, "impostor pairs": 30, "row": "AdaArcDistill m=0.45"}
-    points = {far: {"tar": 0.9, "threshold": 0.1} for far in FARS} | {"1e-5": None}
+    points = {far: {"tar": 0.9, "interval": [0.8, 1.0], "threshold": 0.1} for far in FARS} | {"1e-5": None}
     lines = as_table({"x": points}, about, {"1e-5": 89.32, "1e-4": 93.27}).splitlines()
-    assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == ["printed", "", "89.32", "93.27", "", "", ""]
-    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == ["difference", "", "", "-3.27", "", "", ""]
+    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == ["printed", "", "89.32", "93.27", "", "", ""]
+    assert [cell.strip() for cell in lines[7].split("|")[1:-1]] == ["difference", "", "", "-3.27", "", "", ""]
     assert "Printed: AdaDistill's AdaArcDistill m=0.45." in lines
 
 
