@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import pkgutil
 import re
 import resource
 import shutil
@@ -29,7 +30,7 @@ from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
-from utils.environment import computed_in, versions
+from utils.environment import allow_tf32, computed_in, versions
 from utils.errors import InputError
 from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
@@ -764,6 +765,24 @@ def test_tf32_is_allowed_where_it_is_set(cfg, infer_precision):
         assert torch.backends.cudnn.allow_tf32
     assert seen == [infer_precision == "tf32"]
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cudnn", "torch.backends.cudnn.conv"])
+def test_tf32_is_allowed_where_it_is_set_whatever_a_user_has_set_by_the_newer_api(cfg, owner):
+    """`torch.backends.cudnn.allow_tf32` is PyTorch's older API, which raises RuntimeError if the two disagree."""
+    user = pkgutil.resolve_name(owner)
+    before, user.fp32_precision = user.fp32_precision, "tf32"
+    try:
+        setup(cfg)
+        for precision in ("tf32", "fp32"):
+            with mixed_precision(torch.nn.Identity(), precision, torch.device("cpu")):
+                allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+                assert allowed == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        user.fp32_precision = before
+        allow_tf32(False)
 
 
 def graph_in_python(function):
