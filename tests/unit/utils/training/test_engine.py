@@ -842,6 +842,38 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
     assert_equal_runs(cfg, stopped)
 
 
+@pytest.mark.parametrize("stop_at", [(0, 3), (1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("settings", "captured"),
+    [({"warmup_epochs": 1}, [1, 2]), ({"batch_size": 2, "accumulate": 2}, [0, 1, 2])],
+    ids=["warm-up", "accumulated batches"],
+)
+def test_a_captured_run_is_the_plain_one_and_goes_on_after_a_stop(cfg, monkeypatch, settings, captured, stop_at):
+    cfg, epochs, plain_due = replace(cfg, **settings), [], Progress.due
+    train(cfg)
+
+    def graph(function):
+        epochs.append(_RUNNING[-1].epoch)
+        return graph_in_python(function)
+
+    capture_with(monkeypatch, graph)
+    whole, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
+    train(whole)
+    assert epochs == captured
+    assert_equal_runs(cfg, whole)
+
+    def due(self, minutes):
+        if (self.epoch, self.step) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_due(self, minutes)
+
+    monkeypatch.setattr(Progress, "due", due)
+    with pytest.raises(Interrupted):
+        train(stopped)
+    train(stopped)
+    assert_equal_runs(cfg, stopped)
+
+
 def test_a_captured_step_moves_the_centres_of_adadistill_and_counts_the_repeats_of_every_epoch(cfg, monkeypatch):
     def train_student(cfg):
         setup(cfg)
