@@ -144,7 +144,8 @@ class Bench:
             yield "rates", f"training, bf16, compiled, batch {large}", function
         yield "rates", "training, fp32", functools.partial(self._training, small, precision="fp32")
         for precision in networks.PRECISIONS:
-            yield "rates", f"matrix peak, {precision}, FLOP/s", functools.partial(self._peak, precision)
+            yield "rates", f"matrix peak, {precision}, FLOP/s", functools.partial(networks.matrix_peak, precision)
+        yield "rates", "memory, bytes/s read and written by a copy", networks.memory_bandwidth
         yield "rates", "verification of four sets, s", self._verification
         yield "rates", "SL adaptor's step, published way", self._published_adaptor
         yield "rates", f"{PUBLISHED}, bf16 autocast", functools.partial(self._published, small, "bf16")
@@ -188,9 +189,6 @@ class Bench:
     def _adaptor(self) -> float:
         setup(self._cfg())
         return rates.adaptor_rate(self._cfg(), self.size.classes)
-
-    def _peak(self, precision: str) -> float:
-        return networks.matrix_peak(precision)
 
     def _verification(self) -> float:
         cfg, count = self._cfg(), self.size.verified
