@@ -34,6 +34,7 @@ from benchmarks import correctness, networks, stages
 from benchmarks.kernels import profiled
 from benchmarks.measuring import RESULTS, compiling, made_by, write
 from benchmarks.steps import Step, plain_adaptor
+from benchmarks.together import trained_together
 from config.config import Config
 from config.registry import LOSSES
 from eval.verification import pair_distances, views
@@ -69,9 +70,10 @@ class Size:
     identities: int = 32  # of each group of generated faces
     seconds: float = 3.0  # of each measured rate
     compiles: bool = True
+    together: tuple[tuple[str, int], ...] = (("iresnet34", 2), ("iresnet_tiny", 8))  # networks and numbers of runs
 
 
-SMALL = Size("iresnet_tiny", "iresnet_tiny", 8, (8, 16), 8, 20, 20, 40, 4, 0.0, False)
+SMALL = Size("iresnet_tiny", "iresnet_tiny", 8, (8, 16), 8, 20, 20, 40, 2, 0.0, False, (("iresnet_tiny", 2),))
 
 
 class Bench:
@@ -85,6 +87,8 @@ class Bench:
         """Yields all measurements, the most important ones first."""
         yield from self._correctness()
         yield from self._rates()
+        for network, count in self.size.together:
+            yield "rates", f"{count} runs of {network} together", functools.partial(self._together, network, count)
         yield from self._stages()
         yield from self._kernels()
 
@@ -140,7 +144,8 @@ class Bench:
             yield "rates", f"training, bf16, compiled, batch {large}", function
         yield "rates", "training, fp32", functools.partial(self._training, small, precision="fp32")
         for precision in networks.PRECISIONS:
-            yield "rates", f"matrix peak, {precision}, FLOP/s", functools.partial(self._peak, precision)
+            yield "rates", f"matrix peak, {precision}, FLOP/s", functools.partial(networks.matrix_peak, precision)
+        yield "rates", "memory, bytes/s read and written by a copy", networks.memory_bandwidth
         yield "rates", "verification of four sets, s", self._verification
         yield "rates", "SL adaptor's step, published way", self._published_adaptor
         yield "rates", f"{PUBLISHED}, bf16 autocast", functools.partial(self._published, small, "bf16")
@@ -185,18 +190,21 @@ class Bench:
         setup(self._cfg())
         return rates.adaptor_rate(self._cfg(), self.size.classes)
 
-    def _peak(self, precision: str) -> float:
-        return networks.matrix_peak(precision)
-
     def _verification(self) -> float:
         cfg, count = self._cfg(), self.size.verified
         setup(cfg, trains=False)
         network = build_backbone(cfg.network)
         images = np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), np.uint8)
-        started = time.perf_counter()
-        for _ in range(4):
-            pair_distances(views(network, images, cfg, "verify"), np.arange(count))
+        for sets in (1, 4):  # the first one is a warm-up
+            started = time.perf_counter()
+            for _ in range(sets):
+                pair_distances(views(network, images, cfg, "verify"), np.arange(count))
         return time.perf_counter() - started
+
+    def _together(self, network: str, count: int) -> str:
+        cfg = replace(self._faces[1], network=network)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            return trained_together(count, cfg, Path(folder))
 
     # Stages and kernels -----------------------------------------------------------------------------------------------
 

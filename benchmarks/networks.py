@@ -88,6 +88,14 @@ def matrix_peak(precision: str) -> float:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def memory_bandwidth() -> float:
+    """Returns the bytes per second that a copy of a large tensor reads and writes."""
+    device = device_of(_config())
+    source = torch.zeros(1 << (28 if device.type == "cuda" else 20), device=device)
+    target = torch.empty_like(source)
+    return rates(2 * source.nbytes, lambda: target.copy_(source))[0]
+
+
 def hours(step: float, extraction: float, adaptor: float) -> float:
     """Projects the hours for one column of the paper's table from three rates per second.
 

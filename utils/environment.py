@@ -7,6 +7,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,6 +53,19 @@ def computed_in(precision: str, device: torch.device) -> str:
     """Returns the precision in which `device` computes a network in `precision`: without TF32 units, tf32 is fp32."""
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return "fp32" if precision == "tf32" and not has_tf32 else precision
+
+
+def allow_tf32(allowed: bool) -> bool:
+    """Allows or forbids TF32 in the convolutions of a GPU; returns whether it was allowed before.
+
+    PyTorch has two APIs for it. The older one alone would leave `torch.backends.fp32_precision = "tf32"` in effect, and
+    reading the older one raises an error where the two disagree, so both are set.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision == "tf32"
+    cudnn.allow_tf32 = allowed
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+    return before
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from config.config import Config
 from config.readers import CHANGES_NO_NUMBER, reads, script_that_trains
 from utils.distributed import launch
 from utils.distributed.world import is_launched, launcher, share_of_cores, world_size
-from utils.environment import device_of
+from utils.environment import allow_tf32, device_of
 from utils.errors import InputError
 from utils.memory import keep_freed_memory
 from utils.storage.files import read_json
@@ -124,7 +124,8 @@ def setup(cfg: Config, trains: bool = True) -> None:
     torch.backends.cudnn.benchmark = cfg.cudnn_benchmark
     torch.backends.cudnn.deterministic = not cfg.cudnn_benchmark
     # Networks allow TF32 in their convolutions where it is set (utils.training.precision), as PyTorch does by default.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    allow_tf32(False)
+    torch.backends.cuda.matmul.allow_tf32 = False  # sets the newer torch.backends.cuda.matmul.fp32_precision too
     keep_freed_memory()
     cv2.setNumThreads(1)  # images are decoded by one thread per core already
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import distillation, gpu, kernels, measuring, networks, records, sharding, stages, steps
+from benchmarks import distillation, gpu, kernels, measuring, networks, records, sharding, stages, steps, together
 from config.config import Config
 from utils.data.recordio import write_records
 from utils.stages import rates
@@ -113,6 +114,7 @@ def test_one_command_measures_all_and_continues(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "gpu_cpu.json").read_text())
     assert sum(len(kept[section]) for section in ("correctness", "rates", "stages", "kernels")) == parts
     assert kept["notes"] == {}
+    assert kept["rates"]["2 runs of iresnet_tiny together"].startswith("2 of 2 ended well, at ")
     page = (tmp_path / "gpu_cpu.md").read_text()
     assert all(f"| {name} |" in page for section in ("correctness", "rates") for name in kept[section])
     errors = {name: result for name, result in kept["correctness"].items() if isinstance(result, dict)}
@@ -121,6 +123,18 @@ def test_one_command_measures_all_and_continues(tmp_path, monkeypatch, capsys):
     assert errors["one epoch of teacher in fp32"]["change of the weights"] < 0.05
     monkeypatch.setattr(gpu, "_attempt", lambda _: pytest.fail("measured again"))
     gpu.measure_all("cpu", 60, tmp_path)
+
+
+def test_a_run_beside_others_ends_with_a_sentence_or_has_failed(capsys):
+    def ended(status: int, said: str) -> str:
+        return together.ending(subprocess.CompletedProcess([], status, "", said))
+
+    sentence = "train.py: CUDA out of memory: lower batch_size, infer_batch_size or device_cache_gb"
+    assert ended(2, f"UserWarning: x\n{sentence}\n") == sentence
+    assert capsys.readouterr().err == ""
+    assert ended(1, f"Traceback (most recent call last):\n{sentence}") == f"FAILED with status 1: {sentence}"
+    assert "Traceback" in capsys.readouterr().err
+    assert ended(-9, "") == "FAILED with status -9: "
 
 
 def test_without_a_gpu_the_command_ends_with_one_sentence(tmp_path, monkeypatch, capsys):

@@ -138,8 +138,7 @@ def _train(
     """Trains from the position of `progress` to the last epoch."""
     epochs, batch_size, device = progress.schedule.epochs, total_batch(cfg), device_of(cfg)
     steps = len(faces) // batch_size
-    # Under warm-up every step has another learning rate, which would be part of the graph.
-    captured = cfg.capture and device.type == "cuda" and world_size() == 1 and not progress.schedule.warmup
+    captured = cfg.capture and device.type == "cuda" and world_size() == 1
     reader, losses = _Reader(columns, faces, cfg), _with_repeats(losses, faces, progress)
     # DistributedDataParallel averages gradients, but those of a sharded header differ between ranks.
     replicated = [module for module in progress.modules if not isinstance(module, ShardedHeader)]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from utils.environment import allow_tf32
+
 
 @contextlib.contextmanager
 def mixed_precision(network: nn.Module, precision: str, device: torch.device, training: bool = True) -> Iterator[None]:
@@ -20,8 +22,7 @@ def mixed_precision(network: nn.Module, precision: str, device: torch.device, tr
     bf16 is autocast in forward hooks, so it ends where the network ends: headers, losses and the optimizer stay in
     fp32. tf32 is allowed in convolutions only, so the matrix products of headers stay in fp32.
     """
-    allow_tf32, handles = torch.backends.cudnn.allow_tf32, []
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    was_allowed, handles = allow_tf32(precision == "tf32"), []
     with contextlib.ExitStack() as autocast:
 
         def enter(module: nn.Module, _) -> None:
@@ -39,7 +40,7 @@ def mixed_precision(network: nn.Module, precision: str, device: torch.device, tr
                 handles.append(network.register_forward_hook(torch.compiler.disable(leave), always_call=True))
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = allow_tf32
+            allow_tf32(was_allowed)
             for handle in handles:
                 handle.remove()
 

@@ -181,8 +181,10 @@ class Progress:
             self._captured.reset()  # the learning rate is part of the CUDA graph
 
     def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
-        """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph."""
+        """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph.
 
+        Steps of warm-up epochs are not captured: each has another learning rate, which would be part of the graph.
+        """
         count = self.accumulate
 
         def take_step(batch: dict[str, torch.Tensor]) -> None:
@@ -193,13 +195,17 @@ class Progress:
         is_on_gpu = self._check.failed.is_cuda
         seed_generators = torch.manual_seed if is_on_gpu else torch.default_generator.manual_seed
 
-        def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
-            seed_generators(seed)
-            take_step(batch)
-
         if captured:
             self._captured = CapturedStep(take_step, self._tensors)
-        return self._captured or seeded_step
+
+        def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
+            if self._captured and self.epoch >= self.schedule.warmup:
+                self._captured(batch, seed)
+            else:
+                seed_generators(seed)
+                take_step(batch)
+
+        return seeded_step
 
     def _take_step(self, batches: Iterable[dict[str, torch.Tensor]], max_grad_norm: float) -> None:
         """Takes one step of the optimizer; if a number is not finite, no weight changes in this or any later step.

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import pkgutil
 import re
 import resource
 import shutil
@@ -29,7 +30,7 @@ from tests.conftest import write_images
 from tests.runs import Linear, checkpoint, difference, train
 from utils.data.columns import Column
 from utils.data.faces import FLIPS, ORDER, STEP, Faces
-from utils.environment import computed_in, versions
+from utils.environment import allow_tf32, computed_in, versions
 from utils.errors import InputError
 from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, build_header
 from utils.process import Interrupted, run, setup
@@ -766,6 +767,24 @@ def test_tf32_is_allowed_where_it_is_set(cfg, infer_precision):
     assert torch.backends.cudnn.allow_tf32 is before
 
 
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cudnn", "torch.backends.cudnn.conv"])
+def test_tf32_is_allowed_where_it_is_set_whatever_a_user_has_set_by_the_newer_api(cfg, owner):
+    """`torch.backends.cudnn.allow_tf32` is PyTorch's older API, which raises RuntimeError if the two disagree."""
+    user = pkgutil.resolve_name(owner)
+    before, user.fp32_precision = user.fp32_precision, "tf32"
+    try:
+        setup(cfg)
+        for precision in ("tf32", "fp32"):
+            with mixed_precision(torch.nn.Identity(), precision, torch.device("cpu")):
+                allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+                assert allowed == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        user.fp32_precision = before
+        allow_tf32(False)
+
+
 def graph_in_python(function):
     """Called twice before, as by `capture`; its replay is another call, with the learning rate of now."""
     function()
@@ -819,6 +838,38 @@ def test_a_captured_step_is_the_plain_step_and_goes_on_after_a_stop(cfg, monkeyp
     assert printed.count("other numbers") == bool(said)
     with pytest.raises(Interrupted):
         train(stopped, before_step=lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 10 else None)
+    train(stopped)
+    assert_equal_runs(cfg, stopped)
+
+
+@pytest.mark.parametrize("stop_at", [(0, 3), (1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("settings", "captured"),
+    [({"warmup_epochs": 1}, [1, 2]), ({"batch_size": 2, "accumulate": 2}, [0, 1, 2])],
+    ids=["warm-up", "accumulated batches"],
+)
+def test_a_captured_run_is_the_plain_one_and_goes_on_after_a_stop(cfg, monkeypatch, settings, captured, stop_at):
+    cfg, epochs, plain_due = replace(cfg, **settings), [], Progress.due
+    train(cfg)
+
+    def graph(function):
+        epochs.append(_RUNNING[-1].epoch)
+        return graph_in_python(function)
+
+    capture_with(monkeypatch, graph)
+    whole, stopped = replace(cfg, output=cfg.output + "2"), replace(cfg, output=cfg.output + "3")
+    train(whole)
+    assert epochs == captured
+    assert_equal_runs(cfg, whole)
+
+    def due(self, minutes):
+        if (self.epoch, self.step) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain_due(self, minutes)
+
+    monkeypatch.setattr(Progress, "due", due)
+    with pytest.raises(Interrupted):
+        train(stopped)
     train(stopped)
     assert_equal_runs(cfg, stopped)
 
