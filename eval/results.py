@@ -24,7 +24,7 @@ from eval.uncertainty import (
 )
 from eval.verification import collapsed
 from utils.data.pairs import lacking
-from utils.tables import Cell, Estimate, Rate, Table
+from utils.tables import RULE_OF_THREE, Cell, Estimate, Rate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
 FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
@@ -243,8 +243,11 @@ class Results:
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
             "than 3 / pairs. IR, GARBE and max/geomean need at least three errors per rate; FDR uses any rate."
         )
+        notes = [note]
+        if any(shared[name] is None for shared in self.shared):
+            notes.append(f"A dash: {RULE_OF_THREE / FMR[name]:,.0f} impostor pairs are needed to set this threshold.")
         title = f"Error rates at the shared threshold of {name}"
-        return Table(title, header, rows, len(NAMES), self._notes(note), digits=3, is_printed=False)
+        return Table(title, header, rows, len(NAMES), self._notes(*notes), digits=3, is_printed=False)
 
     def _impostors(self) -> Table:
         """Returns the FMR between images of every two groups, at the strictest threshold that the pairs resolve."""

@@ -33,9 +33,12 @@ def test_groups_and_crossings_have_their_rates():
     assert row[7:9] == (str(np.sum(here & same)), str(np.sum(here & ~same)))
     assert row[9].value == np.mean(together[here & ~same] < threshold)
     assert row[10].value == np.mean(together[here & same] >= threshold)
-    assert "Too small to be reported: 3 of 8 groups." in table.notes
+    assert "Too small to be reported (below 100 pairs of a kind): 3 of 8 groups." in table.notes
     assert any(note.startswith("Smallest group: ") and "0 genuine" in note for note in table.notes)
-    assert by_attribute.table(results, {"A": {"gender": gender}, "B": {}}) is None
+    assert by_attribute.table(results, {"A": {}, "B": {}}) is None
+    partly = by_attribute.table(results, {"A": {"gender": gender}, "B": {}})
+    assert not partly.rows
+    assert partly.notes[-1] == "No attribute is known for all of A, B: add it to the tables of the others."
 
 
 def test_the_ends_of_a_pair_must_agree():

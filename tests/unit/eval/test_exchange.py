@@ -146,10 +146,18 @@ def test_the_evaluation_gives_its_tables_of_their_scores(tmp_path, capsys):
     assert {one.name for one in (folder / "scores").iterdir()} == {
         f"scores-theirs.{ending}" for ending in ("csv", "favfa.csv", "bob.txt")
     }
+    assert not (folder / "operating.md").exists()
+    operating = "No table operating: A threshold needs 3,000 at FMR 0.001 and 30,000 at FMR 0.0001 impostor pairs, and "
+    assert f"{operating}there are 100: give one with --threshold." in capsys.readouterr().out
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--corrections", "true", "--report"])
+    said = "No table corrections: it compares groups, and there is a single set."
+    assert said in capsys.readouterr().out
+    assert said in (folder / "report.html").read_text()
     path.write_text(fairlearn())
     run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "B", "--threshold", "1.2"])
     assert "B (reference)" in (folder / "operating.md").read_text()
     assert not (folder / "scores" / "scores-theirs.favfa.csv").exists()
+    assert "No table impostors: pairs across groups need images" in capsys.readouterr().out
     run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "C"], expect=2)
     run_script("eval.evaluation", ["--scores", str(path), *output, "--threshold", "3.99"], expect=2)
     run_script("eval.evaluation", ["--scores", str(path), "--checkpoint", "x.pth"], expect=2)
