@@ -149,17 +149,18 @@ class Results:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            is_unknown = self.has_few or self._collapsed(one)
+            is_unknown = self.has_few or self.collapsed(one)
             verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
             spread = (std, ser, verdict) if self.of_groups else ()
             rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
-        notes += [f"{one.title} {said}" for one in self.models if (said := self._collapsed(one))]
+        notes += [f"{one.title} {said}" for one in self.models if (said := self.collapsed(one))]
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
 
-    def _collapsed(self, one: Scored) -> str:
+    def collapsed(self, one: Scored) -> str:
+        """Returns the note on a collapsed model, "" for others."""
         return collapsed(one.distances, self.same)
 
     def _chance(self) -> Table:

@@ -1,6 +1,7 @@
 """The report: the three sentences on hand-made accuracies, definitions, links, and what the page does not tell."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,30 @@ def test_groups_that_are_equally_bad_or_all_equal():
         "group correctly."
     )
     assert how_much == "The difference between the groups' accuracies is 0.00 points."
-    assert chance.startswith("This can be chance")
+    low = 100 * 0.025 ** (1 / PAIRS)  # Clopper and Pearson, of no error
+    assert chance == (
+        "Equal accuracies do not prove that the model is fair: each is known only within its 95 % interval, and these "
+        f"reach from {low:.2f} to 100.00 %."
+    )
+    assert answer(results({"A": 50, "B": 50, "C": 50}, {"A": 90, "B": 100, "C": 300}))[2].endswith(
+        " %; more than chance is seen in 1 of 2 models."
+    )
+
+
+def test_of_a_collapsed_model_nothing_follows():
+    one = scored("point", {"A": 0, "B": 0, "C": 0})
+    one = replace(one, distances={name: np.full(PAIRS, 1.0) for name in GROUPS}, accuracies=(50.0, 50.0, 50.0))
+    chance = answer(Results([one], SAME, True))[2]
+    assert chance.startswith("The model is collapsed (see the note under the accuracies)")
+
+
+def test_a_single_set_is_not_said_to_be_no_group():
+    one = scored("m0", {"A": 20})
+    for of_groups in (True, False):
+        sentences = answer(Results([one], {"A": SAME["A"]}, of_groups))
+        assert sentences[1:] == (
+            "There is one set of pairs and nothing to compare it with: it does not tell who is worse off.",
+        )
 
 
 def test_sets_that_are_not_groups_answer_nothing_about_fairness():
