@@ -204,8 +204,10 @@ def test_the_evaluation_gives_its_tables_of_their_scores(tmp_path, capsys):
         f"scores-theirs.{ending}" for ending in ("csv", "favfa.csv", "bob.txt")
     }
     assert not (folder / "operating.md").exists()
-    operating = "No table operating: A threshold needs 3,000 at FMR 0.001 and 30,000 at FMR 0.0001 impostor pairs, and "
-    assert f"{operating}there are 100: give one with --threshold." in capsys.readouterr().out
+    operating = (
+        "No table operating: A threshold at FMR 0.001 needs 3,000 impostor pairs, at FMR 0.0001 30,000; there are "
+    )
+    assert f"{operating}100: give one with --threshold." in capsys.readouterr().out
     run_script("eval.evaluation", ["--scores", str(path), *output, "--corrections", "true", "--report"])
     said = "No table corrections: it compares groups, and there is a single set."
     assert said in capsys.readouterr().out
