@@ -146,7 +146,8 @@ INDICES = {
         of_scores=compactness,
     ),
     "DFI": Index(
-        f"distribution fairness index: 1 - sum of KL(p, mean p) / (K log2 K), p: scores in {BINS} bins, K groups",
+        "distribution fairness index: 1 - sum of KL(p, mean p) / (K log2 K) for K groups, p = histogram of all scores "
+        f"of a group in {BINS} bins",
         "1",
         OF_SCORES,
         KOTWAL,
@@ -181,7 +182,8 @@ INDICES = {
         of_rates=_of(rates.inequity_rate),
     ),
     "GARBE": Index(
-        "Gini aggregation rate for biometric equitability: mean Gini coefficient of both rates x K / (K - 1), K groups",
+        "Gini aggregation rate for biometric equitability: mean of the Gini coefficients of FMR and of FNMR, each "
+        "x K / (K - 1) for K groups",
         "0",
         OF_RATES,
         "Howard et al., ICPR workshops 2022 (arXiv 2203.05051)",

@@ -165,6 +165,14 @@ def test_every_column_of_every_table_has_a_definition(tmp_path):
             assert known >= {*table.header}, (name, {*table.header} - known)
 
 
+def test_the_docs_name_every_file_in_one_table(tmp_path):
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    files = page.split("## All files")[1].split("\n## ")[0]
+    for tables in every_table(tmp_path).values():
+        for name in tables:
+            assert re.search(rf"`(seeds/)?{re.escape(name.split(':')[0])}`", files), name
+
+
 def test_an_index_is_defined_once():
     for name, index in INDICES.items():
         text = DEFINITIONS[name].text
