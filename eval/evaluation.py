@@ -158,7 +158,7 @@ def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, T
 def _absent(cfg: Config, results: Results, tables: dict[str, Table]) -> list[str]:
     """Returns a sentence on each table that these sets or settings do not allow."""
     if results.of_one_kind:
-        return [f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs."]
+        return [f"No error rates: they need both kinds of pairs, and {', '.join(results.of_one_kind)} lacks one."]
     if len(results.same) > 1 and not results.of_groups:
         return ["No error rates: they are given for groups, or for a single set, and these sets are not groups."]
     said = [f"No table {name}: {table.notes[-1]}" for name, table in tables.items() if not table.rows]

@@ -112,4 +112,8 @@ def reference_of(accuracies: Mapping[str, float], wanted: str | None) -> str:
 def check_reference(names: list[str], wanted: str | None) -> None:
     """Raises InputError if the reference group is none of the groups."""
     if wanted is not None and wanted not in names:
+        if len(names) == 1:
+            raise InputError(
+                f"reference_group = {wanted!r}: there is only {names[0]} and nothing to compare: leave it out."
+            )
         raise InputError(f"reference_group = {wanted!r} is none of the groups: set it to one of {', '.join(names)}.")
