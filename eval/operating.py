@@ -93,9 +93,8 @@ def at(groups: rates.Groups, threshold: float, identified: Identified) -> dict[s
 
 def too_few(missing: Iterable[str], impostors: int | None) -> str:
     """Returns the note on the points that the pairs do not resolve; `impostors` is their number if none is resolved."""
-    first, *others = ((f"FMR {fmr:g}", f"{RULE_OF_THREE / fmr:,.0f}") for fmr in FMRS)
-    needed = f"A threshold at {first[0]} needs {first[1]} impostor pairs"
-    needed += "".join(f", at {fmr} {count}" for fmr, count in others)
+    counts = ", ".join(f"{RULE_OF_THREE / fmr:,.0f} for FMR {fmr:g}" for fmr in FMRS)
+    needed = f"The impostor pairs needed for a threshold are {counts}"
     if impostors is None:
         return f"Too few impostor pairs for: {', '.join(missing)}. {needed}."
     return f"{needed}; there are {impostors:,}: give one with --threshold."

@@ -45,7 +45,9 @@ def test_operating_points_have_their_rates_and_ratios(results):
     assert {row["Group"] for row in rows} == {"A (reference)", "B"}
     note = "Too few impostor pairs for: A at FMR 0.001, worst group at FMR 0.001, all groups at FMR 0.0001, "
     assert table.notes[-1].startswith(note)
-    assert table.notes[-1].endswith(". A threshold at FMR 0.001 needs 3,000 impostor pairs, at FMR 0.0001 30,000.")
+    assert table.notes[-1].endswith(
+        ". The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001."
+    )
     assert any("since the identities are not known" in note for note in table.notes)
 
 
@@ -57,8 +59,8 @@ def test_a_threshold_that_no_pair_resolves_is_said_with_the_pairs_that_it_needs(
     operating = Audit(results).tables()["operating"]
     assert not operating.rows
     assert operating.notes[-1] == (
-        "A threshold at FMR 0.001 needs 3,000 impostor pairs, at FMR 0.0001 30,000; there are 800: give one with "
-        "--threshold."
+        "The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001; there are 800: give "
+        "one with --threshold."
     )
     assert {row[4] for row in Audit(results, threshold=1.0).tables()["operating"].rows} == {"given"}
     rates = results.tables()["rates_FMR_0.001"]
