@@ -109,7 +109,7 @@ class Config:
     onnx_channels: str | None = None  # channels that an .onnx file takes, RGB or BGR; None: as in its metadata, or RGB
     onnx_mean: tuple[float, ...] | None = None  # of its input, 0 to 255; None: as in its metadata, or 127.5
     onnx_std: tuple[float, ...] | None = None  # likewise: it gets (value - mean) / std; None: metadata, or 127.5
-    scores: str | None = None  # evaluate this file of somebody's scores instead of models: see docs/evaluation.md
+    scores: str | None = None  # evaluate this file of somebody's scores instead of models: see docs/other_models.md
     score_forms: tuple[str, ...] = ()  # write the scores of each pair in these forms too: favfa, fairlearn, bob
     row: str | None = None  # compare `checkpoint` with this printed row: "EAF-KD SL iresnet34 specialized"
     published_adaptor_input: bool = False  # adaptors are fed raw teacher features, as by the published evaluator

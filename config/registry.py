@@ -49,7 +49,7 @@ NETWORKS = {
     "iresnet_tiny": Network(
         "backbones.iresnet:IResNet", {"blocks": (1, 1, 1, 1), "widths": (16, 16, 32, 64), "stem_stride": 2}
     ),
-    # Networks of other projects, for their published weights (docs/evaluation.md). All take values in [-1, 1].
+    # Networks of other projects, for their published weights (docs/other_models.md). All take values in [-1, 1].
     "mbf": Network("backbones.mbf:MBF"),
     "mbf_large": Network("backbones.mbf:MBF", {"blocks": (2, 8, 12, 4), "scale": 4}),
     "tface_ir_18": Network("backbones.ir:IR", {"blocks": (2, 2, 2, 2)}),

@@ -13,13 +13,21 @@ NOTE = (
 
 
 def table(folder: Path, groups: list[str], notes: tuple[str, ...]) -> Table | None:
-    """Returns the failures of these groups from <folder>/acquisition.csv; None if it does not exist or names none."""
+    """Returns the failures of these groups from <folder>/acquisition.csv; None if it does not exist.
+
+    Without a row, the last note says why.
+    """
     path, rows = folder / FILE, []
-    found = read(path) if path.exists() else {}
+    if not path.exists():
+        return None
+    found = read(path)
     for name in groups:
         images, failed = found.get(name, (0, 0))
         if images:
             rate = Rate(failed, images)
             rows.append((name, str(images), rate, Sampled(rate).estimate))
     header = ("Group", "Images", "Failure to acquire", "Interval")
-    return Table("Failure to acquire", header, rows, 2, (*notes, NOTE), 4, is_printed=False) if rows else None
+    own = (
+        NOTE if rows else f"{FILE} counts images of {', '.join(filter(None, found)) or 'no group'}, not of these sets."
+    )
+    return Table("Failure to acquire", header, rows, 2, (*notes, own), 4, is_printed=False)

@@ -26,9 +26,13 @@ def _without_groups(results: Results, best: int) -> tuple[str, ...]:
     title = results.models[best].title
     who = f"{title}, the model of the best average," if len(results.models) > 1 else title
     sentences = [f"{who} decides {values.mean():.2f} % of the pairs correctly."]
-    if len(names) > 1:
-        lowest = int(values.argmin())
-        sentences.append(f"Its lowest accuracy is {values[lowest]:.2f} %, on {names[lowest]}.")
+    if len(names) == 1:
+        return (
+            *sentences,
+            "There is one set of pairs and nothing to compare it with: it does not tell who is worse off.",
+        )
+    lowest = int(values.argmin())
+    sentences.append(f"Its lowest accuracy is {values[lowest]:.2f} %, on {names[lowest]}.")
     return (*sentences, "These sets are not groups of people: their accuracies do not tell whether the model is fair.")
 
 
@@ -73,6 +77,8 @@ def _by_how_much(results: Results, best: int) -> str:
 def _chance(results: Results, best: int) -> str:
     if results.has_few:
         return "The pairs are too few to tell whether this is chance."
+    if results.collapsed(results.models[best]):
+        return "The model is collapsed (see the note under the accuracies): nothing follows for its fairness."
     values = [tuple(row) for row in _values(results).tolist()]
     average, std, ser = summary(values[best])
     chance = by_chance(round(average, 2), results.pairs)
@@ -80,6 +86,12 @@ def _chance(results: Results, best: int) -> str:
     verdict = "This can be chance" if within[best] else "This is more than chance"
     count, of = sum(not one for one in within), len(within)
     more = f"; more than chance is seen in {count} of {of} models" if of > 1 else ""
+    if len(_lowest(_values(results)[best])) == len(values[best]):
+        bounds = results.intervals[best, results.whole]
+        return (
+            "Equal accuracies do not prove that the model is fair: each is known only within its 95 % interval, and "
+            f"these reach from {bounds.min():.2f} to {bounds.max():.2f} %{more}."
+        )
     return (
         f"{verdict}: of 100 perfectly fair models of the same average, 95 have an STD up to {chance.std_95:.2f} and "
         f"95 an SER up to {_ratio(chance.ser_95)} on as many independent pairs; this one has {std:.2f} and "

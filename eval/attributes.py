@@ -12,17 +12,22 @@ from utils.data.attributes import ATTRIBUTES, MIXED
 from utils.tables import Table
 
 LEAST_PAIRS = 100  # genuine and impostor pairs of a group; a smaller group is counted, not reported
+HEADER = (*NAMES, "Threshold", "Attribute", "Group", "Genuine pairs", "Impostor pairs", "FMR", "FNMR")
+NAMED = len(HEADER) - 2  # columns of names
 POINTS = ("FMR 0.01", BEST)  # shared thresholds, the first that the pairs resolve
 
 
 def table(results: Results, attributes: Mapping[str, Mapping[str, np.ndarray]]) -> Table | None:
-    """Returns FMR and FNMR of each group by attribute and crossing; None if no attribute is known for all sets.
+    """Returns FMR and FNMR of each group by attribute and crossing; None if no set has an attribute.
 
-    `attributes` holds for each set the values (P,) of its pairs by attribute.
+    `attributes` holds for each set the values (P,) of its pairs by attribute. Without a row, the last note says why.
     """
+    if not any(attributes.values()):
+        return None
     names = [name for name in ATTRIBUTES if all(name in attributes.get(key, {}) for key in results.same)]
     if not names:
-        return None
+        note = f"No attribute is known for all of {', '.join(results.same)}: add it to the tables of the others."
+        return Table("Groups by attributes", HEADER, [], NAMED, (*results.notes, note), 4, is_printed=False)
     values = {name: np.concatenate([attributes[key][name] for key in results.same]) for name in names}
     same = np.concatenate(list(results.same.values()))
     groups = dict(_groups(values))
@@ -37,9 +42,8 @@ def table(results: Results, attributes: Mapping[str, Mapping[str, np.ndarray]]) 
             fmr = Sampled.of(accepted[impostor], ends and ends[impostor]).estimate
             fnmr = Sampled.of(~accepted[genuine], ends and ends[genuine]).estimate
             rows.append((*names_of(one), point, *key, *map(str, sizes[key]), fmr, fnmr))
-    header = (*NAMES, "Threshold", "Attribute", "Group", "Genuine pairs", "Impostor pairs", "FMR", "FNMR")
     notes = (*results.notes, *_notes(sizes, large))
-    return Table("Groups by attributes", header, rows, len(NAMES) + 5, notes, 4, is_printed=False)
+    return Table("Groups by attributes", HEADER, rows, NAMED, notes, 4, is_printed=False)
 
 
 def _groups(values: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
@@ -71,5 +75,7 @@ def _notes(sizes: Mapping[tuple[str, str], tuple[int, int]], large: list[tuple[s
         (attribute, value), counts = min(sizes.items(), key=lambda item: min(item[1]))
         notes.append(f"Smallest group: {attribute} {value}, {counts[0]:,} genuine and {counts[1]:,} impostor pairs.")
     if left_out := len(sizes) - len(large):
-        notes.append(f"Too small to be reported: {left_out} of {len(sizes)} groups.")
+        notes.append(
+            f"Too small to be reported (below {LEAST_PAIRS} pairs of a kind): {left_out} of {len(sizes)} groups."
+        )
     return notes

@@ -4,7 +4,17 @@ import numpy as np
 
 from eval import rates
 from eval.indices import INDICES, LEAST_PAIRS, d_prime, definitions, enough, ks_distance, scores_of
-from eval.operating import RATIO_NOTE, Identified, Point, at, check_reference, points, reference_of
+from eval.operating import (
+    RATIO_NOTE,
+    THRESHOLD_NOTE,
+    Identified,
+    Point,
+    at,
+    check_reference,
+    points,
+    reference_of,
+    too_few,
+)
 from eval.results import FMR, NAMES, Results, names_of
 from eval.scores import Scored
 from utils.tables import Cell, Table
@@ -21,17 +31,18 @@ class Audit:
         check_reference([*results.same], reference)
         self._results, self._wanted, self._threshold = results, reference, threshold
         self._identified = Identified(results.same, results.identities)
+        self._compares = len(results.same) > 1
 
     def tables(self) -> dict[str, Table]:
-        """Returns all tables that have a row by file name, without extension."""
+        """Returns all tables by file name, without extension; without a row, a table's last note says why."""
         found = {
             "one_threshold": self._one_threshold(),
             "operating": self._operating(),
             "score_shifts": self._score_shifts(),
         }
-        if len(self._results.same) > 1:
+        if self._compares:
             found |= {"indices": self._indices(), "definitions": definitions()}
-        return {name: table for name, table in found.items() if table.rows}
+        return found
 
     def _groups(self, one: Scored) -> rates.Groups:
         return {name: (one.distances[name], labels) for name, labels in self._results.same.items()}
@@ -58,31 +69,35 @@ class Audit:
 
     def _operating(self) -> Table:
         """Returns FMR and FNMR of each group at each operating point, with ratios to the reference group."""
-        rows, missing = [], set()
+        rows, missing = [], dict[str, None]()
         for one in self._results.models:
             groups, reference = self._groups(one), self._reference(one)
             for point in points(groups, reference, self._threshold):
                 if point.threshold is None:
-                    missing.add(point.name)
+                    missing[point.name] = None
                 else:
                     rows += self._rows_at(one, groups, point, reference)
-        header = (*NAMES, "Threshold from", "Group", "Threshold", "FMR", "FNMR", "FMR / reference", "FNMR / reference")
-        notes = [RATIO_NOTE, self._drawn()]
+        ratios = ("FMR / reference", "FNMR / reference") if self._compares else ()
+        header = (*NAMES, "Threshold from", "Group", "Threshold", "FMR", "FNMR", *ratios)
+        notes = [*([RATIO_NOTE] if self._compares else ()), THRESHOLD_NOTE, self._drawn()]
         if missing:
-            notes.append(f"Too few impostor pairs for: {', '.join(sorted(missing))} (fewer than 3 / FMR).")
+            impostors = sum(int(np.sum(~same)) for same in self._results.same.values())
+            notes.append(too_few(missing, None if rows else impostors))
         return Table("Operating points", header, rows, len(NAMES) + 2, self._notes(*notes), 4, is_printed=False)
 
     def _rows_at(self, one: Scored, groups: rates.Groups, point: Point, reference: str) -> list[tuple[Cell, ...]]:
         found = at(groups, point.threshold, self._identified)
         rows = []
         for name, here in found.items():
-            ratios: list[Cell] = [None, None]
+            ratios: list[Cell] = [None, None] if self._compares else []
             if name != reference:
                 ratios = [here.fmr.over(found[reference].fmr), here.fnmr.over(found[reference].fnmr)]
-            shown = f"{name} (reference)" if name == reference else name
-            names = (*names_of(one), point.name, shown)
+            names = (*names_of(one), point.name, self._shown(name, reference))
             rows.append((*names, point.threshold, here.fmr.estimate, here.fnmr.estimate, *ratios))
         return rows
+
+    def _shown(self, name: str, reference: str) -> str:
+        return f"{name} (reference)" if self._compares and name == reference else name
 
     def _drawn(self) -> str:
         known = [name for name, names in self._results.identities.items() if names is not None]
@@ -102,21 +117,21 @@ class Audit:
             scores, reference = self._scores(one), self._reference(one)
             for name, kinds in scores.items():
                 if min(map(len, kinds)) < LEAST_PAIRS:
-                    rows.append((*names_of(one), name, *[None] * 7))
+                    rows.append((*names_of(one), name, *[None] * (7 if self._compares else 5)))
                     continue
                 other = scores[reference]
                 compared = name != reference and min(map(len, other)) >= LEAST_PAIRS
-                ks = [ks_distance(kinds[k], other[k]) if compared else None for k in (0, 1)]
+                ks = [ks_distance(kinds[k], other[k]) if compared else None for k in (0, 1)] if self._compares else []
                 moments = [float(value) for kind in kinds for value in (kind.mean(), kind.std(ddof=1))]
-                shown = f"{name} (reference)" if name == reference else name
-                rows.append((*names_of(one), shown, d_prime(*kinds), *moments, *ks))
+                rows.append((*names_of(one), self._shown(name, reference), d_prime(*kinds), *moments, *ks))
         moments_of = ("Genuine mean", "Genuine sd", "Impostor mean", "Impostor sd")
-        header = (*NAMES, "Group", "d'", *moments_of, "Reference KS genuine", "Reference KS impostor")
-        note = (
-            "Scores are 1 - (squared distance) / 4, in [0, 1]; KS: Kolmogorov-Smirnov distance to the reference group. "
-            f"Fair: equal rows. Not given for a group with fewer than {LEAST_PAIRS} genuine or impostor pairs."
-        )
-        return Table("Score shifts", header, rows, len(NAMES) + 1, self._notes(note), 4, is_printed=False)
+        ks_of = ("Reference KS genuine", "Reference KS impostor") if self._compares else ()
+        header = (*NAMES, "Group", "d'", *moments_of, *ks_of)
+        notes = ["Scores are 1 - (squared distance) / 4, in [0, 1]."]
+        if self._compares:
+            notes.append("KS: Kolmogorov-Smirnov distance to the reference group. Fair: equal rows.")
+        notes.append(f"Not given for a group with fewer than {LEAST_PAIRS} genuine or impostor pairs.")
+        return Table("Score shifts", header, rows, len(NAMES) + 1, self._notes(*notes), 4, is_printed=False)
 
     def _indices(self) -> Table:
         """Returns all of INDICES: those of scores once for each model, those of rates at each shared threshold."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from eval.indices import INDICES
+from eval.indices import INDICES, definitions
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,13 @@ class Definition:
 
 
 ISO = "ISO/IEC 19795-1:2021"
+NAMES_ONLY = {
+    *("Setting", "Teachers", "Kind", "Model", "minus", "Row"),  # which model
+    *("Conclusion", "Of"),  # sentences
+    *definitions().header,
+}
+"""Headers that need no definition: their cells are names or sentences."""
+CLOPPER_PEARSON = "Clopper and Pearson, Biometrika 26(4), 1934"
 MST_KD = "Caldeira et al., MST-KD, ECCV 2024 workshops"
 
 DEFINITIONS: dict[str, Definition] = {
@@ -24,6 +31,14 @@ DEFINITIONS: dict[str, Definition] = {
         "is best on the nine others, per verification set.",
         "equal in all groups",
         "Huang et al., Labeled Faces in the Wild, 2007",
+    ),
+    "Group": Definition("The people whose pairs these are, as the folders or tables of the data set name them."),
+    "Attribute": Definition("What the people of a group have in common; x joins the attributes of a crossing."),
+    "Genuine pairs": Definition("Number of pairs of two images of one person.", "", ISO),
+    "Impostor pairs": Definition("Number of pairs of images of two persons.", "", ISO),
+    "All pairs": Definition(
+        "Share of the pairs of all groups together, in percent, that are decided correctly at the threshold. A group "
+        "with more pairs weighs more."
     ),
     "Average": Definition("Mean of the accuracies of all verification sets, each with the same weight.", "", MST_KD),
     "STD": Definition(
@@ -74,6 +89,12 @@ DEFINITIONS: dict[str, Definition] = {
         "A pair is accepted as the same person if its squared distance is below the threshold. Embeddings have unit "
         "length: the squared distance is 2 - 2 x cosine, between 0 and 4."
     ),
+    "Threshold from": Definition(
+        "The impostor pairs that set the threshold: the largest one at which their FMR is at most the FMR named. Worst "
+        "group: the largest one at which this holds for every group. Given: set by --threshold.",
+        "",
+        "docs/evaluation.md, Operating points",
+    ),
     "FMR": Definition(
         "False match rate: share of impostor pairs, of two persons, that are accepted at the threshold. With fewer "
         "than three errors it is given as less than 3 / pairs.",
@@ -98,34 +119,26 @@ DEFINITIONS: dict[str, Definition] = {
     "Impostor sd": Definition(
         "Standard deviation (ddof 1) of the scores of the impostor pairs.", "equal in all groups"
     ),
+    "Images": Definition("Number of images of the group, those without an aligned face included."),
     "Failure to acquire": Definition("Share of images in which no face could be aligned.", "equal in all groups", ISO),
-    "FDR": Definition(
-        "Fairness discrepancy rate: 1 - (largest difference of two groups' FMR + largest difference of FNMR) / 2.",
-        "1",
-        "de Freitas Pereira and Marcel, IEEE T-BIOM 2022",
-    ),
-    "IR": Definition(
-        "Inequity rate: square root of (largest / smallest FMR) x (largest / smallest FNMR).",
-        "1",
-        "Grother, NISTIR 8429, 2022",
-    ),
-    "GARBE": Definition(
-        "Mean of the Gini coefficients of the groups' FMR and of their FNMR, each times G / (G - 1) for G groups.",
-        "0",
-        "Howard et al., 2022",
-    ),
-    "max/geomean FMR": Definition(
-        "Largest FMR of a group divided by the geometric mean of all groups' FMR.", "1", "Grother, NISTIR 8429, 2022"
+    "Interval": Definition("The share with its 95 % interval, exact for independent images.", "", CLOPPER_PEARSON),
+    "Correction": Definition(
+        "How scores are changed after training, fitted on nine folds and applied to the tenth. None: not at all. Per "
+        "group: calibrated by group. Clusters: calibrated by clusters of embeddings (FairCal). Cohort: normalised by "
+        "the scores with other images.",
+        "",
+        "docs/evaluation.md, What can be done after training",
     ),
     "Figure": Definition(
         "Printed: as in the paper. Here: measured. Difference: here minus printed. In standard errors: divided by the "
         "standard error of the difference of two accuracies. Agrees: at most 1.96 standard errors."
     ),
-    "Seeds": Definition("Number of training runs that differ in their seed only."),
+    "Printed": Definition("Whether the conclusion holds in the numbers that the paper prints.", "", "eval/published"),
+    "Here": Definition("Whether the conclusion holds in the numbers measured here."),
 }
-for _name, _index in INDICES.items():  # those that are not described in words above
-    _text = f"{_index.definition[0].upper()}{_index.definition[1:]}."
-    DEFINITIONS.setdefault(_name, Definition(_text, _index.fair, _index.source))
+for _name, _index in INDICES.items():
+    _text = f"{_index.definition[0].upper()}{_index.definition[1:]}. Given from: {_index.least}."
+    DEFINITIONS[_name] = Definition(_text, _index.fair, _index.source)
 for _kind in ("genuine", "impostor"):
     DEFINITIONS[f"Reference KS {_kind}"] = Definition(
         f"Kolmogorov-Smirnov distance of the group's {_kind} scores to those of the reference group.",
@@ -150,7 +163,7 @@ def anchors(header: Iterable[str], sets: Iterable[str], terms: Mapping[str, Defi
     """Returns the id of the definition of each column that has one; a column named as one of `sets` is an accuracy."""
     found = {}
     for name in header:
-        term = "Accuracy" if name in sets else defined(name, terms)
+        term = "Accuracy" if name.removesuffix(" *") in sets else defined(name, terms)
         if term in terms:
             found[name] = anchor(term)
     return found

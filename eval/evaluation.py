@@ -69,7 +69,8 @@ def main(cfg: Config) -> None:
     same = {name: pairs.same for name, pairs in sets.items()}
     results = Results(scored, same, measured.of_groups, measured.notes, identities, measured.of_rfw)
     compared = paper.compare(measured.printed, scored, cfg, measured.notes)
-    tables = results.tables() | _audit(cfg, results, sets)
+    every = results.tables() | _audit(cfg, results, sets)
+    tables = {name: table for name, table in every.items() if table.rows}
     forms = {name: one.forms() for name, one in tables.items()}
     if compared:
         tables |= compared.tables()
@@ -77,10 +78,8 @@ def main(cfg: Config) -> None:
     for table in tables.values():
         if table.is_printed:
             print(table.markdown())
-    answered = answer(results)
-    print(*answered, sep="\n")
-    if results.of_groups and results.of_one_kind:
-        print(f"No error rates: {', '.join(results.of_one_kind)} has no genuine or no impostor pairs.")
+    answered, absent = answer(results), _absent(cfg, results, every)
+    print(*answered, *absent, sep="\n")
     written_files = _write_forms(forms, folder)
     write_json(folder / "results.json", _results_json(cfg, sets, scored, tables))
     for one in scored:
@@ -96,7 +95,7 @@ def main(cfg: Config) -> None:
         label = "curves/" if "/" in names[0] else f"{names[0]}, .svg, .pdf"
         written_files[label] = written_files.get(label, []) + names
     if cfg.report:
-        page = report.page(answered, tables, pictures, cfg, [*sets], measured.notes)
+        page = report.page(answered, tables, pictures, cfg, [*sets], (*measured.notes, *absent))
         write_text(folder / "report.html", page)
         written_files["report.html"] = ["report.html"]
     _remove_stale(folder, {folder / name for names in written_files.values() for name in names})
@@ -154,6 +153,20 @@ def _audit(cfg: Config, results: Results, sets: dict[str, Pairs]) -> dict[str, T
     if cfg.corrections and results.of_groups:
         tables["corrections"] = calibration.table(results, {name: pairs.rows for name, pairs in sets.items()})
     return tables | ({"acquisition": failures} if failures else {})
+
+
+def _absent(cfg: Config, results: Results, tables: dict[str, Table]) -> list[str]:
+    """Returns a sentence on each table that these sets or settings do not allow."""
+    if results.of_one_kind:
+        return [f"No error rates: they need both kinds of pairs, and {', '.join(results.of_one_kind)} lacks one."]
+    if len(results.same) > 1 and not results.of_groups:
+        return ["No error rates: they are given for groups, or for a single set, and these sets are not groups."]
+    said = [f"No table {name}: {table.notes[-1]}" for name, table in tables.items() if not table.rows]
+    if results.of_groups and not results.models[0].samples:
+        said.append("No table impostors: pairs across groups need images, and there are scores only.")
+    if cfg.corrections and not results.of_groups:
+        said.append("No table corrections: it compares groups, and there is a single set.")
+    return said
 
 
 def _families(cfg: Config) -> list[Config]:

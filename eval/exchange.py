@@ -7,9 +7,10 @@ fairlearn  y_true,y_score,<group>              y_score: similarity, larger is mo
 bob.bio    <claimed identity> <reference> <real identity> <probe> <similarity>, without a header, separated by spaces
 
 A CSV may have further columns: `group` (or `set`, `ethnicity`, `sensitive_feature`), `same` (1 genuine, 0 impostor),
-`identity_1` and `identity_2`, and attributes (`utils.data.attributes`); BFW's names of all these are known. Without
-`same`, FaVFA's names tell the identities: the folder of a path, else the name up to the last underscore. A similarity
-in [-1, 1] counts as a cosine; others are mapped linearly to [0, 4].
+`identity_1` and `identity_2`, and attributes (`utils.data.attributes`). A group may have one column for each end
+(`group_1`, `group_2`): pairs across groups are left out. BFW's names of all these are known. Without `same`, FaVFA's
+names tell the identities: the folder of a path, else the name up to the last underscore. A similarity in [-1, 1] counts
+as a cosine; others are mapped linearly to [0, 4].
 """
 
 import csv
@@ -21,16 +22,17 @@ import numpy as np
 
 from eval.scores import Scored
 from eval.verification import accuracy
-from utils.data.attributes import SAME_COLUMNS, attributes_of
+from utils.data.attributes import GROUP, MIXED, SAME_COLUMNS, attributes_of, columns_of, values_of
 from utils.data.identities import checked
-from utils.data.pairs import FOLDS, Pairs, fold_of
+from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.errors import InputError
 from utils.storage.files import sha256
 
 ALL = "all"  # the set of scores without a group
-GROUP_COLUMNS = ("group", "set", "ethnicity", "sensitive_feature")
+GROUP_COLUMNS = (GROUP, "set", "ethnicity", "sensitive_feature")
 SCORE_COLUMNS = ("y_score", "score")
 IDENTITY_COLUMNS = (("identity_1", "identity_2"), ("id1", "id2"))
+LABELS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 DEALT = "Pairs are dealt to the ten folds in turn, since the order of the file leaves folds without a kind of pair."
 
 
@@ -50,7 +52,7 @@ class _Lines:
     distance: np.ndarray  # (P,) squared distance
     same: np.ndarray  # (P,) bool
     identities: np.ndarray | None  # (P, 2)
-    group: np.ndarray  # (P,) names
+    group: np.ndarray  # (P,) names; MIXED for a pair of no group
     note: str
     attributes: dict[str, np.ndarray] = field(default_factory=dict)  # (P,) by attribute
 
@@ -59,14 +61,14 @@ def read_scores(path: Path) -> Theirs:
     """Reads a file of scores in one of the forms above.
 
     Raises InputError if the file has another form, a score is not finite, a group has one kind of pair only or fewer
-    pairs than folds, or a genuine pair has two identities.
+    pairs than folds, a genuine pair has two identities, or columns contradict each other.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: set scores to a file of scores.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}).") from error
+        raise InputError(f"{path} cannot be read ({error}): save it as UTF-8.") from error
     if not text.strip():
         raise InputError(f"{path} is empty: set scores to a file of scores.")
     lines, digest = _parsed(path, text), sha256(path)
@@ -78,7 +80,9 @@ def read_scores(path: Path) -> Theirs:
                 "y_score and score a similarity."
             )
     sets, distances, notes = {}, {}, [lines.note]
-    for name in dict.fromkeys(lines.group.tolist()):
+    if without := int(np.sum(lines.group == MIXED)):
+        notes.append(f"Left out: {without:,} of {len(lines.group):,} pairs, across groups or without a group.")
+    for name in dict.fromkeys(lines.group[lines.group != MIXED].tolist()):
         which = np.flatnonzero(lines.group == name)
         _check(f"{path}, group {name}" if name != ALL else str(path), lines.same[which])
         order = _order(lines.same[which])
@@ -90,6 +94,10 @@ def read_scores(path: Path) -> Theirs:
         empty = np.empty((0, 112, 112, 3), np.uint8)
         sets[name] = Pairs(empty, np.empty(0, np.int64), lines.same[which], digest, identities, attributes)
         distances[name] = lines.distance[which]
+    if all(lacking(pairs.same) for pairs in sets.values()):
+        raise InputError(
+            f"{path}: no group has {FOLDS} genuine and {FOLDS} impostor pairs, one for each fold: add pairs."
+        )
     accuracies = tuple(accuracy(distances[name], pairs.same) for name, pairs in sets.items())
     scored = Scored("", "", "scores", path.stem, distances, {}, accuracies, (digest,))
     return Theirs(scored, sets, tuple(notes))
@@ -100,12 +108,14 @@ def _parsed(path: Path, text: str) -> _Lines:
     if "," not in first and len(first.split()) == 5:
         return _five_columns(path, text)
     try:
-        header, *rows = csv.reader(io.StringIO(text))
+        header, *rows = csv.reader(io.StringIO(text), strict=True)
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path} is no table of scores ({error}).") from error
     if short := next((k for k, row in enumerate(rows, 2) if len(row) != len(header)), 0):
-        raise InputError(f"{path}, line {short:,}: expected {len(header)} columns.")
-    columns = {name.strip(): [row[k].strip() for row in rows] for k, name in enumerate(header)}
+        raise InputError(
+            f"{path}, line {short:,}: expected {len(header)} columns, separated by commas, not {len(rows[short - 2])}."
+        )
+    columns = columns_of(path, header, rows)
     if {"img_1", "img_2", "dist"} <= columns.keys():
         names = np.array([columns["img_1"], columns["img_2"]], object).T.reshape(-1, 2)
         distance = 2 * _numbers(path, columns["dist"], "dist")
@@ -121,13 +131,14 @@ def _parsed(path: Path, text: str) -> _Lines:
         distance, note = _from_similarity(_numbers(path, columns[score], score))
     else:
         raise InputError(
-            f"{path}: expected columns img_1,img_2,dist, or y_true,y_score, or five columns as of bob.bio; found "
-            f"{', '.join(header)[:80]}."
+            f"{path}: expected columns img_1,img_2,dist, or y_true,y_score, separated by commas, or five columns as of "
+            f"bob.bio, separated by spaces; found {', '.join(header)[:80]}."
         )
-    group = next((columns[name] for name in GROUP_COLUMNS if name in columns), [ALL] * len(rows))
+    named = (values_of(columns, name) for name in GROUP_COLUMNS)
+    group = next((values for values in named if values is not None), np.full(len(rows), ALL, object))
     if identities is not None:
         checked(path, identities, labels)
-    return _Lines(distance, labels, identities, np.array(group, object), note, attributes_of(columns))
+    return _Lines(distance, labels, identities, group, note, attributes_of(columns))
 
 
 def _five_columns(path: Path, text: str) -> _Lines:
@@ -155,16 +166,19 @@ def _numbers(path: Path, texts: list[str], what: str, first: int = 2) -> np.ndar
 
 
 def _labels(path: Path, columns: dict[str, list[str]], required: bool) -> np.ndarray | None:
-    name = next((name for name in SAME_COLUMNS if name in columns), None)
-    if name is None:
-        if required:
-            raise InputError(f"{path} has no column y_true, 1 for genuine and 0 for impostor pairs: add it.")
-        return None
-    values = np.array([{"1": 1, "0": 0, "true": 1, "false": 0}.get(text.lower(), -1) for text in columns[name]])
-    wrong = np.flatnonzero(values < 0)
-    if len(wrong):
-        raise InputError(f"{path}, line {wrong[0] + 2:,}: {name} must be 1 (genuine) or 0 (impostor).")
-    return values == 1
+    found: dict[str, np.ndarray] = {}
+    for name in SAME_COLUMNS:
+        if name in columns:
+            values = np.array([LABELS.get(text.lower(), -1) for text in columns[name]])
+            if len(wrong := np.flatnonzero(values < 0)):
+                raise InputError(f"{path}, line {wrong[0] + 2:,}: {name} must be 1 (genuine) or 0 (impostor).")
+            for other, before in found.items():
+                if len(wrong := np.flatnonzero(values != before)):
+                    raise InputError(f"{path}, line {wrong[0] + 2:,}: {name} contradicts {other}: keep the right one.")
+            found[name] = values
+    if required and not found:
+        raise InputError(f"{path} has no column y_true, 1 for genuine and 0 for impostor pairs: add it.")
+    return next((values == 1 for values in found.values()), None)
 
 
 def _known(columns: dict[str, list[str]]) -> np.ndarray | None:
@@ -188,7 +202,7 @@ def _from_similarity(score: np.ndarray) -> tuple[np.ndarray, str]:
 
 def _check(what: str, same: np.ndarray) -> None:
     if len(same) < FOLDS:
-        raise InputError(f"{what} has {len(same)} pairs, too few for {FOLDS} folds.")
+        raise InputError(f"{what} has {len(same)} pairs, too few for {FOLDS} folds: add pairs, or leave the group out.")
     if same.all() or not same.any():
         raise InputError(f"{what} has no {'impostor' if same.all() else 'genuine'} pair: both kinds are needed.")
 

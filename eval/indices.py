@@ -132,21 +132,22 @@ KOTWAL = f"Kotwal and Marcel, Fairness Index Measures, ICPR workshops 2022 (arXi
 ELOBAID = f"Elobaid et al., Sum of Group Error Differences, FG 2024 (arXiv 2404.15385); {RESTATED}"
 INDICES = {
     "SFI": Index(
-        "separation: 1 - 2/K sum |z - mean z|, z = |mean genuine - mean impostor score|",
+        "separation fairness index: 1 - 2 x mean of abs(z - mean z), z = mean genuine - mean impostor score",
         "1",
         OF_SCORES,
         KOTWAL,
         of_scores=separation,
     ),
     "CFI": Index(
-        "compactness: 1 - 2/K sum |z - mean z|, z = sd of genuine + sd of impostor scores",
+        "compactness fairness index: 1 - 2 x mean of abs(z - mean z), z = sd of genuine + sd of impostor scores",
         "1",
         OF_SCORES,
         KOTWAL,
         of_scores=compactness,
     ),
     "DFI": Index(
-        f"distribution: 1 - sum KL(p, mean p) / (K log2 K), p the histogram of a group's scores in {BINS} bins",
+        "distribution fairness index: 1 - sum of KL(p, mean p) / (K log2 K) for K groups, p = histogram of all scores "
+        f"of a group in {BINS} bins",
         "1",
         OF_SCORES,
         KOTWAL,
@@ -167,50 +168,53 @@ INDICES = {
         of_scores=largest_ks(1),
     ),
     "FDR": Index(
-        "1 - (max |FMR - FMR'| + max |FNMR - FNMR'|) / 2",
+        "fairness discrepancy rate: 1 - ((max FMR - min FMR) + (max FNMR - min FNMR)) / 2",
         "1",
         "any rate",
         "de Freitas Pereira and Marcel, IEEE T-BIOM 2022",
         of_rates=_of(rates.fdr),
     ),
     "IR": Index(
-        "sqrt(max/min of FMR x max/min of FNMR)",
+        "inequity rate: sqrt((max FMR / min FMR) x (max FNMR / min FNMR))",
         "1",
         OF_RATES,
         "Grother, NISTIR 8429, 2022",
         of_rates=_of(rates.inequity_rate),
     ),
     "GARBE": Index(
-        "mean of the Gini coefficients of FMR and of FNMR, times K / (K - 1)",
+        "Gini aggregation rate for biometric equitability: mean of the Gini coefficients of FMR and of FNMR, each "
+        "x K / (K - 1) for K groups",
         "0",
         OF_RATES,
         "Howard et al., ICPR workshops 2022 (arXiv 2203.05051)",
         of_rates=_of(rates.garbe),
     ),
     "max/geomean FMR": Index(
-        "largest FMR over the geometric mean of FMR",
+        "max FMR / geometric mean of FMR",
         "1",
         OF_RATES,
         "Grother, NISTIR 8429, 2022",
         of_rates=_of(rates.max_fmr_over_geometric_mean),
     ),
     "WERM": Index(
-        "sqrt(max/geomean of FMR) x sqrt(max/geomean of FNMR)",
+        "sqrt((max FMR / geometric mean of FMR) x (max FNMR / geometric mean of FNMR))",
         "1",
         OF_RATES,
         "Linghu et al., IJCB 2024 (arXiv 2407.14087), by its code, without the 1e-5 that it adds",
         of_rates=_of(werm),
     ),
     "SEDG": Index(
-        "mean over groups of |1 - FMR / mean FMR| + |1 - FNMR / mean FNMR|",
+        "sum of group error differences: mean of abs(1 - FMR / mean FMR) + abs(1 - FNMR / mean FNMR)",
         "0",
         OF_RATES,
         ELOBAID,
         of_rates=_sedg(np.mean),
     ),
-    "SEDG sd": Index("standard deviation over groups of the same sum", "0", OF_RATES, ELOBAID, of_rates=_sedg(np.std)),
+    "SEDG sd": Index(
+        "standard deviation over the groups of the sum in SEDG", "0", OF_RATES, ELOBAID, of_rates=_sedg(np.std)
+    ),
     "MAPE": Index(
-        "100/K sum |FMR - target FMR| / target FMR, in percent, where the threshold has a target",
+        "mean absolute percentage error: 100 x mean of abs(FMR - target) / target, where the threshold has a target",
         "0",
         "three errors in each FMR",
         f"Villalobos, Mery and Bowyer, IEEE Access 10, 2022; {RESTATED}",
@@ -222,7 +226,7 @@ INDICES = {
 def definitions() -> Table:
     """Returns the table of all indices."""
     rows = [(name, one.definition, one.fair, one.least, one.source) for name, one in INDICES.items()]
-    header = ("Index", "Definition, over K groups", "Fair", "Given from", "Source")
+    header = ("Index", "Definition, over the groups", "Fair", "Given from", "Source")
     return Table("Indices of fairness", header, rows, 5, is_printed=False)
 
 

@@ -1,6 +1,6 @@
 """Operating points as deployers set them: a threshold from one group, from all, from the worst, or a given number."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +9,14 @@ from eval import rates
 from eval.identities import Ends
 from eval.intervals import Sampled
 from utils.errors import InputError
+from utils.tables import RULE_OF_THREE
 
 FMRS = (1e-3, 1e-4)
 RATIO_NOTE = (
     "The ratios are to the reference group, with the interval of the ratio of two independent rates; none where either "
-    "rate has fewer than three errors. All intervals are at the threshold given: its own uncertainty is not in them."
+    "rate has fewer than three errors."
 )
+THRESHOLD_NOTE = "All intervals are at the threshold given: its own uncertainty is not in them."
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ def points(groups: rates.Groups, reference: str, given: float | None = None) -> 
     """Returns the operating points of a model whose distances and labels by group are `groups`.
 
     At each of FMRS: the largest threshold at which the FMR of the reference group, of all groups together, or of every
-    single group is at most this. `given` is a further threshold; raises InputError if it decides every pair alike.
+    single group is at most this; a single set has one such threshold. `given` is a further threshold; raises InputError
+    if it decides every pair alike.
     """
     found = []
     for fmr in FMRS:
-        found.append(Point(f"all groups at FMR {fmr:g}", rates.threshold_at_fmr(groups, fmr)))
-        if len(groups) > 1:
+        together = rates.threshold_at_fmr(groups, fmr)
+        if len(groups) == 1:
+            found.append(Point(f"FMR {fmr:g}", together))
+        else:
+            found.append(Point(f"all groups at FMR {fmr:g}", together))
             single = {name: rates.threshold_at_fmr({name: pairs}, fmr) for name, pairs in groups.items()}
             worst = None if None in single.values() else min(single.values())
             found.append(Point(f"{reference} at FMR {fmr:g}", single[reference]))
@@ -85,6 +91,15 @@ def at(groups: rates.Groups, threshold: float, identified: Identified) -> dict[s
     return found
 
 
+def too_few(missing: Iterable[str], impostors: int | None) -> str:
+    """Returns the note on the points that the pairs do not resolve; `impostors` is their number if none is resolved."""
+    counts = ", ".join(f"{RULE_OF_THREE / fmr:,.0f} for FMR {fmr:g}" for fmr in FMRS)
+    needed = f"The impostor pairs needed for a threshold are {counts}"
+    if impostors is None:
+        return f"Too few impostor pairs for: {', '.join(missing)}. {needed}."
+    return f"{needed}; there are {impostors:,}: give one with --threshold."
+
+
 def reference_of(accuracies: Mapping[str, float], wanted: str | None) -> str:
     """Returns `wanted`, or the group with the best accuracy if None. Raises InputError if it is none of the groups."""
     if wanted is None:
@@ -96,4 +111,8 @@ def reference_of(accuracies: Mapping[str, float], wanted: str | None) -> str:
 def check_reference(names: list[str], wanted: str | None) -> None:
     """Raises InputError if the reference group is none of the groups."""
     if wanted is not None and wanted not in names:
+        if len(names) == 1:
+            raise InputError(
+                f"reference_group = {wanted!r}: there is only {names[0]} and nothing to compare: leave it out."
+            )
         raise InputError(f"reference_group = {wanted!r} is none of the groups: set it to one of {', '.join(names)}.")

@@ -24,7 +24,7 @@ from eval.uncertainty import (
 )
 from eval.verification import collapsed
 from utils.data.pairs import lacking
-from utils.tables import Cell, Estimate, Rate, Table
+from utils.tables import RULE_OF_THREE, Cell, Estimate, Rate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
 FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
@@ -149,17 +149,18 @@ class Results:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            is_unknown = self.has_few or self._collapsed(one)
+            is_unknown = self.has_few or self.collapsed(one)
             verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
             spread = (std, ser, verdict) if self.of_groups else ()
             rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.of_groups:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
-        notes += [f"{one.title} {said}" for one in self.models if (said := self._collapsed(one))]
+        notes += [f"{one.title} {said}" for one in self.models if (said := self.collapsed(one))]
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
 
-    def _collapsed(self, one: Scored) -> str:
+    def collapsed(self, one: Scored) -> str:
+        """Returns the note on a collapsed model, "" for others."""
         return collapsed(one.distances, self.same)
 
     def _chance(self) -> Table:
@@ -243,8 +244,11 @@ class Results:
             "One threshold on the squared distance for all groups. A rate of fewer than three errors is given as less "
             "than 3 / pairs. IR, GARBE and max/geomean need at least three errors per rate; FDR uses any rate."
         )
+        notes = [note]
+        if any(shared[name] is None for shared in self.shared):
+            notes.append(f"A dash: {RULE_OF_THREE / FMR[name]:,.0f} impostor pairs are needed to set this threshold.")
         title = f"Error rates at the shared threshold of {name}"
-        return Table(title, header, rows, len(NAMES), self._notes(note), digits=3, is_printed=False)
+        return Table(title, header, rows, len(NAMES), self._notes(*notes), digits=3, is_printed=False)
 
     def _impostors(self) -> Table:
         """Returns the FMR between images of every two groups, at the strictest threshold that the pairs resolve."""

@@ -360,6 +360,7 @@ def test_other_verification_sets_have_an_average_and_no_std(trained, tmp_path, c
     assert f"Written to {tmp_path}/output/evaluation/lfw+cfp_fp/best_backbone-" in page
     header = next(line for line in page.splitlines() if line.startswith("| Setting"))
     assert [cell.strip() for cell in header.split("|")[5:-1]] == ["lfw", "cfp_fp", "Average"]
+    assert "No error rates: they are given for groups, or for a single set, and these sets are not groups." in page
     run_script("eval.evaluation", [*given, *options, "--checkpoint", student, "--pairs_sets", "lfw,agedb_30"], expect=2)
     advice = "Set pairs to the folder of these files, or verify on those that are there: --pairs_sets lfw"
     assert f"Missing: {tmp_path}/agedb_30.bin. {advice}" in capsys.readouterr().err
@@ -391,6 +392,8 @@ def test_models_are_verified_on_other_groups_than_they_were_trained_on(trained, 
     left = [*(f"adaptors/{name}" for name in ("DLDPO", "DuL", "SL")), "teachers/Caucasian", "teachers/Indian"]
     note = f"Not in the tables, though in {output}: {', '.join(f'{base}/{name}' for name in left)}; ethnicities names"
     assert note in (output / "evaluation" / "Indian" / "accuracy.md").read_text()
+    said = capsys.readouterr().out
+    assert "There is one set of pairs and nothing to compare it with" in said and "not groups" not in said
     shutil.rmtree(output / base / "students")
     shutil.rmtree(output / "baseline")
     run_script("eval.evaluation", [*given, "--ethnicities", "asian_females"], expect=2)

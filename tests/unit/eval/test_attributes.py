@@ -33,9 +33,12 @@ def test_groups_and_crossings_have_their_rates():
     assert row[7:9] == (str(np.sum(here & same)), str(np.sum(here & ~same)))
     assert row[9].value == np.mean(together[here & ~same] < threshold)
     assert row[10].value == np.mean(together[here & same] >= threshold)
-    assert "Too small to be reported: 3 of 8 groups." in table.notes
+    assert "Too small to be reported (below 100 pairs of a kind): 3 of 8 groups." in table.notes
     assert any(note.startswith("Smallest group: ") and "0 genuine" in note for note in table.notes)
-    assert by_attribute.table(results, {"A": {"gender": gender}, "B": {}}) is None
+    assert by_attribute.table(results, {"A": {}, "B": {}}) is None
+    partly = by_attribute.table(results, {"A": {"gender": gender}, "B": {}})
+    assert not partly.rows
+    assert partly.notes[-1] == "No attribute is known for all of A, B: add it to the tables of the others."
 
 
 def test_the_ends_of_a_pair_must_agree():
@@ -59,6 +62,7 @@ def test_a_table_beside_the_bin_is_read(cfg):
         ("label,gender\n0,f\n0,f\n", "line 2: label contradicts x.bin"),
         ("gender\nf\n", "must have a row of 1 columns for each of the 2 pairs"),
         ("gender,age\nf,1\nf\n", "must have a row of 2 columns"),
+        ("gender,gender\nf,f\nf,m\n", "has two columns gender: keep one"),
         ("hair\nf\nf\n", "has no column of ethnicity, gender, age"),
         ("", "cannot be read"),
     ],
@@ -72,7 +76,10 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, text, sentence):
 def test_attributes_and_identities_of_bfw_are_read(tmp_path):
     lines = [f"{k % 2},p{k // 2},{'p' if k % 2 else 'q'}{k // 2},0.{k % 9},F,F,B,{'BW'[k % 3 == 0]}" for k in range(40)]
     (tmp_path / "bfw.csv").write_text("\n".join(["label,id1,id2,score,g1,g2,e1,e2", *lines]))
-    pairs = read_scores(tmp_path / "bfw.csv").sets["all"]
+    theirs = read_scores(tmp_path / "bfw.csv")
+    pairs = theirs.sets["B"]
+    assert list(theirs.sets) == ["B"] and len(pairs.same) == 26
+    assert theirs.notes[1] == "Left out: 14 of 40 pairs, across groups or without a group."
     assert set(pairs.attributes["gender"].tolist()) == {"F"}
-    assert pairs.attributes["ethnicity"].tolist().count("") == 14
+    assert set(pairs.attributes["ethnicity"].tolist()) == {"B"}
     assert (pairs.identities[:, 0] == pairs.identities[:, 1]).tolist() == pairs.same.tolist()

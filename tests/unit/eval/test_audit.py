@@ -1,5 +1,7 @@
 """The tables of the audit, cell by cell from hand-made distances, and the failures to acquire."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -41,8 +43,42 @@ def test_operating_points_have_their_rates_and_ratios(results):
         assert row["FNMR / reference"] == expected
     assert {row["Threshold"] for row in rows if row["Threshold from"] == "given"} == {1.0}
     assert {row["Group"] for row in rows} == {"A (reference)", "B"}
-    assert any("Too few impostor pairs for: A at FMR 0.0001" in note for note in table.notes)
+    note = "Too few impostor pairs for: A at FMR 0.001, worst group at FMR 0.001, all groups at FMR 0.0001, "
+    assert table.notes[-1].startswith(note)
+    assert table.notes[-1].endswith(
+        ". The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001."
+    )
     assert any("since the identities are not known" in note for note in table.notes)
+
+
+def test_a_threshold_that_no_pair_resolves_is_said_with_the_pairs_that_it_needs():
+    same = {name: labels[::5] for name, labels in SAME.items()}
+    short = [scored("short", 1, {"A": 0.8, "B": 0.8})]
+    short = [replace(one, distances={name: one.distances[name][::5] for name in GROUPS}) for one in short]
+    results = Results(short, same, True)
+    operating = Audit(results).tables()["operating"]
+    assert not operating.rows
+    assert operating.notes[-1] == (
+        "The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001; there are 800: give "
+        "one with --threshold."
+    )
+    assert {row[4] for row in Audit(results, threshold=1.0).tables()["operating"].rows} == {"given"}
+    rates = results.tables()["rates_FMR_0.001"]
+    assert rates.notes[-1] == "A dash: 3,000 impostor pairs are needed to set this threshold."
+    assert not any("A dash" in note for note in results.tables()["rates_FMR_0.01"].notes)
+
+
+def test_a_single_set_is_compared_with_nothing():
+    same = {"A": SAME["A"]}
+    one = scored("one", 1, {"A": 0.8, "B": 0.8})
+    one = replace(one, distances={"A": one.distances["A"]}, accuracies=one.accuracies[:1])
+    tables = Audit(Results([one], same, False), threshold=1.0).tables()
+    assert list(tables) == ["one_threshold", "operating", "score_shifts"]
+    assert [row[4] for row in tables["operating"].rows] == ["given"]
+    for table in tables.values():
+        text = table.markdown()
+        assert "reference" not in text and "groups" not in text
+        assert all(len(row) == len(table.header) for row in table.rows)
 
 
 def test_the_reference_is_the_best_group_unless_named(results):
@@ -92,6 +128,7 @@ def test_identities_are_said_to_be_known(results):
 
 def test_failures_to_acquire_are_counted_by_group(tmp_path):
     assert acquisition.table(tmp_path, ["A"], ()) is None
+    other = "acquisition.csv counts images of A, B, not of these sets."
     paths = [*(f"A/{k}.jpg" for k in range(200)), *(f"B/x/{k}.jpg" for k in range(50)), "loose.jpg"]
     write(tmp_path, paths, {"A/3.jpg", "A/4.jpg", "A/5.jpg", "B/x/1.jpg"})
     assert read(tmp_path / "acquisition.csv") == {"": (1, 0), "A": (200, 3), "B": (50, 1)}
@@ -99,6 +136,7 @@ def test_failures_to_acquire_are_counted_by_group(tmp_path):
     low, high = Sampled(Rate(3, 200)).interval
     assert table.rows[0] == ("A", "200", Rate(3, 200), Estimate(0.015, low, high))
     assert [row[0] for row in table.rows] == ["A", "B"]
+    assert acquisition.table(tmp_path, ["C"], ()).notes == (other,)
     for text, sentence in (
         ("group,images\n", "must have the columns group,images,failed"),
         ("group,images,failed\nA,3,4\n", "line 2: expected"),

@@ -65,6 +65,41 @@ def test_groups_become_sets(tmp_path):
     assert theirs.sets["A"].identities is None
 
 
+BFW = "fold,p1,p2,label,id1,id2,att1,att2,a1,a2,g1,g2,e1,e2,score"  # the columns of BFW's table, without other scores
+
+
+def bfw() -> str:
+    """300 pairs of three of BFW's groups; every fifth impostor pair has its second face in another group."""
+    rows, groups = [], ("asian_females", "black_males", "white_females")
+    for k in range(300):
+        one, same = groups[k // 2 % 3], k % 2 == 0
+        other = groups[(k // 2 + 1) % 3] if k % 10 == 5 else one
+        ends = f"{one}{k % 40}", f"{one if same else other}{k % 40 if same else 'x'}"
+        short = [name[0].upper() + name.split("_")[1][0].upper() for name in (one, other)]
+        letters = (*short, short[0][1], short[1][1], short[0][0], short[1][0])
+        images = f"{one}/n{k}/1.jpg", f"{other}/n{k}/2.jpg"
+        rows.append(",".join(map(str, (k % 5, *images, int(same), *ends, one, other, *letters, COSINES[k % PAIRS]))))
+    return "\n".join([BFW, *rows]) + "\n"
+
+
+def test_the_groups_of_bfw_are_those_of_pairs_whose_ends_are_of_one_group(tmp_path):
+    theirs = read(tmp_path, bfw())
+    assert {name: len(pairs.same) for name, pairs in theirs.sets.items()} == dict.fromkeys(
+        ("asian_females", "black_males", "white_females"), 90
+    )
+    assert "Left out: 30 of 300 pairs, across groups or without a group." in theirs.notes
+    for name, pairs in theirs.sets.items():
+        kept = [k for k in range(300) if k // 2 % 3 == list(theirs.sets).index(name) and k % 10 != 5]
+        assert sorted(theirs.scored.distances[name]) == pytest.approx(sorted(2 - 2 * COSINES[k % PAIRS] for k in kept))
+        assert set(pairs.attributes["ethnicity"]) == {name[0].upper()}
+        assert {str(end).rstrip("0123456789x") for end in pairs.identities.ravel()} == {name}
+
+
+def test_labels_as_pandas_writes_them_are_read(tmp_path):
+    theirs = read(tmp_path, fairlearn().replace("\n1,", "\n1.0,").replace("\n0,", "\n0.0,"))
+    assert theirs.sets["A"].same.tolist() == SAME[:100].tolist()
+
+
 def test_scores_of_any_scale_are_mapped_in_order(tmp_path):
     theirs = read(tmp_path, bob(scale=50))
     assert (np.argsort(theirs.scored.distances["all"]) == np.argsort(-COSINES)).all()
@@ -112,7 +147,10 @@ def test_fairlearn_gets_decisions(tmp_path):
             "group A has no impostor pair: both kinds are needed",
         ),
         ("\n".join(favfa().splitlines()[:5]), "has 4 pairs, too few for 10 folds"),
-        (favfa().replace("dist", "distance"), "expected columns img_1,img_2,dist, or y_true,y_score, or five columns"),
+        (
+            favfa().replace("dist", "distance"),
+            "expected columns img_1,img_2,dist, or y_true,y_score, separated by commas, or five",
+        ),
         (fairlearn().replace("y_true", "truth"), "has no column y_true"),
         (fairlearn().replace("\n1,", "\n2,", 1), "line 2: y_true must be 1"),
         (favfa() + "a_1.jpg,b_1.jpg\n", "line 202: expected 3 columns"),
@@ -122,6 +160,14 @@ def test_fairlearn_gets_decisions(tmp_path):
             "pair 0 is genuine, but has the identities a and b",
         ),
         ("", "is empty: set scores to a file of scores"),
+        ("y_true,y_score\n", "no group has 10 genuine and 10 impostor pairs"),
+        ("y_true,y_score\n" + 5 * "1,0.9\n" + 50 * "0,0.1\n", "no group has 10 genuine and 10 impostor pairs"),
+        (fairlearn().replace("y_score,group", "y_score,y_score"), "has two columns y_score: keep one"),
+        (fairlearn().replace(",", ";"), "separated by commas, or five columns as of bob.bio"),
+        (fairlearn().replace(".", ","), "line 2: expected 3 columns, separated by commas, not 4"),
+        (fairlearn().replace(",B", ',"B', 1), "is no table of scores"),
+        ("y_true,label,y_score\n1,1,0.5\n0,1,0.5\n", "line 3: y_true contradicts label: keep the right one"),
+        (fairlearn() + 5 * "1,0.5,C\n", "group C has 5 pairs, too few for 10 folds: add pairs, or leave the group out"),
         (
             "y_true,y_score\n" + 10 * "1,0.1\n0,0.9\n",
             "genuine pairs are less alike than impostor pairs: dist must be a distance",
@@ -131,6 +177,17 @@ def test_fairlearn_gets_decisions(tmp_path):
 def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):
     with pytest.raises(InputError, match=sentence):
         read(tmp_path, text)
+
+
+def test_line_ends_quotes_and_a_mark_of_utf_8_do_not_matter(tmp_path):
+    (tmp_path / "theirs.csv").write_bytes(b"\xef\xbb\xbf" + fairlearn().replace("\n", "\r\n").encode())
+    theirs = read_scores(tmp_path / "theirs.csv")
+    assert theirs.scored.distances["A"] == pytest.approx(2 - 2 * COSINES[:100])
+    quoted = read(tmp_path, "\n".join('"' + line.replace(",", '","') + '"' for line in fairlearn().splitlines()))
+    assert list(quoted.sets) == ["A", "B"]
+    (tmp_path / "latin.csv").write_bytes(fairlearn().replace(",A", ",\xfc").encode("latin-1"))
+    with pytest.raises(InputError, match="save it as UTF-8"):
+        read_scores(tmp_path / "latin.csv")
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -146,10 +203,19 @@ def test_the_evaluation_gives_its_tables_of_their_scores(tmp_path, capsys):
     assert {one.name for one in (folder / "scores").iterdir()} == {
         f"scores-theirs.{ending}" for ending in ("csv", "favfa.csv", "bob.txt")
     }
+    assert not (folder / "operating.md").exists()
+    page = capsys.readouterr().out
+    assert "No table operating: The impostor pairs needed for a threshold are 3,000 for FMR 0.001" in page
+    assert "there are 100: give one with --threshold." in page
+    run_script("eval.evaluation", ["--scores", str(path), *output, "--corrections", "true", "--report"])
+    said = "No table corrections: it compares groups, and there is a single set."
+    assert said in capsys.readouterr().out
+    assert said in (folder / "report.html").read_text()
     path.write_text(fairlearn())
     run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "B", "--threshold", "1.2"])
     assert "B (reference)" in (folder / "operating.md").read_text()
     assert not (folder / "scores" / "scores-theirs.favfa.csv").exists()
+    assert "No table impostors: pairs across groups need images" in capsys.readouterr().out
     run_script("eval.evaluation", ["--scores", str(path), *output, "--reference_group", "C"], expect=2)
     run_script("eval.evaluation", ["--scores", str(path), *output, "--threshold", "3.99"], expect=2)
     run_script("eval.evaluation", ["--scores", str(path), "--checkpoint", "x.pth"], expect=2)

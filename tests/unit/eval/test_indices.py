@@ -108,4 +108,5 @@ def test_scores_indices_equal_plain_loops():
 def test_docs_print_the_table_of_indices():
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     rows = [line for line in definitions().markdown().splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {6}, "a | inside a cell divides it"
     assert all(row in page for row in rows), "paste the output of python -m eval.indices"

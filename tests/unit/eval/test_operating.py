@@ -102,3 +102,5 @@ def test_bad_points_are_refused():
     assert reference_of({"A": 90.0, "B": 91.0}, None) == "B"
     assert reference_of({"A": 90.0, "B": 91.0}, "A") == "A"
     check_reference(["A"], None)
+    with pytest.raises(InputError, match="reference_group = 'D': there is only A and nothing to compare: leave it out"):
+        check_reference(["A"], "D")
