@@ -199,5 +199,21 @@ def test_the_interval_of_a_model_without_errors_has_a_width():
     """With no error in 4,000 pairs the exact interval ends at 1 - 0.025 ** (1 / 4000): Clopper and Pearson."""
     models = [dataclasses.replace(scored("one", 1, {"A": 9.0, "B": 9.0}), accuracies=(100.0, 100.0))]
     models = [dataclasses.replace(one, distances={name: 1.0 - 0.9 * SAME[name] for name in GROUPS}) for one in models]
-    low, high = Results(models, SAME, True).intervals[0, 0]
+    results = Results(models, SAME, True)
+    low, high = results.intervals[0, 0]
     assert low == pytest.approx(100 * 0.025 ** (1 / len(SAME["A"])), abs=1e-6) and high == 100.0
+    row = cells(results.tables()["intervals"])["one"]
+    assert (row["Average"].low, row["Average"].high) == pytest.approx((100 - 100 * 3.6888795 / 8000, 100))
+    assert (row["STD"].low, row["STD"].value) == (0, 0) and 0.01 < row["STD"].high < 0.1
+    gap = results.gap(0, 0, 1)
+    assert (gap.low, gap.high) == pytest.approx((low - 100, 100 - low))
+
+
+def test_a_difference_of_two_models_without_errors_is_not_known_to_be_zero():
+    perfect = {name: 1.0 - 0.9 * SAME[name] for name in GROUPS}
+    one = dataclasses.replace(scored("one", 1, {"A": 9.0, "B": 9.0}), accuracies=(100.0, 100.0), distances=perfect)
+    (row,) = Results([one, replace(one, name="two")], SAME, True).tables()["differences"].rows
+    difference, sure, of_std, std_sure = row[2:]
+    assert (difference.value, of_std.value, sure, std_sure) == (0, 0, False, False)
+    assert (difference.low, difference.high) == pytest.approx((-100 * 3.6888795 / 8000, 100 * 3.6888795 / 8000))
+    assert of_std.low < -0.01 and of_std.high > 0.01
