@@ -75,7 +75,7 @@ def _chance(results: Results, best: int) -> str:
         return "The pairs are too few to tell whether this is chance."
     values = [tuple(row) for row in _values(results).tolist()]
     average, std, ser = summary(values[best])
-    chance = by_chance(round(average, 2), results.pairs)
+    chance = by_chance(average, results.pairs)
     within = [is_within_chance(one, results.pairs) for one in values]
     verdict = "This can be chance" if within[best] else "This is more than chance"
     count, of = sum(not one for one in within), len(within)

@@ -160,7 +160,7 @@ class Results:
         rows = []
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            chance = by_chance(round(average, 2), self.pairs)
+            chance = by_chance(average, self.pairs)
             mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
             figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
             rows.append((*names_of(one), average, *figures))

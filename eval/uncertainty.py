@@ -172,5 +172,5 @@ def is_within_chance(accuracies: tuple[float, ...], pairs: tuple[int, ...]) -> b
     `accuracies` (G,) are in percent, `pairs` (G,) the numbers of pairs of the groups.
     """
     average, spread, ser = summary(accuracies)
-    chance = by_chance(round(average, 2), pairs)
+    chance = by_chance(average, pairs)
     return spread <= chance.std_95 + TOLERANCE and ser <= chance.ser_95 + TOLERANCE
