@@ -120,10 +120,12 @@ def _of(function: Callable) -> Callable:
     return lambda found, _: function(found)
 
 
-def _sedg(reduce: Callable[[np.ndarray], float]) -> Callable:
+def _sedg(reduce: Callable[[np.ndarray], float], least: int = 2) -> Callable:
+    """Returns a function for `reduce` of `sedg`, None with fewer than `least` groups."""
+
     def of(found: Mapping[str, ErrorRates], _: float | None) -> float | None:
         values = sedg(found)
-        return None if values is None else float(reduce(values))
+        return None if values is None or len(values) < least else float(reduce(values))
 
     return of
 
@@ -208,7 +210,13 @@ INDICES = {
         ELOBAID,
         of_rates=_sedg(np.mean),
     ),
-    "SEDG sd": Index("standard deviation over groups of the same sum", "0", OF_RATES, ELOBAID, of_rates=_sedg(np.std)),
+    "SEDG sd": Index(
+        "standard deviation over groups of the same sum, which is the same for both of two groups",
+        "0",
+        "three groups, three errors in each",
+        ELOBAID,
+        of_rates=_sedg(np.std, least=3),
+    ),
     "MAPE": Index(
         "100/K sum |FMR - target FMR| / target FMR, in percent, where the threshold has a target",
         "0",
