@@ -8,6 +8,7 @@ from eval.identities import Ends
 from eval.intervals import Sampled, mean_of, minus
 
 FEW_ERRORS = 30  # errors of a set under which the percentile interval of resampled pairs is widened
+SMOOTHED = f"In a set with fewer than {FEW_ERRORS} errors each draw has half an error more on average (Jeffreys)."
 Bounds = tuple[float, float]
 
 
@@ -27,7 +28,7 @@ class FewErrors:
         """Returns the accuracies (resamples, models, sets) with half an error more on average in sets with few errors.
 
         In resamples of a set with k errors their number has mean and variance k, nearly. A draw from Gamma(1/2) makes
-        both k + 1/2, as under the posterior of Jeffreys' prior, Gamma(k + 1/2).
+        both k + 1/2, as under the posterior of Jeffreys' prior, Gamma(k + 1/2). The draws are the same at each call.
         """
         size = np.array([[100 * one.design_effect / one.rate.of * _is_few(one) for one in row] for row in self._rates])
         added = size * np.random.default_rng(0).gamma(0.5, size=samples.shape)

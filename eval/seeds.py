@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from eval.fairness import std
+from eval.few_errors import SMOOTHED, FewErrors
 from eval.results import NAMES, file_name
 from eval.uncertainty import RESAMPLES, interval, resampled, stds
-from eval.verification import accuracy
+from eval.verification import accuracy, wrong
 from utils.errors import InputError
 from utils.process import guarded
 from utils.storage.files import read_json, write_text
@@ -25,7 +26,8 @@ from utils.tables import Cell, Estimate, Table
 METHOD = (
     f"95 % intervals over seeds and pairs: 2.5th to 97.5th percentile of {RESAMPLES:,} draws. Each draw is the mean "
     "over the seeds on pairs resampled within fold and label, the same pairs for all seeds and models, plus the "
-    "standard error over the seeds times a draw from Student's t with (number of seeds - 1) degrees of freedom."
+    "standard error over the seeds times a draw from Student's t with (number of seeds - 1) degrees of freedom. "
+    f"{SMOOTHED}"
 )
 Key = tuple[str, ...]  # setting, teachers' network, kind and name of a model
 
@@ -61,10 +63,16 @@ class Seeds:
         shape = (self.count, len(self.models), len(self.sets))
         accuracies = np.array([[accuracy(one[name], first.same[name]) for name in self.sets] for one in every])
         self.values = self._with_summary(accuracies.reshape(shape), std(accuracies).reshape(shape[:2]))
-        drawn = resampled(every, first.same, resamples=resamples)  # (resamples, seeds x models, sets)
-        spread = np.stack([stds(drawn[:, k]) for k in range(len(every))], 1).reshape(resamples, *shape[:2])
-        self._drawn = self._with_summary(drawn.reshape(resamples, *shape), spread)
+        drawn = resampled(every, first.same, resamples=resamples).reshape(resamples, *shape)
+        # By seed, since the same errors may occur in all seeds: half an error of its own for each would average out.
+        drawn = np.stack([self._few(one, first.same).smoothed(drawn[:, k]) for k, one in enumerate(trainings)], 1)
+        spread = np.stack([stds(one) for one in drawn.reshape(resamples, -1, shape[2]).transpose(1, 0, 2)], 1)
+        self._drawn = self._with_summary(drawn, spread.reshape(resamples, *shape[:2]))
         self._t = np.random.default_rng(0).standard_t(self.count - 1, resamples)
+
+    def _few(self, one: Training, same: dict[str, np.ndarray]) -> FewErrors:
+        errors = [[wrong(one.distances[key][name], same[name]) for name in self.sets] for key in self.models]
+        return FewErrors(errors, [None] * len(self.sets))
 
     def _with_summary(self, accuracies: np.ndarray, spread: np.ndarray) -> np.ndarray:
         """Appends the average and, for several sets, the STD to accuracies (..., sets)."""
@@ -131,7 +139,8 @@ def over_both(values: np.ndarray, drawn: np.ndarray, t: np.ndarray) -> tuple[flo
     `drawn` (resamples, S) are the values on resampled pairs, the same pairs for all seeds; `t` (resamples,) is drawn
     from Student's t with S - 1 degrees of freedom. Drawing few seeds with replacement instead varies too little.
     """
-    return interval(drawn.mean(1) + values.std(ddof=1) / np.sqrt(len(values)) * t)
+    low, high = interval(drawn.mean(1) + values.std(ddof=1) / np.sqrt(len(values)) * t)
+    return min(low, float(values.mean())), max(high, float(values.mean()))
 
 
 def read_training(output: Path) -> Training:

@@ -9,7 +9,7 @@ import numpy as np
 
 from eval import identities as by_identity
 from eval.fairness import std, summary
-from eval.few_errors import FEW_ERRORS
+from eval.few_errors import SMOOTHED
 from eval.verification import Counts, first_above
 from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
@@ -25,9 +25,8 @@ with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at 
 """
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
 _EXACT = (
-    f" In a set with fewer than {FEW_ERRORS} errors each draw has half an error more on average (Jeffreys). Intervals "
-    "then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of differences of two "
-    "models from the pairs that one of them decides wrongly (Zou-Donner)."
+    f" {SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "
+    "differences of two models from the pairs that one of them decides wrongly (Zou-Donner)."
 )
 METHOD = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on pairs resampled with replacement, "

@@ -16,12 +16,14 @@ SAME = np.arange(400) // 20 % 2 == 0
 ROWS = (("specialized", "iresnet34", "teacher", "Asian"), ("-", "iresnet34", "checkpoint", "x y"))
 
 
-def write_evaluation(folder, seed: int, apart: tuple[float, float] = (0.9, 0.5), digest: str = "d", rows=ROWS) -> dict:
+def write_evaluation(
+    folder, seed: int, apart: tuple[float, float] = (0.9, 0.5), digest: str = "d", rows=ROWS, noise=0.3
+):
     """Writes what `eval.evaluation` does; returns the accuracies (sets,) by row."""
     random, found = np.random.default_rng(seed), {}
     (folder / "scores").mkdir(parents=True)
     for row, gap in zip(rows, apart, strict=False):
-        distances = {name: np.clip(random.normal(1.5, 0.3, 400) - gap * SAME, 0, 4) for name in GROUPS}
+        distances = {name: np.clip(random.normal(1.5, noise, 400) - gap * SAME, 0, 4) for name in GROUPS}
         found[row] = [accuracy(one, SAME) for one in distances.values()]
         lines = [f"{n},{k},{int(SAME[k])},{d!r}" for n, one in distances.items() for k, d in enumerate(one.tolist())]
         name = "-".join(part for part in row if part != "-").replace(" ", "-")
@@ -70,6 +72,20 @@ def test_a_model_that_not_all_folders_have_is_left_out_and_named(tmp_path):
     tables = found.tables()
     assert [*tables] == ["seeds", "seeds_sd"]
     assert tables["seeds"].notes[-1] == "Left out, since not all folders have them: iresnet34 checkpoint x y."
+
+
+def test_seeds_without_an_error_have_an_interval_with_a_width(tmp_path):
+    """The 97.5 % quantile of Gamma(1/2) is 2.51 errors, of Gamma(1), the sum over both sets, 3.69."""
+    for k in range(2):
+        write_evaluation(tmp_path / str(k), k, apart=(1.0, 1.0), noise=0)
+    found = Seeds([read_training(tmp_path / str(k)) for k in range(2)])
+    for column, errors, pairs in ((0, 2.51, 400), (2, 3.69, 800)):
+        value = found.estimate(0, column)
+        assert (value.value, value.high) == (100, 100)
+        assert 100 - value.low == pytest.approx(100 * errors / pairs, rel=0.2)
+    spread, difference = found.estimate(0, 3), found.estimate(0, 2, 1)
+    assert (spread.value, spread.low) == (0, 0) and spread.high > 0.05
+    assert difference.low < -0.2 and difference.high > 0.2
 
 
 @pytest.mark.parametrize(("pairs", "seeds", "both"), [(0.3, 0.3, 0.1), (0.1, 0.4, 0.1), (0.3, 0.0, 0.2)])
