@@ -13,22 +13,26 @@ SAME = 1e-9  # percentage points within which two accuracies are equal
 def answer(results: Results) -> tuple[str, ...]:
     """Returns the three sentences, from the model with the best average and from how many models it is so.
 
-    For sets that are not groups the sentences say how accurate the model is, and that nothing follows for fairness.
+    For sets that are not groups, and for a single group, the sentences say how accurate the model is, and that nothing
+    follows for fairness.
     """
     best = int(results.accuracies[:, results.whole].mean(1).argmax())
-    if not results.of_groups:
+    if not results.has_spread:
         return _without_groups(results, best)
     return _who(results, best), _by_how_much(results, best), _chance(results, best)
 
 
 def _without_groups(results: Results, best: int) -> tuple[str, ...]:
-    values, names = results.accuracies[best], [*results.same]
+    values, names = _values(results)[best], _names(results)
     title = results.models[best].title
     who = f"{title}, the model of the best average," if len(results.models) > 1 else title
     sentences = [f"{who} decides {values.mean():.2f} % of the pairs correctly."]
     if len(names) > 1:
         lowest = int(values.argmin())
         sentences.append(f"Its lowest accuracy is {values[lowest]:.2f} %, on {names[lowest]}.")
+    if results.of_groups:
+        one_group = f"Only {names[0]} holds genuine and impostor pairs in every fold"
+        return (*sentences, f"{one_group}: its accuracy does not tell whether the model is fair.")
     return (*sentences, "These sets are not groups of people: their accuracies do not tell whether the model is fair.")
 
 

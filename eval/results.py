@@ -84,6 +84,11 @@ class Results:
         """Tells whether a set that is part of averages has too few pairs for intervals and verdicts."""
         return any(name not in self.lacking for name in self.few)
 
+    @property
+    def has_spread(self) -> bool:
+        """Tells whether at least two groups are part of averages, so that there is an STD, an SER and a verdict."""
+        return self.of_groups and np.count_nonzero(self.whole) > 1
+
     def _whole(self, one: Scored) -> tuple[float, ...]:
         """Returns the accuracies of a model that are part of averages."""
         return tuple(np.array(one.accuracies)[self.whole].tolist())
@@ -125,7 +130,7 @@ class Results:
     def tables(self) -> dict[str, Table]:
         """Returns all tables by file name, without extension."""
         tables = {"accuracy": self._accuracy(), "intervals": self._intervals()}
-        if self.of_groups:
+        if self.has_spread:
             tables["chance"] = self._chance()
         if len(self.models) > 1:
             tables["differences"] = self._differences()
@@ -139,16 +144,16 @@ class Results:
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
         rows, header = [], (*NAMES, *self._columns, "Average")
-        if self.of_groups:
+        if self.has_spread:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            is_unknown = self.has_few or self._collapsed(one)
+            is_unknown = not self.has_spread or self.has_few or self._collapsed(one)
             verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
-            spread = (std, ser, verdict) if self.of_groups else ()
+            spread = (std, ser, verdict) if self.has_spread else ()
             rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
-        if self.of_groups:
+        if self.has_spread:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
         notes += [f"{one.title} {said}" for one in self.models if (said := self._collapsed(one))]
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
@@ -179,15 +184,15 @@ class Results:
             average, std, _ = summary(self._whole(one))
             bounds = self._few_errors.average(m, np.flatnonzero(self.whole).tolist(), interval(samples.mean(1)))
             cells.append(self._estimate(average, bounds))
-            if self.of_groups:
+            if self.has_spread:
                 cells.append(self._estimate(std, interval(stds(samples))))
             rows.append((*names_of(one), *cells))
-        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.of_groups else ()))
+        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
         notes = [method(self.identities)]
         shown = {name: labels for name, labels in self.same.items() if name not in self.few}
         if shown and (count := fewest(shown)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
-        if self.of_groups:
+        if self.has_spread:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
@@ -201,10 +206,10 @@ class Results:
                 found = difference(one, other, accuracies, samples)
                 bounds = self._few_errors.difference(one, other, places, found.average_interval)
                 cells = self._compared(found.average, bounds)
-                if self.of_groups:
+                if self.has_spread:
                     cells += self._compared(found.std, found.std_interval)
                 rows.append((self.models[one].title, self.models[other].title, *cells))
-        of_groups = ("STD", "STD sure") if self.of_groups else ()
+        of_groups = ("STD", "STD sure") if self.has_spread else ()
         header = ("Model", "minus", "Average", "Sure", *of_groups)
         note = (
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "

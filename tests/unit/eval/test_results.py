@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eval import rates
+from eval.answer import answer
 from eval.results import Results
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -104,7 +105,12 @@ def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
     same = {"A": SAME["A"], "B": np.ones(4000, bool)}
     results = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], same, True)
     assert results.of_one_kind == ["B"]
-    assert list(results.tables()) == ["accuracy", "intervals", "chance"]
+    tables = results.tables()
+    assert list(tables) == ["accuracy", "intervals"]
+    assert tables["accuracy"].header[4:] == ("A", "B *", "Average")
+    assert answer(results)[1] == (
+        "Only A holds genuine and impostor pairs in every fold: its accuracy does not tell whether the model is fair."
+    )
 
 
 def test_a_set_without_both_kinds_in_every_fold_is_marked_and_left_out_of_averages():
