@@ -13,19 +13,23 @@ SAME = 1e-9  # percentage points within which two accuracies are equal
 def answer(results: Results) -> tuple[str, ...]:
     """Returns the three sentences, from the model with the best average and from how many models it is so.
 
-    For sets that are not groups the sentences say how accurate the model is, and that nothing follows for fairness.
+    For sets that are not groups, and for a single group, the sentences say how accurate the model is, and that nothing
+    follows for fairness.
     """
     best = int(results.accuracies[:, results.whole].mean(1).argmax())
-    if not results.of_groups:
+    if not results.has_spread:
         return _without_groups(results, best)
     return _who(results, best), _by_how_much(results, best), _chance(results, best)
 
 
 def _without_groups(results: Results, best: int) -> tuple[str, ...]:
-    values, names = results.accuracies[best], [*results.same]
+    values, names = _values(results)[best], _names(results)
     title = results.models[best].title
     who = f"{title}, the model of the best average," if len(results.models) > 1 else title
     sentences = [f"{who} decides {values.mean():.2f} % of the pairs correctly."]
+    if results.of_groups:
+        one_group = f"Only {names[0]} holds genuine and impostor pairs in every fold"
+        return (*sentences, f"{one_group}: its accuracy does not tell whether the model is fair.")
     if len(names) == 1:
         return (
             *sentences,
@@ -81,7 +85,7 @@ def _chance(results: Results, best: int) -> str:
         return "The model is collapsed (see the note under the accuracies): nothing follows for its fairness."
     values = [tuple(row) for row in _values(results).tolist()]
     average, std, ser = summary(values[best])
-    chance = by_chance(round(average, 2), results.pairs)
+    chance = by_chance(average, results.pairs)
     within = [is_within_chance(one, results.pairs) for one in values]
     verdict = "This can be chance" if within[best] else "This is more than chance"
     count, of = sum(not one for one in within), len(within)

@@ -146,26 +146,28 @@ class Corrected:
     """Results of one correction on held-out folds."""
 
     accuracies: np.ndarray  # (G,) in percent, mean over the folds
-    fmr: list[Rate]  # of each group
+    fmr: list[Rate] | None  # of each group; None if the pairs of some nine folds do not resolve TARGET
 
 
 def evaluate(pairs: Pooled, correction: Correction) -> Corrected:
     """Fits `correction` and one threshold for all groups on nine folds, and decides the tenth, for each fold."""
     groups = np.unique(pairs.group)
-    right, matches = np.zeros((FOLDS, len(groups))), np.zeros(len(groups), np.int64)
+    right, matches, resolved = np.zeros((FOLDS, len(groups))), np.zeros(len(groups), np.int64), True
     for fold in range(FOLDS):
         fitted = pairs.fold != fold
         apart = -correction(pairs, fitted)  # a distance: smaller for more alike
         known = {"all": (apart[fitted], pairs.same[fitted])}
         best, _ = rates.threshold_of_best_accuracy(known)
         strict = rates.threshold_at_fmr(known, TARGET)
+        resolved = resolved and strict is not None
         for k, group in enumerate(groups):
             here = ~fitted & (pairs.group == group)
             right[fold, k] = np.mean((apart[here] < best) == pairs.same[here])
             if strict is not None:
                 matches[k] += np.count_nonzero((apart[here] < strict) & ~pairs.same[here])
     totals = [int(np.count_nonzero((pairs.group == group) & ~pairs.same)) for group in groups]
-    return Corrected(100 * right.mean(0), [Rate(int(m), t) for m, t in zip(matches, totals, strict=True)])
+    fmr = [Rate(int(m), t) for m, t in zip(matches, totals, strict=True)] if resolved else None
+    return Corrected(100 * right.mean(0), fmr)
 
 
 def table(results: Results, rows: dict[str, np.ndarray]) -> Table:
@@ -177,11 +179,12 @@ def table(results: Results, rows: dict[str, np.ndarray]) -> Table:
             if name in OF_EMBEDDINGS and pairs.embeddings is None:
                 continue
             found = evaluate(pairs, correction)
-            values = [rate.value for rate in found.fmr] if all(rate.resolved for rate in found.fmr) else None
-            ratio = float(max(values) / np.exp(np.log(values).mean())) if values else None
+            fmr = found.fmr or [None] * len(results.same)
+            values = [rate.value for rate in fmr if rate and rate.resolved]
+            ratio = float(max(values) / np.exp(np.log(values).mean())) if len(values) == len(fmr) else None
             accuracies = found.accuracies.tolist()
             spread = float(found.accuracies.mean()), float(std(found.accuracies))
-            lines.append((*names_of(one), name, *accuracies, *spread, *found.fmr, ratio))
+            lines.append((*names_of(one), name, *accuracies, *spread, *fmr, ratio))
     groups = [*results.same]
     header = (*NAMES, "Correction", *groups, "Average", "STD", *(f"FMR {name}" for name in groups), "max/geomean FMR")
     notes = (*results.notes, NOTE)

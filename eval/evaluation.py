@@ -267,7 +267,7 @@ def _draw(
     path = folder / "accuracy.png"
     alt = figures.draw_accuracies(models, list(results.same), results.intervals, path, note, results.whole)
     keep("Accuracy of each group" if results.of_groups else "Accuracy of each set", "", path, alt)
-    if results.of_groups:
+    if results.has_spread:
         path = folder / "trade_off.png"
         keep("Average against STD", "", path, figures.draw_trade_off(models, results.pairs, path, note, results.whole))
     if compared:

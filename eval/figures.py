@@ -153,7 +153,7 @@ def draw_trade_off(
     averages, stds = accuracies.mean(1), std(accuracies)
     margin = max(0.1 * np.ptp(averages), min(0.5, 0.5 * (100 - averages.mean())), 0.1)
     along = np.linspace(max(0, averages.min() - margin), min(100, averages.max() + margin), 12)
-    chance = [by_chance(round(float(average), 2), pairs).std_95 for average in along]
+    chance = [by_chance(float(average), pairs).std_95 for average in along]
     axes.fill_between(along, 0, chance, color="0.9", label="perfectly fair, by chance (95 %)")
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
     for (setting, kind), k in looks.items():

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from eval.verification import THRESHOLDS, Counts, first_above, ten_fold_of
+from eval.verification import THRESHOLDS, Counts, first_above, ten_fold_of, wrong
 from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
 
@@ -138,11 +138,10 @@ def _accuracies(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _scaled(draws: np.ndarray, distance: np.ndarray, same: np.ndarray, stratum: np.ndarray, ends: Ends) -> np.ndarray:
     """Returns the accuracies `draws` (draws,) in percent around that of the original pairs, with the right spread."""
-    found = ten_fold_of(distance, same)
-    right = ((distance < found.threshold[stratum // 2]) == same).astype(np.float64)
+    right = (~wrong(distance, same)).astype(np.float64)
     sizes = np.bincount(stratum, minlength=2 * FOLDS)
     share = np.bincount(stratum, right, 2 * FOLDS) / np.maximum(sizes, 1)
     error = (right - share[stratum]) / sizes.reshape(-1, 2).sum(1)[stratum // 2] / FOLDS
     alone, shared, drawn = ends.variances(error)
     factor = np.sqrt(max(alone, shared) / drawn) if drawn > 0 else 1.0
-    return np.clip(100 * found.accuracy.mean() + factor * (draws - draws.mean()), 0, 100)
+    return np.clip(100 * ten_fold_of(distance, same).accuracy.mean() + factor * (draws - draws.mean()), 0, 100)

@@ -120,10 +120,12 @@ def _of(function: Callable) -> Callable:
     return lambda found, _: function(found)
 
 
-def _sedg(reduce: Callable[[np.ndarray], float]) -> Callable:
+def _sedg(reduce: Callable[[np.ndarray], float], least: int = 2) -> Callable:
+    """Returns a function for `reduce` of `sedg`, None with fewer than `least` groups."""
+
     def of(found: Mapping[str, ErrorRates], _: float | None) -> float | None:
         values = sedg(found)
-        return None if values is None else float(reduce(values))
+        return None if values is None or len(values) < least else float(reduce(values))
 
     return of
 
@@ -211,7 +213,11 @@ INDICES = {
         of_rates=_sedg(np.mean),
     ),
     "SEDG sd": Index(
-        "standard deviation over the groups of the sum in SEDG", "0", OF_RATES, ELOBAID, of_rates=_sedg(np.std)
+        "standard deviation over the groups of the sum in SEDG, which is the same for both of two groups",
+        "0",
+        "three groups, three errors in each rate",
+        ELOBAID,
+        of_rates=_sedg(np.std, least=3),
     ),
     "MAPE": Index(
         "mean absolute percentage error: 100 x mean of abs(FMR - target) / target, where the threshold has a target",

@@ -1,10 +1,11 @@
-"""Exact 95 % intervals of error rates, and of ratios of two rates, for independent pairs and for shared identities."""
+"""95 % intervals of error rates, their means, ratios and differences, for independent pairs and shared identities."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import beta
+from scipy.stats import beta, gamma
 
 from eval.identities import Ends
 from utils.tables import Estimate, Rate
@@ -54,3 +55,32 @@ class Sampled:
         parts = (one.design_effect * (1 - one.rate.value) / one.rate.errors for one in (self, other))
         width = np.exp(Z * np.sqrt(sum(parts)))
         return Estimate(value, float(value / width), float(value * width))
+
+
+def mean_of(rates: Sequence[Sampled]) -> Estimate:
+    """Returns the mean of the rates of sets of any sizes, with its gamma interval.
+
+    With sets of the same size it is the exact interval of a Poisson number. Source: Fay and Feuer, Statistics in
+    Medicine 16, 1997, for directly standardised rates; errors and pairs are divided by the design effects, as in
+    `Sampled.interval`.
+    """
+    weights = np.array([one.design_effect / one.rate.of for one in rates]) / len(rates)  # of an effective error
+    errors = np.array([one.rate.errors / one.design_effect for one in rates])
+    value, variance, most = errors @ weights, errors @ weights**2, weights.max()
+    low = _gamma(LOW, value, variance) if value > 0 else 0.0
+    return Estimate(float(value), low, min(_gamma(HIGH, value + most, variance + most**2), 1.0))
+
+
+def _gamma(share: float, mean: float, variance: float) -> float:
+    """Returns the quantile of the gamma distribution with this mean and variance."""
+    return float(gamma.ppf(share, mean**2 / variance, scale=variance / mean))
+
+
+def minus(one: Estimate, other: Estimate) -> tuple[float, float]:
+    """Returns the interval of the difference of two independent values, from the interval of each.
+
+    Source: Zou and Donner, Statistics in Medicine 27, 2008 (method of variance estimates recovery).
+    """
+    value = one.value - other.value
+    low = value - np.hypot(one.value - one.low, other.high - other.value)
+    return float(low), float(value + np.hypot(one.high - one.value, other.value - other.low))

@@ -8,10 +8,10 @@ import numpy as np
 
 from eval import rates
 from eval.fairness import summary
-from eval.intervals import Sampled
+from eval.few_errors import FewErrors
+from eval.identities import Ends
 from eval.scores import Scored
 from eval.uncertainty import (
-    FEW_ERRORS,
     FEWEST_PAIRS,
     by_chance,
     difference,
@@ -22,9 +22,9 @@ from eval.uncertainty import (
     resampled,
     stds,
 )
-from eval.verification import collapsed
+from eval.verification import collapsed, wrong
 from utils.data.pairs import lacking
-from utils.tables import RULE_OF_THREE, Cell, Estimate, Rate, Table
+from utils.tables import RULE_OF_THREE, Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
 FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
@@ -59,27 +59,20 @@ class Results:
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
         distances = [one.distances for one in models]
-        self._samples = resampled(distances, same, identities=self.identities)  # (resamples, models, sets)
-        by_model = self._samples.transpose(1, 2, 0)
-        self.intervals = np.array([[interval(one) for one in model] for model in by_model])  # (models, sets, 2)
-        self._widen_of_few_errors()
+        known = [None if one is None else Ends.of(one) for one in self.identities.values()]
+        errors = [[wrong(one[name], labels) for name, labels in same.items()] for one in distances]
+        self._few_errors = FewErrors(errors, known)
+        drawn = resampled(distances, same, identities=self.identities)
+        self._samples = self._few_errors.smoothed(drawn)  # (resamples, models, sets)
+        self.intervals = np.array([self._intervals_of(m) for m in range(len(models))])  # (models, sets, 2)
         self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
         self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
         self.intervals[:, [name in self.few for name in same]] = np.nan
         self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
 
-    def _widen_of_few_errors(self) -> None:
-        """Widens the interval of an accuracy with fewer than FEW_ERRORS errors to the exact one.
-
-        Resamples of few errors hold too few of them: without any, each resample is right in all pairs.
-        """
-        for m, accuracies in enumerate(self.accuracies):
-            for s, (accuracy, labels) in enumerate(zip(accuracies, self.same.values(), strict=True)):
-                errors = round(len(labels) * (1 - accuracy / 100))
-                if errors < FEW_ERRORS:
-                    low, high = Sampled(Rate(errors, len(labels))).interval
-                    bounds = self.intervals[m, s]
-                    bounds[:] = min(bounds[0], 100 * (1 - high)), max(bounds[1], 100 * (1 - low))
+    def _intervals_of(self, model: int) -> list[tuple[float, float]]:
+        samples = self._samples[:, model].T
+        return [self._few_errors.accuracy(model, s, interval(one)) for s, one in enumerate(samples)]
 
     @property
     def pairs(self) -> tuple[int, ...]:
@@ -90,6 +83,11 @@ class Results:
     def has_few(self) -> bool:
         """Tells whether a set that is part of averages has too few pairs for intervals and verdicts."""
         return any(name not in self.lacking for name in self.few)
+
+    @property
+    def has_spread(self) -> bool:
+        """Tells whether at least two groups are part of averages, so that there is an STD, an SER and a verdict."""
+        return self.of_groups and np.count_nonzero(self.whole) > 1
 
     def _whole(self, one: Scored) -> tuple[float, ...]:
         """Returns the accuracies of a model that are part of averages."""
@@ -126,12 +124,13 @@ class Results:
     def gap(self, model: int, low: int, high: int) -> Estimate:
         """Returns the accuracy of set `high` minus that of `low`, in points, for the model with this index."""
         samples, values = self._samples[:, model], self.accuracies[model]
-        return Estimate(float(values[high] - values[low]), *interval(samples[:, high] - samples[:, low]))
+        bounds = interval(samples[:, high] - samples[:, low])
+        return Estimate(float(values[high] - values[low]), *self._few_errors.gap(model, low, high, bounds))
 
     def tables(self) -> dict[str, Table]:
         """Returns all tables by file name, without extension."""
         tables = {"accuracy": self._accuracy(), "intervals": self._intervals()}
-        if self.of_groups:
+        if self.has_spread:
             tables["chance"] = self._chance()
         if len(self.models) > 1:
             tables["differences"] = self._differences()
@@ -145,16 +144,16 @@ class Results:
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
         rows, header = [], (*NAMES, *self._columns, "Average")
-        if self.of_groups:
+        if self.has_spread:
             header += ("STD", "SER", "Within chance")
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            is_unknown = self.has_few or self.collapsed(one)
+            is_unknown = not self.has_spread or self.has_few or self.collapsed(one)
             verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
-            spread = (std, ser, verdict) if self.of_groups else ()
+            spread = (std, ser, verdict) if self.has_spread else ()
             rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
-        if self.of_groups:
+        if self.has_spread:
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
         notes += [f"{one.title} {said}" for one in self.models if (said := self.collapsed(one))]
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
@@ -167,7 +166,7 @@ class Results:
         rows = []
         for one in self.models:
             average, std, ser = summary(self._whole(one))
-            chance = by_chance(round(average, 2), self.pairs)
+            chance = by_chance(average, self.pairs)
             mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
             figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
             rows.append((*names_of(one), average, *figures))
@@ -184,32 +183,34 @@ class Results:
             samples = self._samples[:, m, self.whole]
             cells = [Estimate(a, *i) for a, i in zip(one.accuracies, self.intervals[m].tolist(), strict=True)]
             average, std, _ = summary(self._whole(one))
-            cells.append(Estimate(average, *self._interval(samples.mean(1))))
-            if self.of_groups:
-                cells.append(Estimate(std, *self._interval(stds(samples))))
+            bounds = self._few_errors.average(m, np.flatnonzero(self.whole).tolist(), interval(samples.mean(1)))
+            cells.append(self._estimate(average, bounds))
+            if self.has_spread:
+                cells.append(self._estimate(std, interval(stds(samples))))
             rows.append((*names_of(one), *cells))
-        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.of_groups else ()))
+        header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
         notes = [method(self.identities)]
         shown = {name: labels for name, labels in self.same.items() if name not in self.few}
         if shown and (count := fewest(shown)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
-        if self.of_groups:
+        if self.has_spread:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
     def _differences(self) -> Table:
         """Returns the difference of every two models, the one with the better average first."""
         accuracies, samples = self.accuracies[:, self.whole], self._samples[:, :, self.whole]
-        order = np.argsort(-accuracies.mean(1), kind="stable")
+        order, places = np.argsort(-accuracies.mean(1), kind="stable"), np.flatnonzero(self.whole).tolist()
         rows = []
         for i, one in enumerate(order):
             for other in order[i + 1 :]:
                 found = difference(one, other, accuracies, samples)
-                cells = self._compared(found.average, found.average_interval)
-                if self.of_groups:
+                bounds = self._few_errors.difference(one, other, places, found.average_interval)
+                cells = self._compared(found.average, bounds)
+                if self.has_spread:
                     cells += self._compared(found.std, found.std_interval)
                 rows.append((self.models[one].title, self.models[other].title, *cells))
-        of_groups = ("STD", "STD sure") if self.of_groups else ()
+        of_groups = ("STD", "STD sure") if self.has_spread else ()
         header = ("Model", "minus", "Average", "Sure", *of_groups)
         note = (
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
@@ -217,9 +218,9 @@ class Results:
         )
         return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
 
-    def _interval(self, values: np.ndarray) -> tuple[float, float]:
-        """Returns the interval of an average over sets, (NaN, NaN) if a set has too few pairs."""
-        return (np.nan, np.nan) if self.has_few else interval(values)
+    def _estimate(self, value: float, bounds: tuple[float, float]) -> Estimate:
+        """Returns a value over all sets with its interval; without one if a set has too few pairs."""
+        return Estimate(value, np.nan, np.nan) if self.has_few else Estimate(value, *bounds)
 
     def _compared(self, value: float, bounds: tuple[float, float]) -> list[Cell]:
         """Returns a difference with its interval, and whether it is sure; without both if pairs are too few."""

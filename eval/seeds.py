@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from eval.fairness import std
+from eval.few_errors import SMOOTHED, FewErrors
 from eval.results import NAMES, file_name
-from eval.uncertainty import RESAMPLES, interval, resampled, stds
-from eval.verification import accuracy
+from eval.uncertainty import FEWEST_PAIRS, RESAMPLES, fewest, interval, resampled, stds
+from eval.verification import accuracy, wrong
+from utils.data.pairs import lacking
 from utils.errors import InputError
 from utils.process import guarded
 from utils.storage.files import read_json, write_text
@@ -25,7 +27,8 @@ from utils.tables import Cell, Estimate, Table
 METHOD = (
     f"95 % intervals over seeds and pairs: 2.5th to 97.5th percentile of {RESAMPLES:,} draws. Each draw is the mean "
     "over the seeds on pairs resampled within fold and label, the same pairs for all seeds and models, plus the "
-    "standard error over the seeds times a draw from Student's t with (number of seeds - 1) degrees of freedom."
+    "standard error over the seeds times a draw from Student's t with (number of seeds - 1) degrees of freedom. "
+    f"{SMOOTHED}"
 )
 Key = tuple[str, ...]  # setting, teachers' network, kind and name of a model
 
@@ -56,30 +59,47 @@ class Seeds:
         if not self.models:
             raise InputError("The folders have no model in common: give evaluations of the same plan.")
         self.sets = [*first.same]
-        self.columns = (*self.sets, "Average", *(("STD",) if len(self.sets) > 1 else ()))
+        self.lacking = {name: reason for name, labels in first.same.items() if (reason := lacking(labels))}
+        if len(self.lacking) == len(self.sets):
+            raise InputError("No set has genuine and impostor pairs in every fold: evaluate other sets.")
+        self._whole = np.array([name not in self.lacking for name in self.sets])
+        self.columns = (*self.sets, "Average", *(("STD",) if np.count_nonzero(self._whole) > 1 else ()))
+        few = np.array([fewest({name: labels}) < FEWEST_PAIRS for name, labels in first.same.items()])
+        self._has_interval = [*~few, *[not few[self._whole].any()] * 2]  # by column
         every = [one.distances[key] for one in trainings for key in self.models]
         shape = (self.count, len(self.models), len(self.sets))
         accuracies = np.array([[accuracy(one[name], first.same[name]) for name in self.sets] for one in every])
-        self.values = self._with_summary(accuracies.reshape(shape), std(accuracies).reshape(shape[:2]))
-        drawn = resampled(every, first.same, resamples=resamples)  # (resamples, seeds x models, sets)
-        spread = np.stack([stds(drawn[:, k]) for k in range(len(every))], 1).reshape(resamples, *shape[:2])
-        self._drawn = self._with_summary(drawn.reshape(resamples, *shape), spread)
+        accuracies = accuracies.reshape(shape)
+        self.values = self._with_summary(accuracies, std(accuracies[..., self._whole]))
+        drawn = resampled(every, first.same, resamples=resamples).reshape(resamples, *shape)
+        # By seed, since the same errors may occur in all seeds: half an error of its own for each would average out.
+        drawn = np.stack([self._few(one, first.same).smoothed(drawn[:, k]) for k, one in enumerate(trainings)], 1)
+        spread = np.stack(
+            [stds(one) for one in drawn[..., self._whole].reshape(resamples, len(every), -1).swapaxes(0, 1)]
+        )
+        self._drawn = self._with_summary(drawn, spread.T.reshape(resamples, *shape[:2]))
         self._t = np.random.default_rng(0).standard_t(self.count - 1, resamples)
 
+    def _few(self, one: Training, same: dict[str, np.ndarray]) -> FewErrors:
+        errors = [[wrong(one.distances[key][name], same[name]) for name in self.sets] for key in self.models]
+        return FewErrors(errors, [None] * len(self.sets))
+
     def _with_summary(self, accuracies: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        """Appends the average and, for several sets, the STD to accuracies (..., sets)."""
-        added = [accuracies.mean(-1), *([spread] if len(self.sets) > 1 else [])]
-        return np.concatenate([accuracies, np.stack(added, -1)], -1)
+        """Appends the average and, for several sets, the STD `spread` to accuracies (..., sets)."""
+        added = np.stack([accuracies[..., self._whole].mean(-1), spread], -1)
+        return np.concatenate([accuracies, added], -1)[..., : len(self.columns)]
 
     def estimate(self, model: int, column: int, minus: int | None = None) -> Estimate:
         """Returns the mean over the seeds with its interval over seeds and pairs; with `minus`, of the difference.
 
-        The two models of a seed are compared with each other: they may share teachers.
+        The two models of a seed are compared with each other: they may share teachers. The interval is NaN where sets
+        have too few pairs (FEWEST_PAIRS).
         """
         values, drawn = self.values[:, model, column], self._drawn[:, :, model, column]
         if minus is not None:
             values, drawn = values - self.values[:, minus, column], drawn - self._drawn[:, :, minus, column]
-        return Estimate(float(values.mean()), *over_both(values, drawn, self._t))
+        bounds = over_both(values, drawn, self._t) if self._has_interval[column] else (np.nan, np.nan)
+        return Estimate(float(values.mean()), *bounds)
 
     def tables(self) -> dict[str, Table]:
         """Returns all tables by file name, without extension."""
@@ -101,7 +121,12 @@ class Seeds:
         return tables
 
     def _notes(self) -> tuple[str, ...]:
-        return (f"Left out, since not all folders have them: {', '.join(self.left_out)}.",) if self.left_out else ()
+        notes = [f"{name}: {reason}. Left out of average and STD." for name, reason in self.lacking.items()]
+        if not all(self._has_interval):
+            notes.append(f"No interval where a set has fewer than {FEWEST_PAIRS} genuine or impostor pairs in a fold.")
+        if self.left_out:
+            notes.append(f"Left out, since not all folders have them: {', '.join(self.left_out)}.")
+        return tuple(notes)
 
     def _differences(self) -> Table:
         order = np.argsort(-self.values[:, :, len(self.sets)].mean(0), kind="stable").tolist()
@@ -112,13 +137,13 @@ class Seeds:
                 cells: list[Cell] = []
                 for column in columns:
                     found = self.estimate(one, column, other)
-                    cells += [found, found.low > 0 or found.high < 0]
+                    cells += [found, found.low > 0 or found.high < 0 if self._has_interval[column] else None]
                 rows.append((_title(self.models[one]), _title(self.models[other]), *cells))
         header = ("Model", "minus", "Average", "Sure", *(("STD", "STD sure") if len(columns) > 1 else ()))
         note = (
             "Sure: zero is outside the interval of the difference over seeds and pairs, of the two models of each seed."
         )
-        return Table("Differences over seeds", header, rows, 2, (note, METHOD), is_printed=False)
+        return Table("Differences over seeds", header, rows, 2, (note, METHOD, *self._notes()), is_printed=False)
 
 
 def _title(key: Key) -> str:
@@ -131,7 +156,8 @@ def over_both(values: np.ndarray, drawn: np.ndarray, t: np.ndarray) -> tuple[flo
     `drawn` (resamples, S) are the values on resampled pairs, the same pairs for all seeds; `t` (resamples,) is drawn
     from Student's t with S - 1 degrees of freedom. Drawing few seeds with replacement instead varies too little.
     """
-    return interval(drawn.mean(1) + values.std(ddof=1) / np.sqrt(len(values)) * t)
+    low, high = interval(drawn.mean(1) + values.std(ddof=1) / np.sqrt(len(values)) * t)
+    return min(low, float(values.mean())), max(high, float(values.mean()))
 
 
 def read_training(output: Path) -> Training:

@@ -9,6 +9,7 @@ import numpy as np
 
 from eval import identities as by_identity
 from eval.fairness import std, summary
+from eval.few_errors import SMOOTHED
 from eval.verification import Counts, first_above
 from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
@@ -23,8 +24,10 @@ Resamples of a stratum of n pairs have (n - 1) / n of the variance of new pairs:
 with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at all.
 """
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
-FEW_ERRORS = 30  # errors of a set under which the interval of its accuracy is widened to the exact one
-_EXACT = f" With fewer than {FEW_ERRORS} errors the interval of a set holds the exact one too (Clopper-Pearson)."
+_EXACT = (
+    f" {SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "
+    "differences of two models from the pairs that one of them decides wrongly (Zou-Donner)."
+)
 METHOD = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on pairs resampled with replacement, "
     "within each fold and separately for genuine and impostor pairs, with thresholds chosen again for each. Pairs are "
@@ -168,5 +171,5 @@ def is_within_chance(accuracies: tuple[float, ...], pairs: tuple[int, ...]) -> b
     `accuracies` (G,) are in percent, `pairs` (G,) the numbers of pairs of the groups.
     """
     average, spread, ser = summary(accuracies)
-    chance = by_chance(round(average, 2), pairs)
+    chance = by_chance(average, pairs)
     return spread <= chance.std_95 + TOLERANCE and ser <= chance.ser_95 + TOLERANCE

@@ -81,6 +81,11 @@ def ten_fold_of(distance: np.ndarray, same: np.ndarray, folds: int = FOLDS) -> T
     )
 
 
+def wrong(distance: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Returns which pairs (P,) bool are decided wrongly at the threshold of their fold, as `ten_fold_of` chooses it."""
+    return (distance < ten_fold_of(distance, same).threshold[fold_of(len(same))]) != same
+
+
 def first_above(distance: np.ndarray) -> np.ndarray:
     """Returns the index (P,) of the first of THRESHOLDS above each distance, 400 if there is none."""
     return np.searchsorted(THRESHOLDS, distance, side="right")

@@ -5,6 +5,8 @@ import pytest
 
 from eval import calibration
 from eval.calibration import CORRECTIONS, Pooled, beta_calibration, cohort, evaluate
+from eval.results import Results
+from eval.scores import Scored
 from utils.data.pairs import fold_of
 
 PAIRS = 600
@@ -49,6 +51,20 @@ def test_none_is_the_plain_protocol_at_one_threshold():
             here = ~known & (pairs.group == group)
             right[fold, group] = np.mean((-pairs.score[here] < threshold) == pairs.same[here])
     assert evaluate(pairs, CORRECTIONS["none"]).accuracies == pytest.approx(100 * right.mean(0))
+
+
+def test_a_false_match_rate_that_the_pairs_do_not_resolve_is_unknown():
+    """Nine folds of two groups of 300 pairs hold 270 impostor pairs, fewer than 3 / 0.01."""
+    pairs = two_groups(0.0)
+    few = np.concatenate([np.arange(300), PAIRS + np.arange(300)])
+    less = Pooled(pairs.score[few], pairs.same[few], pairs.group[few], np.tile(fold_of(300), 2))
+    assert evaluate(less, CORRECTIONS["none"]).fmr is None
+    assert [rate.of for rate in evaluate(pairs, CORRECTIONS["none"]).fmr] == [300, 300]
+    same = {name: less.same[less.group == k] for k, name in enumerate("AB")}
+    distances = {name: 4 - 4 * less.score[less.group == k] for k, name in enumerate("AB")}
+    one = Scored("specialized", "iresnet34", "teacher", "Asian", distances, {}, (50.0, 50.0), ("",))
+    found = calibration.table(Results([one], same, True), {})
+    assert found.rows[0][-3:] == (None, None, None)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

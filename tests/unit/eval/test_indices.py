@@ -63,6 +63,15 @@ def test_indices_of_rates_by_hand():
     assert mape(THREE, None) is None
 
 
+def test_sedg_of_two_groups_has_no_standard_deviation():
+    """Both rates of two groups are equally far from their mean, however unfair."""
+    two = of((10, 40), (9, 36))
+    assert sedg(two) == pytest.approx([1.2, 1.2])
+    assert INDICES["SEDG"].of_rates(two, None) == pytest.approx(1.2)
+    assert INDICES["SEDG sd"].of_rates(two, None) is None
+    assert INDICES["SEDG sd"].least == "three groups, three errors in each"
+
+
 def test_fair_values_are_those_of_equal_groups():
     equal = of((10, 10, 10), (9, 9, 9))
     scores = dict.fromkeys("AB", TWO["A"])

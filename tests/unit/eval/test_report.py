@@ -59,7 +59,7 @@ def test_an_unfair_model_is_named_with_its_worst_group_gap_and_chance():
         f"That is 4.50 points below C, the best-off group (95 % interval {gap.low:.2f} to {gap.high:.2f}, for these "
         "two, which were chosen as the extremes), and 10.00 times as many errors."
     )
-    limit = by_chance(round(97 + 5 / 6, 2), (PAIRS,) * 3)
+    limit = by_chance(97 + 5 / 6, (PAIRS,) * 3)
     assert chance == (
         f"This is more than chance: of 100 perfectly fair models of the same average, 95 have an STD up to "
         f"{limit.std_95:.2f} and 95 an SER up to {limit.ser_95:.2f} on as many independent pairs; this one has "

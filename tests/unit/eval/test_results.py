@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eval import rates
+from eval.answer import answer
 from eval.results import Results
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -60,7 +61,7 @@ def test_every_table_has_the_right_numbers_in_its_columns(results):
         assert (accuracy["A"], accuracy["B"]) == model.accuracies
         assert accuracy["STD"] == pytest.approx(np.std(model.accuracies, ddof=1))
         assert accuracy["Within chance"] is (model.name == "fair")
-        assert chance["STD 95 of 100"] == by_chance(round(np.mean(model.accuracies), 2), (4000, 4000)).std_95
+        assert chance["STD 95 of 100"] == by_chance(float(np.mean(model.accuracies)), (4000, 4000)).std_95
         assert chance["AVG - STD"] == pytest.approx(np.mean(model.accuracies) - np.std(model.accuracies, ddof=1))
         interval = cells(tables["intervals"])[model.name]["B"]
         assert (interval.low, interval.high) == tuple(results.intervals[m, 1])
@@ -104,7 +105,12 @@ def test_a_set_of_one_kind_of_pair_has_accuracies_and_no_error_rates():
     same = {"A": SAME["A"], "B": np.ones(4000, bool)}
     results = Results([scored("one", 1, {"A": 0.8, "B": 0.8})], same, True)
     assert results.of_one_kind == ["B"]
-    assert list(results.tables()) == ["accuracy", "intervals", "chance"]
+    tables = results.tables()
+    assert list(tables) == ["accuracy", "intervals"]
+    assert tables["accuracy"].header[4:] == ("A", "B *", "Average")
+    assert answer(results)[1] == (
+        "Only A holds genuine and impostor pairs in every fold: its accuracy does not tell whether the model is fair."
+    )
 
 
 def test_a_set_without_both_kinds_in_every_fold_is_marked_and_left_out_of_averages():
@@ -199,5 +205,21 @@ def test_the_interval_of_a_model_without_errors_has_a_width():
     """With no error in 4,000 pairs the exact interval ends at 1 - 0.025 ** (1 / 4000): Clopper and Pearson."""
     models = [dataclasses.replace(scored("one", 1, {"A": 9.0, "B": 9.0}), accuracies=(100.0, 100.0))]
     models = [dataclasses.replace(one, distances={name: 1.0 - 0.9 * SAME[name] for name in GROUPS}) for one in models]
-    low, high = Results(models, SAME, True).intervals[0, 0]
+    results = Results(models, SAME, True)
+    low, high = results.intervals[0, 0]
     assert low == pytest.approx(100 * 0.025 ** (1 / len(SAME["A"])), abs=1e-6) and high == 100.0
+    row = cells(results.tables()["intervals"])["one"]
+    assert (row["Average"].low, row["Average"].high) == pytest.approx((100 - 100 * 3.6888795 / 8000, 100))
+    assert (row["STD"].low, row["STD"].value) == (0, 0) and 0.01 < row["STD"].high < 0.1
+    gap = results.gap(0, 0, 1)
+    assert (gap.low, gap.high) == pytest.approx((low - 100, 100 - low))
+
+
+def test_a_difference_of_two_models_without_errors_is_not_known_to_be_zero():
+    perfect = {name: 1.0 - 0.9 * SAME[name] for name in GROUPS}
+    one = dataclasses.replace(scored("one", 1, {"A": 9.0, "B": 9.0}), accuracies=(100.0, 100.0), distances=perfect)
+    (row,) = Results([one, replace(one, name="two")], SAME, True).tables()["differences"].rows
+    difference, sure, of_std, std_sure = row[2:]
+    assert (difference.value, of_std.value, sure, std_sure) == (0, 0, False, False)
+    assert (difference.low, difference.high) == pytest.approx((-100 * 3.6888795 / 8000, 100 * 3.6888795 / 8000))
+    assert of_std.low < -0.01 and of_std.high > 0.01

@@ -16,20 +16,22 @@ SAME = np.arange(400) // 20 % 2 == 0
 ROWS = (("specialized", "iresnet34", "teacher", "Asian"), ("-", "iresnet34", "checkpoint", "x y"))
 
 
-def write_evaluation(folder, seed: int, apart: tuple[float, float] = (0.9, 0.5), digest: str = "d", rows=ROWS) -> dict:
+def write_evaluation(
+    folder, seed: int, apart: tuple[float, float] = (0.9, 0.5), digest: str = "d", rows=ROWS, noise=0.3, same=None
+):
     """Writes what `eval.evaluation` does; returns the accuracies (sets,) by row."""
-    random, found = np.random.default_rng(seed), {}
+    random, found, same = np.random.default_rng(seed), {}, same or dict.fromkeys(GROUPS, SAME)
     (folder / "scores").mkdir(parents=True)
     for row, gap in zip(rows, apart, strict=False):
-        distances = {name: np.clip(random.normal(1.5, 0.3, 400) - gap * SAME, 0, 4) for name in GROUPS}
-        found[row] = [accuracy(one, SAME) for one in distances.values()]
-        lines = [f"{n},{k},{int(SAME[k])},{d!r}" for n, one in distances.items() for k, d in enumerate(one.tolist())]
+        distances = {n: np.clip(random.normal(1.5, noise, len(one)) - gap * one, 0, 4) for n, one in same.items()}
+        found[row] = [accuracy(one, same[name]) for name, one in distances.items()]
+        lines = [f"{n},{k},{int(same[n][k])},{d!r}" for n, one in distances.items() for k, d in enumerate(one.tolist())]
         name = "-".join(part for part in row if part != "-").replace(" ", "-")
         text = "\n".join(["set,pair,same,squared distance", *lines]) + "\n"
         (folder / "scores" / f"{name}.csv").write_text(text)
     names = ("Setting", "Teachers", "Kind", "Model")
     results = {
-        "sets": {name: {"sha256": digest} for name in GROUPS},
+        "sets": {name: {"sha256": digest} for name in same},
         "weights": {" ".join(row): [f"{seed} {row}"] for row in found},
         "tables": {"accuracy": {"rows": [dict(zip(names, row, strict=True)) for row in found]}},
     }
@@ -70,6 +72,50 @@ def test_a_model_that_not_all_folders_have_is_left_out_and_named(tmp_path):
     tables = found.tables()
     assert [*tables] == ["seeds", "seeds_sd"]
     assert tables["seeds"].notes[-1] == "Left out, since not all folders have them: iresnet34 checkpoint x y."
+
+
+def test_seeds_without_an_error_have_an_interval_with_a_width(tmp_path):
+    """The 97.5 % quantile of Gamma(1/2) is 2.51 errors, of Gamma(1), the sum over both sets, 3.69."""
+    for k in range(2):
+        write_evaluation(tmp_path / str(k), k, apart=(1.0, 1.0), noise=0)
+    found = Seeds([read_training(tmp_path / str(k)) for k in range(2)])
+    for column, errors, pairs in ((0, 2.51, 400), (2, 3.69, 800)):
+        value = found.estimate(0, column)
+        assert (value.value, value.high) == (100, 100)
+        assert 100 - value.low == pytest.approx(100 * errors / pairs, rel=0.2)
+    spread, difference = found.estimate(0, 3), found.estimate(0, 2, 1)
+    assert (spread.value, spread.low) == (0, 0) and spread.high > 0.05
+    assert difference.low < -0.2 and difference.high > 0.2
+
+
+def of_two_seeds(folder, same):
+    every = [write_evaluation(folder / str(k), k, same=same) for k in range(2)]
+    return every, Seeds([read_training(folder / str(k)) for k in range(2)], resamples=50).tables()
+
+
+def test_sets_that_lack_a_kind_of_pair_are_left_out_of_averages(tmp_path):
+    every, tables = of_two_seeds(tmp_path, {"A": SAME, "B": np.ones(400, bool), "C": SAME})
+    cells = dict(zip(tables["seeds"].header, tables["seeds"].rows[0], strict=True))
+    whole = np.array([one[ROWS[0]] for one in every])[:, [0, 2]]
+    assert cells["Average"].value == pytest.approx(whole.mean())
+    assert cells["STD"].value == pytest.approx(whole.std(1, ddof=1).mean())
+    note = "B: 10 of 10 folds hold no impostor pair. Left out of average and STD."
+    assert all(note in table.notes for table in tables.values())
+    _, tables = of_two_seeds(tmp_path / "one", {"A": SAME, "B": np.ones(400, bool)})
+    assert tables["seeds"].header[-1] == "Average"
+    with pytest.raises(InputError, match="evaluate other sets"):
+        of_two_seeds(tmp_path / "none", {"B": np.ones(400, bool)})
+
+
+def test_sets_of_few_pairs_have_no_interval_and_no_verdict_over_seeds(tmp_path):
+    """Twenty pairs have one genuine and one impostor pair in a fold: all resamples are the same."""
+    _, tables = of_two_seeds(tmp_path, {"A": SAME, "B": np.arange(20) % 2 == 0})
+    cells = dict(zip(tables["seeds"].header, tables["seeds"].rows[0], strict=True))
+    assert cells["A"].low < cells["A"].high
+    assert np.isnan([cells[name].low for name in ("B", "Average", "STD")]).all()
+    (row,) = tables["seeds_differences"].rows
+    assert row[3] is None and row[5] is None
+    assert all(any("fewer than 5" in note for note in table.notes) for table in tables.values())
 
 
 @pytest.mark.parametrize(("pairs", "seeds", "both"), [(0.3, 0.3, 0.1), (0.1, 0.4, 0.1), (0.3, 0.0, 0.2)])

@@ -106,6 +106,13 @@ def test_within_chance_needs_std_and_ser_below_their_limits():
     assert is_within_chance((100.0, 100.0), (50, 50))
 
 
+def test_one_error_of_a_nearly_perfect_model_is_within_chance():
+    """The average of 99.9958 must not be rounded to 100, whose models have no errors at all."""
+    one_error = 100 - 100 / 6000
+    assert is_within_chance((100.0, 100.0, 100.0, one_error), (6000,) * 4)
+    assert not is_within_chance((100.0, 100.0, 100.0, 100 - 7 * 100 / 6000), (6000,) * 4)
+
+
 def test_an_infinite_ser_is_within_chance_if_a_group_may_have_no_error():
     assert by_chance(99.0, (300,) * 4).ser_95 == np.inf
     assert is_within_chance((99.0, 99.0, 99.0, 99.0), (300,) * 4)
