@@ -69,7 +69,6 @@ def test_sedg_of_two_groups_has_no_standard_deviation():
     assert sedg(two) == pytest.approx([1.2, 1.2])
     assert INDICES["SEDG"].of_rates(two, None) == pytest.approx(1.2)
     assert INDICES["SEDG sd"].of_rates(two, None) is None
-    assert INDICES["SEDG sd"].least == "three groups, three errors in each"
 
 
 def test_fair_values_are_those_of_equal_groups():
