@@ -11,17 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval import rates
-from eval.pictures import COLOURS, LINES, MARKERS, legend_below, save
+from eval.pictures import COLOURS, LINES, MARKERS, legend_below, save, shape_of
 from eval.scores import Scored
 
 RARE = (*(digit * 10.0**-k for k in range(7, 1, -1) for digit in (1, 2, 5)), 0.1, 0.2, 0.4)
 TICKS = (*RARE, 0.5, *(1 - tick for tick in reversed(RARE)))
 APART = 0.14  # of the length of an axis of normal deviates: the least distance of two ticks, whose labels are long
 BELOW_ONE_ERROR = 0.7  # of the rate of one error: where the axes end
+EQUAL = 1e-9  # squared distance up to which an axis would have no length
 LARGEST_START = 0.25  # largest start of an axis, for sets of a few pairs
 SAME_PLACE = 0.015  # of the length of both axes: the distance within which a mark would hide another one
 SIZE, RING = 6, 4  # of a mark in points, and by how much it grows for each mark that is drawn on it
-LARGEST_GROWTH = 14
+LARGEST_GROWTH = 20
 ALL_BEYOND = "At each threshold, the FMR or the FNMR\nof each group is 0: all curves\nare beyond these axes."
 FILLED = {"markeredgecolor": "white", "markeredgewidth": 0.6}
 HOLLOW = {"markerfacecolor": "white"}
@@ -63,7 +64,7 @@ def draw_curves(
     _set_axes(roc, det, against, histogram, fmr_ends, fnmr_ends)
     against.set_xlim(*_thresholds_shown(curves, shared))
     for i, (name, curve) in enumerate(curves.items()):
-        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 8], "linewidth": 1.5}
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[shape_of(i)], "linewidth": 1.5}
         label = f"{name} (no error at its best threshold)" if curve.is_without_error else name
         _draw_group(roc, det, against, curve, (fmr_ends[0], fnmr_ends[0]), style | {"label": label})
         _histogram(histogram, model.distances[name], same[name], style)
@@ -151,7 +152,9 @@ def _curve(distance: np.ndarray, same: np.ndarray) -> Curve:
 
 
 def _histogram(axes: Axes, distance: np.ndarray, same: np.ndarray, style: dict[str, Any]) -> None:
-    bins = np.linspace(0, max(distance.max(), 0.01), int(np.clip(2 * np.sqrt(same.sum()), 10, 60)))
+    largest = float(distance.max())
+    count = int(np.clip(2 * np.sqrt(same.sum()), 10, 60))
+    bins = np.linspace(0, largest if largest > EQUAL else 0.01, count).tolist()
     axes.hist(distance[same], bins, histtype="step", density=True, **style)
     axes.hist(distance[~same], bins, histtype="stepfilled", density=True, color=style["color"], alpha=0.12)
     axes.hist(distance[~same], bins, histtype="step", density=True, alpha=0.7, **style)
@@ -216,7 +219,7 @@ def _thresholds_shown(curves: dict[str, Curve], shared: dict[str, float]) -> tup
     first = min(float(c.thresholds[(c.fmr > 0).argmax()]) for c in curves.values())
     half = max(float(c.thresholds[(c.fmr >= 0.5).argmax()]) for c in curves.values())
     low, high = min([first, *shared.values()]), max([half, *shared.values()])
-    margin = 0.04 * (high - low) if high - low > 1e-9 else 0.01
+    margin = 0.04 * (high - low) if high - low > EQUAL else 0.01
     return max(low - margin, 0), high + margin
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.fairness import std
-from eval.pictures import COLOURS, LINES, MARKERS, label_apart, legend_below, limit_to_percent, save
+from eval.pictures import COLOURS, LINES, MARKERS, label_apart, legend_below, limit_to_percent, save, shape_of
 from eval.published import Row
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -54,7 +54,9 @@ def draw_accuracies(
         colour = COLOURS[i % 8]
         axes.hlines(places + heights[i], *intervals[:, i].T, color=colour, linewidth=1.5, alpha=0.6, zorder=2)
         place = places + heights[i]
-        axes.plot(values[:, i], place, MARKERS[i % 8], color=colour, markersize=6, label=name, zorder=3, clip_on=False)
+        axes.plot(
+            values[:, i], place, MARKERS[shape_of(i)], color=colour, markersize=6, label=name, zorder=3, clip_on=False
+        )
     limit_to_percent(axes)
     axes.set_yticks(places, [model.title for model in models])
     axes.set_ylim(len(models) - 0.5, -0.5)
@@ -157,8 +159,7 @@ def draw_trade_off(
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
     for (setting, kind), k in looks.items():
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
-        # The ninth look reuses the first colour, with another marker.
-        marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
+        marker, label = MARKERS[shape_of(k)], f"{setting} {kind}".strip()
         look: dict[str, Any] = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
         axes.plot(averages[of_look], stds[of_look], marker, label=label, **look)
     axes.ticklabel_format(useOffset=False)
@@ -228,7 +229,7 @@ def _draw_run(axes: Axes, title: str, log: list[dict], handles: dict, styles: di
         other = axes.twinx()
         for k, name in enumerate(scores):
             values = [entry["scores"][name] for entry in log]
-            draw(other, name, values, color=COLOURS[k % 8], marker=MARKERS[k % 8], markersize=3)
+            draw(other, name, values, color=COLOURS[k % 8], marker=MARKERS[shape_of(k)], markersize=3)
         other.set_ylabel("accuracy (%)")
         if len(epochs) == 1:
             other.margins(y=0.3)  # else the dots of losses and accuracies hide each other

@@ -69,6 +69,11 @@ def save(figure: Figure, path: Path, note: str = "") -> None:
                 figure.savefig(partial, format=extension, **options)
 
 
+def shape_of(k: int) -> int:
+    """Returns the index of the marker or line style of look k: the ninth look reuses the first colour with another."""
+    return (k + k // 8) % 8
+
+
 def lay_out(figure: Figure) -> None:
     """Computes the places of all axes, which drawing would do first."""
     if engine := figure.get_layout_engine():

@@ -210,3 +210,8 @@ def test_names_of_close_models_leave_out_the_network_that_all_share(drawn, tmp_p
     ):
         figures.draw_trade_off(models, (PAIRS,) * 4, tmp_path / "x.png")
         assert {text.get_text() for text in drawn[-1].axes[0].texts} - {""} == names
+
+
+def test_sixteen_looks_differ():
+    looks = {(pictures.COLOURS[k % 8], pictures.MARKERS[pictures.shape_of(k)]) for k in range(16)}
+    assert len(looks) == 16
