@@ -6,18 +6,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval import rates
-from eval.pictures import COLOURS, LINES, MARKERS, save
+from eval.pictures import COLOURS, LINES, MARKERS, legend_below, save, shape_of
 from eval.scores import Scored
 
 RARE = (*(digit * 10.0**-k for k in range(7, 1, -1) for digit in (1, 2, 5)), 0.1, 0.2, 0.4)
 TICKS = (*RARE, 0.5, *(1 - tick for tick in reversed(RARE)))
-MOST_TICKS = 6  # of an axis of normal deviates
+APART = 0.14  # of the length of an axis of normal deviates: the least distance of two ticks, whose labels are long
 BELOW_ONE_ERROR = 0.7  # of the rate of one error: where the axes end
+EQUAL = 1e-9  # squared distance up to which an axis would have no length
 LARGEST_START = 0.25  # largest start of an axis, for sets of a few pairs
+SAME_PLACE = 0.015  # of the length of both axes: the distance within which a mark would hide another one
+SIZE, RING = 6, 4  # of a mark in points, and by how much it grows for each mark that is drawn on it
+LARGEST_GROWTH = 20
+ALL_BEYOND = "At each threshold, the FMR or the FNMR\nof each group is 0: all curves\nare beyond these axes."
+FILLED = {"markeredgecolor": "white", "markeredgewidth": 0.6}
+HOLLOW = {"markerfacecolor": "white"}
+Mark = tuple[float, float, dict[str, Any]]
+"""The place of a mark, and how it looks."""
 
 
 class Curve(NamedTuple):
@@ -51,37 +61,73 @@ def draw_curves(
     figure = Figure(figsize=(9.6, 8.6), layout="constrained")
     (roc, det), (against, histogram) = figure.subplots(2, 2)
     fmr_ends, fnmr_ends = ends(curves, shared)
+    _set_axes(roc, det, against, histogram, fmr_ends, fnmr_ends)
+    against.set_xlim(*_thresholds_shown(curves, shared))
     for i, (name, curve) in enumerate(curves.items()):
-        style = {"color": COLOURS[i % 8], "linestyle": LINES[i % 8], "linewidth": 1.5}
+        style = {"color": COLOURS[i % 8], "linestyle": LINES[shape_of(i)], "linewidth": 1.5}
         label = f"{name} (no error at its best threshold)" if curve.is_without_error else name
-        # What has no error lies beyond the ends, where the line leaves the axes.
-        fmr, fnmr = (
-            np.clip(v, 0.1 * low, 1 - 0.1 * low) for v, (low, _) in ((curve.fmr, fmr_ends), (curve.fnmr, fnmr_ends))
-        )
-        roc.plot(fmr, 1 - fnmr, label=label, **style)
-        det.plot(fmr, fnmr, **style)
-        against.plot(curve.thresholds, fmr, **style)
-        for k, threshold in enumerate(shared.values()):
-            x, y = curve.at(threshold)
-            _mark(roc, x, 1 - y, (x, y), fmr_ends, (1 - fnmr_ends[1], 1 - fnmr_ends[0]), i, k)
-            _mark(det, x, y, (x, y), fmr_ends, fnmr_ends, i, k)
+        _draw_group(roc, det, against, curve, (fmr_ends[0], fnmr_ends[0]), style | {"label": label})
         _histogram(histogram, model.distances[name], same[name], style)
     for k, (name, threshold) in enumerate(shared.items()):
         line = {"color": "0.45", "linewidth": 1, "linestyle": LINES[k % 8]}
         histogram.axvline(threshold, **line)
-        against.axvline(threshold, **line, marker=MARKERS[k % 8], markevery=[1], clip_on=False, markersize=6)
-        roc.plot(
-            [], [], color="0.45", marker=MARKERS[k % 8], linestyle=LINES[k % 8], linewidth=1, label=f"shared: {name}"
-        )
-    if any(0 in curve.at(threshold) for curve in curves.values() for threshold in shared.values()):
-        roc.plot(
-            [], [], color="0.45", marker="o", markerfacecolor="white", linestyle="none", label="hollow: a rate of 0"
-        )
-    _finish(roc, det, against, histogram, fmr_ends, fnmr_ends)
-    against.set_xlim(*_thresholds_shown(curves, shared))
-    figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        against.axvline(threshold, **line)
+        roc.plot([], [], marker=MARKERS[k % 8], label=f"shared: {name}", **line)
+    marks = _marks(curves, shared)
+    of_thresholds: list[Mark] = [
+        (x, 1, {"marker": MARKERS[k % 8], "color": "0.45", **FILLED}) for k, x in enumerate(shared.values())
+    ]
+    of_roc: list[Mark] = [(x, 1 - y, look) for x, y, look in marks]
+    nested = [draw_marks(*one) for one in ((roc, of_roc), (det, marks), (against, of_thresholds))]
+    look: dict[str, Any] = {"color": "0.45", "marker": "o", "linestyle": "none", **HOLLOW}
+    if any(0 in (x, y) for x, y, _ in marks):
+        roc.plot([], [], label="hollow: a rate of 0", **look)
+    if any(nested):
+        roc.plot([], [], label="larger: another mark is on it", markersize=SIZE + RING, **look)
+    if all(((curve.fmr == 0) | (curve.fnmr == 0)).all() for curve in curves.values()):
+        for axes in (roc, det):
+            axes.text(0.5, 0.5, ALL_BEYOND, transform=axes.transAxes, ha="center", va="center", color="0.35")
+    legend_below(figure, *roc.get_legend_handles_labels())
     save(figure, path, f"{model.title}{'. ' + note if note else ''}")
     return _text(model, same, shared, [name for name, curve in curves.items() if curve.is_without_error])
+
+
+def _draw_group(
+    roc: Axes, det: Axes, against: Axes, curve: Curve, lows: tuple[float, float], style: dict[str, Any]
+) -> None:
+    """Draws the curves of one group as steps: between two thresholds that differ, no other rates can be had."""
+    # What has no error lies beyond the ends `lows` of FMR and FNMR, where the line leaves the axes.
+    fmr, fnmr = (np.clip(rate, 0.1 * low, 1 - 0.1 * low) for rate, low in zip(curve[1:3], lows, strict=True))
+    roc.plot(fmr, 1 - fnmr, drawstyle="steps-post", **style)
+    det.plot(fmr, fnmr, drawstyle="steps-post", **style)
+    thresholds = np.append(curve.thresholds, max(curve.thresholds[-1], against.get_xlim()[1]))
+    against.plot(thresholds, np.append(fmr, fmr[-1]), drawstyle="steps-pre", **style)
+
+
+def _marks(curves: dict[str, Curve], shared: dict[str, float]) -> list[Mark]:
+    """Returns FMR and FNMR of each group at each shared threshold; the mark of a rate of 0 is hollow."""
+    marks: list[Mark] = []
+    for i, curve in enumerate(curves.values()):
+        for k, threshold in enumerate(shared.values()):
+            rates_there = curve.at(threshold)
+            edge = HOLLOW if 0 in rates_there else FILLED
+            marks.append((*rates_there, {"color": COLOURS[i % 8], "marker": MARKERS[k % 8], **edge}))
+    return marks
+
+
+def draw_marks(axes: Axes, marks: list[Mark]) -> bool:
+    """Draws marks, those beyond the axes at their ends; returns whether several are at the same place.
+
+    Of these, those drawn first are larger, so that a ring of each can be seen. The limits of the axes must be final.
+    """
+    places = np.array([mark[:2] for mark in marks]).reshape(-1, 2)
+    places = np.clip(places, *np.sort([axes.get_xlim(), axes.get_ylim()]).T)
+    shown = (axes.transScale + axes.transLimits).transform(places)  # in shares of the axes
+    hidden = np.triu(np.abs(shown[:, None] - shown).max(2) < SAME_PLACE, 1).sum(1)  # marks that are drawn on each mark
+    growth = min(RING, LARGEST_GROWTH / max(1, *hidden))
+    for (x, y), (*_, look), others in zip(places, marks, hidden, strict=True):
+        axes.plot(x, y, markersize=SIZE + growth * others, clip_on=False, zorder=4, **look)
+    return bool(hidden.any())
 
 
 def ends(curves: dict[str, Curve], shared: dict[str, float]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -105,50 +151,44 @@ def _curve(distance: np.ndarray, same: np.ndarray) -> Curve:
     return Curve(*rates.roc(distance, same), int((~same).sum()), int(same.sum()))
 
 
-def _mark(
-    axes: Axes,
-    x: float,
-    y: float,
-    errors: tuple[float, float],
-    x_ends: tuple[float, float],
-    y_ends: tuple[float, float],
-    group: int,
-    threshold: int,
-) -> None:
-    """Marks a group's rates at a shared threshold; a rate of 0 is marked at the end of the axis, and hollow."""
-    face = "white" if 0 in errors else COLOURS[group % 8]
-    look: dict[str, Any] = {
-        "color": COLOURS[group % 8],
-        "marker": MARKERS[threshold % 8],
-        "markersize": 7,
-        "markerfacecolor": face,
-    }
-    axes.plot(np.clip(x, *x_ends), np.clip(y, *y_ends), **look, clip_on=False, zorder=4)
-
-
 def _histogram(axes: Axes, distance: np.ndarray, same: np.ndarray, style: dict[str, Any]) -> None:
-    bins = np.linspace(0, max(distance.max(), 0.01), int(np.clip(2 * np.sqrt(same.sum()), 10, 60)))
+    largest = float(distance.max())
+    count = int(np.clip(2 * np.sqrt(same.sum()), 10, 60))
+    bins = np.linspace(0, largest if largest > EQUAL else 0.01, count).tolist()
     axes.hist(distance[same], bins, histtype="step", density=True, **style)
     axes.hist(distance[~same], bins, histtype="stepfilled", density=True, color=style["color"], alpha=0.12)
     axes.hist(distance[~same], bins, histtype="step", density=True, alpha=0.7, **style)
 
 
-def _finish(
+def _set_axes(
     roc: Axes, det: Axes, against: Axes, histogram: Axes, fmr: tuple[float, float], fnmr: tuple[float, float]
 ) -> None:
     roc.set(xscale="log", xlim=fmr, xlabel="false match rate", ylabel="true match rate (normal deviates)", title="ROC")
-    roc.xaxis.set_minor_formatter(NullFormatter())
+    _plain(roc.xaxis)
     _normal_deviates(roc, "y", (1 - fnmr[1], 1 - fnmr[0]))
     det.set(xlabel="false match rate (normal deviates)", ylabel="false non-match rate (normal deviates)", title="DET")
     _normal_deviates(det, "x", fmr)
     _normal_deviates(det, "y", fnmr)
     against.set(yscale="log", ylim=(fmr[0], 1), xlabel="threshold on the squared distance", ylabel="false match rate")
     against.set_title("FMR against the threshold")
+    against.locator_params(axis="x", nbins=8)
+    _plain(against.yaxis)
     histogram.set(xlabel="squared distance", ylabel="density", title="genuine (line) and impostor (shaded) pairs")
     for axes in (roc, det, against, histogram):
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(axes.get_title(), y=1.02)  # above the marks at the end of an axis
+
+
+def _plain(axis: Axis) -> None:
+    """Labels the powers of ten of a logarithmic axis as 0.001: mathematical text takes much longer to draw."""
+    axis.set_major_formatter(FuncFormatter(_label))
+    axis.set_tick_params(which="minor", label1On=False)
+
+
+def _label(value: float, _) -> str:
+    return f"{value:.6g}"
 
 
 def _normal_deviates(axes: Axes, which: str, limits: tuple[float, float]) -> None:
@@ -156,10 +196,14 @@ def _normal_deviates(axes: Axes, which: str, limits: tuple[float, float]) -> Non
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     getattr(axes, f"set_{which}scale")("function", functions=(_deviate, _share))
     axes.set(**{f"{which}lim": limits})
-    ticks = [tick for tick in TICKS if limits[0] <= tick <= limits[1]]
-    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS) or 1]))
+    ticks: list[float] = []
+    apart = APART * np.ptp(_deviate(np.array(limits)))
+    for tick in TICKS:
+        if limits[0] <= tick <= limits[1] and (not ticks or np.ptp(_deviate(np.array([ticks[-1], tick]))) >= apart):
+            ticks.append(tick)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axis.set_major_formatter(FuncFormatter(_label))
 
 
 def _deviate(share: np.ndarray) -> np.ndarray:
@@ -175,7 +219,7 @@ def _thresholds_shown(curves: dict[str, Curve], shared: dict[str, float]) -> tup
     first = min(float(c.thresholds[(c.fmr > 0).argmax()]) for c in curves.values())
     half = max(float(c.thresholds[(c.fmr >= 0.5).argmax()]) for c in curves.values())
     low, high = min([first, *shared.values()]), max([half, *shared.values()])
-    margin = 0.04 * (high - low) or 0.01
+    margin = 0.04 * (high - low) if high - low > EQUAL else 0.01
     return max(low - margin, 0), high + margin
 
 

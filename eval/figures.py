@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from eval.fairness import std
-from eval.pictures import COLOURS, LINES, MARKERS, label_apart, limit_to_percent, save
+from eval.pictures import COLOURS, LINES, MARKERS, label_apart, legend_below, limit_to_percent, save, shape_of
 from eval.published import Row
 from eval.scores import Scored
 from eval.uncertainty import by_chance
@@ -54,15 +54,17 @@ def draw_accuracies(
         colour = COLOURS[i % 8]
         axes.hlines(places + heights[i], *intervals[:, i].T, color=colour, linewidth=1.5, alpha=0.6, zorder=2)
         place = places + heights[i]
-        axes.plot(values[:, i], place, MARKERS[i % 8], color=colour, markersize=6, label=name, zorder=3, clip_on=False)
+        axes.plot(
+            values[:, i], place, MARKERS[shape_of(i)], color=colour, markersize=6, label=name, zorder=3, clip_on=False
+        )
     limit_to_percent(axes)
     axes.set_yticks(places, [model.title for model in models])
-    axes.invert_yaxis()
+    axes.set_ylim(len(models) - 0.5, -0.5)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("verification accuracy (%), ten folds, with 95 % intervals")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure, *axes.get_legend_handles_labels(), columns=5)
     save(figure, path, note)
     return "Verification accuracy in percent. " + " ".join(_accuracies(model, sets) for model in models)
 
@@ -90,8 +92,7 @@ def draw_paper(panels: dict[str, list[tuple[Row, Row]]], pairs: dict[str, int], 
             axes.set_visible(False)
         else:
             _draw_panel(axes, title, panels[title], pairs)
-    handles, labels = every[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(pairs), frameon=False)
+    legend_below(figure, *every[0, 0].get_legend_handles_labels(), columns=len(pairs))
     save(figure, path, note)
     return "Accuracy in percent, printed and here. " + " ".join(
         _both(*rows) for title in titles for rows in panels[title]
@@ -158,8 +159,7 @@ def draw_trade_off(
     looks = {key: k for k, key in enumerate(dict.fromkeys((model.setting, model.kind) for model in models))}
     for (setting, kind), k in looks.items():
         of_look = [i for i, model in enumerate(models) if (model.setting, model.kind) == (setting, kind)]
-        # The ninth look reuses the first colour, with another marker.
-        marker, label = MARKERS[(k + k // 8) % 8], f"{setting} {kind}".strip()
+        marker, label = MARKERS[shape_of(k)], f"{setting} {kind}".strip()
         look: dict[str, Any] = {"color": COLOURS[k % 8], "markersize": 9, "clip_on": False, "zorder": 3}
         axes.plot(averages[of_look], stds[of_look], marker, label=label, **look)
     axes.ticklabel_format(useOffset=False)
@@ -168,12 +168,10 @@ def draw_trade_off(
     axes.set_xlim(along[0], along[-1])
     axes.set_ylim(0, 1.12 * max(stds.max(), max(chance), 0.01))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, *axes.get_legend_handles_labels())
     if note:
         figure.suptitle(note, fontsize=10)  # takes room, and thus decides where the labels are
-    several = len({one.network for one in models}) > 1
-    names = [f"{model.network} {model.name}" if several else model.name for model in models]
-    label_apart(axes, np.column_stack([averages, stds]), names)
+    label_apart(axes, np.column_stack([averages, stds]), _short_names(models))
     save(figure, path, note)
     cells = zip(models, averages, stds, strict=True)
     return "Average accuracy and STD of the groups, in percent. " + " ".join(
@@ -181,9 +179,18 @@ def draw_trade_off(
     )
 
 
+def _short_names(models: list[Scored]) -> list[str]:
+    """Returns the names of models without the network of the students or of the teachers that all of them share."""
+    names = [model.name for model in models]
+    if len(models) > 1 and len({name.partition(" ")[2] for name in names} - {""}) == 1:
+        names = [name.partition(" ")[0] for name in names]
+    several = len({one.network for one in models}) > 1
+    return [f"{one.network} {name}" if several else name for one, name in zip(models, names, strict=True)]
+
+
 def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> str:
     """Draws losses, measures and scores per epoch, a panel per run; `logs` holds the entries of each log.jsonl."""
-    columns = 2
+    columns = min(2, len(logs))
     rows = -(-len(logs) // columns)
     figure = Figure(figsize=(5.2 * columns, 2.9 * rows), layout="constrained")
     every = figure.subplots(rows, columns, squeeze=False).flat
@@ -193,7 +200,7 @@ def draw_training(logs: dict[str, list[dict]], path: Path, note: str = "") -> st
         _draw_run(axes, title, log, handles, styles)
     for axes in list(every):
         axes.set_visible(False)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    legend_below(figure, handles.values(), handles, columns=5)
     save(figure, path, note)
     return "Losses and accuracies per epoch. " + " ".join(_run_text(*run) for run in logs.items())
 
@@ -222,7 +229,7 @@ def _draw_run(axes: Axes, title: str, log: list[dict], handles: dict, styles: di
         other = axes.twinx()
         for k, name in enumerate(scores):
             values = [entry["scores"][name] for entry in log]
-            draw(other, name, values, color=COLOURS[k % 8], marker=MARKERS[k % 8], markersize=3)
+            draw(other, name, values, color=COLOURS[k % 8], marker=MARKERS[shape_of(k)], markersize=3)
         other.set_ylabel("accuracy (%)")
         if len(epochs) == 1:
             other.margins(y=0.3)  # else the dots of losses and accuracies hide each other

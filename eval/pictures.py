@@ -1,12 +1,14 @@
 """What all pictures of an evaluation share: colours, the three files of a picture, and labels that do not overlap."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -60,11 +62,32 @@ def save(figure: Figure, path: Path, note: str = "") -> None:
     if note:
         figure.suptitle(note, fontsize=10)
     with rc_context(FONTS):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the layout is computed once, not for each file
+        lay_out(figure)
+        figure.set_layout_engine(None)  # with one, each file would be drawn twice and laid out again
         for extension, options in EXTENSIONS.items():
             with replaced(path.with_suffix(f".{extension}")) as partial:
                 figure.savefig(partial, format=extension, **options)
+
+
+def shape_of(k: int) -> int:
+    """Returns the index of the marker or line style of look k: the ninth look reuses the first colour with another."""
+    return (k + k // 8) % 8
+
+
+def lay_out(figure: Figure) -> None:
+    """Computes the places of all axes, which drawing would do first."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+
+
+def legend_below(figure: Figure, handles: Iterable[Artist], labels: Iterable[str], *, columns: int = 4) -> None:
+    """Adds a legend below the panels, of as many columns as fit in the width of the figure, at most `columns`."""
+    handles, labels = [*handles], [*labels]
+    for count in range(columns, 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=count, frameon=False)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def limit_to_percent(axes: Axes) -> None:
@@ -81,7 +104,7 @@ def label_apart(axes: Axes, points: np.ndarray, names: list[str]) -> None:
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # computes the layout, and with it the pixel of each point
+    lay_out(figure)  # and thus decides on the pixel of each point
     frame = np.array(axes.bbox.extents)
     pixels = axes.transData.transform(points)
     taken = [_box(x, y, 12, 12) for x, y in pixels]

@@ -6,13 +6,26 @@ import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor.parallel import loss_parallel
 
-from benchmarks import distillation, gpu, kernels, measuring, networks, records, sharding, stages, steps, together
+from benchmarks import (
+    distillation,
+    evaluation,
+    gpu,
+    kernels,
+    measuring,
+    networks,
+    records,
+    sharding,
+    stages,
+    steps,
+    together,
+)
 from config.config import Config
 from utils.data.recordio import write_records
 from utils.stages import rates
@@ -229,3 +242,23 @@ def test_generated_records_equal_those_of_write_records(tmp_path, monkeypatch):
     row = {"step": "x", "seconds": 1.0, "held": 500, "most": 1000}
     page = records.report({"versions": {}, "images": 5, "steps": [row]})
     assert "| x | 1.00 | 100 | 200 | 4.2 | 8.5 |" in page
+
+
+def test_each_step_of_an_evaluation_is_timed(monkeypatch):
+    monkeypatch.setattr(evaluation, "EPOCHS", 2)
+    times = evaluation.measure(2, identified=False)
+    assert list(times) == [*(step for step, *_ in evaluation.STEPS), evaluation.REST]
+    assert all(wall > 0 for wall, _ in times.values())  # a step that is never called would be 0
+    text = evaluation.page(times, times, "Made by a test.", 0.0)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == len(times) + 2
+    assert lines[-1].startswith("| all |")
+
+
+def test_the_time_of_a_step_is_not_part_of_the_one_around_it(monkeypatch):
+    moments = iter([0, 1, 4, 6])
+    monkeypatch.setattr(evaluation, "_now", lambda: np.full(2, float(next(moments))))
+    clock = evaluation.Clock()
+    inner = clock.timed("inner", lambda: None)
+    clock.timed("outer", inner)()
+    assert clock.times == {"inner": (3, 3), "outer": (3, 3)}

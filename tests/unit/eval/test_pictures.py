@@ -143,3 +143,75 @@ def test_a_picture_is_the_same_png_svg_and_pdf_each_time(tmp_path):
         assert path.read_bytes() == path.with_name(f"other{path.suffix}").read_bytes()
     assert b"/FontFile2" in (tmp_path / "one.pdf").read_bytes()
     assert b"<text" not in (tmp_path / "one.svg").read_bytes()
+
+
+def test_each_of_several_marks_at_one_place_has_a_ring(drawn, tmp_path):
+    model = good(0, GROUPS)
+    draw_curves(model, SAME, {"FMR 0.01": 1.05, "FMR 0.001": 1.05}, tmp_path / "x.png")
+    roc, det, against, _ = drawn[0].axes
+    for axes, count in ((roc, 8), (det, 8), (against, 2)):
+        marks = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        assert len({tuple(line.get_xydata()[0]) for line in marks}) == 1
+        sizes = [line.get_markersize() for line in marks]
+        assert len(sizes) == count
+        assert sizes == sorted({*sizes}, reverse=True)
+        assert sizes[-1] == curves.SIZE
+        assert max(sizes) <= curves.SIZE + curves.LARGEST_GROWTH
+    assert "larger: another mark is on it" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert all(axes.texts[0].get_text() == curves.ALL_BEYOND for axes in (roc, det))
+
+
+def test_marks_at_different_places_have_one_size(drawn, tmp_path):
+    draw_curves(good(0, ()), {"A": SAME["A"]}, {"one": 1.1, "other": 1.4}, tmp_path / "x.png")
+    marks = [line for axes in drawn[0].axes[:3] for line in axes.lines if len(line.get_xdata()) == 1]
+    assert {line.get_markersize() for line in marks} == {curves.SIZE}
+    assert not [text for axes in drawn[0].axes for text in axes.texts]
+
+
+def test_curves_of_equal_distances_are_steps(drawn, tmp_path):
+    """The share of accepted pairs does not change between two distances: a line of any other form is untrue."""
+    same = np.array([True, False] * 10)
+    distance = np.where(same, 0.5, 1.0)
+    distance[:4] = 0.8  # two genuine and two impostor pairs
+    model = Scored("", "x", "checkpoint", "c", {"A": distance}, {}, (90.0,), ("",))
+    draw_curves(model, {"A": same}, {"best": 0.9}, tmp_path / "x.png")
+    _, det, against, _ = drawn[0].axes
+    assert (det.lines[0].get_drawstyle(), against.lines[0].get_drawstyle()) == ("steps-post", "steps-pre")
+    x, y = against.lines[0].get_path().vertices.T
+    assert np.interp(0.75, x, y) < against.get_ylim()[0]  # no false match
+    assert np.interp([0.81, 0.9, 0.99], x, y).tolist() == pytest.approx([0.2, 0.2, 0.2])  # 2 of 10
+    x, y = det.lines[0].get_path().vertices.T
+    assert np.interp([0.05, 0.19], x, y).tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_a_legend_is_within_the_figure():
+    for names in (["A"] * 3, ["A group with a long name (no error at its best threshold)"] * 8):
+        figure = Figure(figsize=(9.6, 8.6), layout="constrained")
+        axes = figure.subplots()
+        for name in names:
+            axes.plot([0, 1], label=name)
+        pictures.legend_below(figure, *axes.get_legend_handles_labels())
+        figure.draw_without_rendering()
+        extent = figure.legends[0].get_window_extent()
+        assert len(figure.legends) == 1
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.width
+
+
+def test_names_of_close_models_leave_out_the_network_that_all_share(drawn, tmp_path):
+    one, other = good(0), good(1)
+    students = [Scored(**{**vars(one), "name": "SL iresnet34"}), Scored(**{**vars(other), "name": "DuL iresnet34"})]
+    for models, names in (
+        (students, {"SL", "DuL"}),
+        (
+            [*students, Scored(**{**vars(one), "name": "SL iresnet50"})],
+            {"SL iresnet34", "DuL iresnet34", "SL iresnet50"},
+        ),
+    ):
+        figures.draw_trade_off(models, (PAIRS,) * 4, tmp_path / "x.png")
+        assert {text.get_text() for text in drawn[-1].axes[0].texts} - {""} == names
+
+
+def test_sixteen_looks_differ():
+    looks = {(pictures.COLOURS[k % 8], pictures.MARKERS[pictures.shape_of(k)]) for k in range(16)}
+    assert len(looks) == 16
