@@ -28,17 +28,9 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
 
 # Embeds TrueType fonts in PDF files and writes the text of SVG files as outlines: LaTeX needs no font for either.
 FONTS: Any = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "mst-kd"}
-REACH = (
-    10,
-    17,
-    25,
-    34,
-    44,
-    56,
-    70,
-    86,
-    104,
-)  # distances of a label from its point that are tried, in pixels at 100 dpi
+REACH = (10, 17, 25, 34, 44, 56, 70, 86, 104)
+"""Distances of a label from its point that are tried, in pixels at 100 dpi."""
+
 DIRECTIONS = 16  # around a point
 
 
