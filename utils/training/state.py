@@ -62,7 +62,6 @@ class Progress:
         self.weights: dict[str, str] = {}  # SHA-256 of the best and last weights by file name
         self.saved_at = time.monotonic()
         self.on_epoch_end: Callable[[dict], None] | None = None  # called with the log entry of every epoch
-        self._captured: CapturedStep | None = None
         self._check = FiniteCheck(next(backbone.parameters()).device)
         self.sums = torch.zeros_like(self._check.values)  # over the steps of the epoch
         # As torch.amp.GradScaler does: the fused kernel skips the update where this is 1, without synchronising a GPU.
@@ -177,8 +176,6 @@ class Progress:
         for layer in self.frozen:
             layer.eval()
         self._check.start(self.step)
-        if self._captured:
-            self._captured.reset()  # the learning rate is part of the CUDA graph
 
     def stepper(self, losses: Losses, max_grad_norm: float, captured: bool) -> Callable[[dict, int], None]:
         """Returns a function that takes one step, given a batch and a seed; with `captured`, as a CUDA graph.
@@ -195,12 +192,17 @@ class Progress:
         is_on_gpu = self._check.failed.is_cuda
         seed_generators = torch.manual_seed if is_on_gpu else torch.default_generator.manual_seed
 
-        if captured:
-            self._captured = CapturedStep(take_step, self._tensors)
+        # No attribute: a cycle of references would keep the memory of the CUDA graph until the garbage collector runs,
+        # while the next network is trained.
+        step, epoch = CapturedStep(take_step, self._tensors) if captured else None, self.epoch
 
         def seeded_step(batch: dict[str, torch.Tensor], seed: int) -> None:
-            if self._captured and self.epoch >= self.schedule.warmup:
-                self._captured(batch, seed)
+            nonlocal epoch
+            if step and self.epoch >= self.schedule.warmup:
+                if epoch < self.epoch:
+                    step.reset()  # the learning rate is part of the CUDA graph
+                    epoch = self.epoch
+                step(batch, seed)
             else:
                 seed_generators(seed)
                 take_step(batch)

@@ -1,6 +1,7 @@
 """The training loop: equal to a plain one, repeatable, and the same whether or not it was interrupted."""
 
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,7 @@ from utils.losses import AdaDistill, ArcFace, CurricularFace, ElasticArcFace, bu
 from utils.process import Interrupted, run, setup
 from utils.storage.arrays import Filling
 from utils.storage.tensors import load, save
+from utils.training.cuda_graph import CapturedStep
 from utils.training.engine import _seed, fit, infer
 from utils.training.extract import BlockWriter
 from utils.training.precision import compiled, eagerly_if_compiling_fails, mixed_precision, uncompiled
@@ -874,6 +877,25 @@ def test_a_captured_run_is_the_plain_one_and_goes_on_after_a_stop(cfg, monkeypat
     assert_equal_runs(cfg, stopped)
 
 
+def test_a_captured_step_is_freed_with_its_run(cfg, monkeypatch):
+    """On a GPU its graph holds the memory of a whole step, which the next teacher needs."""
+    steps = []
+
+    def captured_step(*given):
+        step = CapturedStep(*given)
+        steps.append(weakref.ref(step))
+        return step
+
+    capture_with(monkeypatch, graph_that_forgets)
+    monkeypatch.setattr("utils.training.state.CapturedStep", captured_step)
+    gc.disable()  # nothing may be left to it: it runs when Python objects are many, whatever memory they hold
+    try:
+        train(cfg, epochs=1)
+        assert steps[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_a_captured_step_moves_the_centres_of_adadistill_and_counts_the_repeats_of_every_epoch(cfg, monkeypatch):
     def train_student(cfg):
         setup(cfg)
@@ -959,10 +981,14 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
         header, faces = ElasticArcFace(16, 50, std=0.0125), Faces.__new__(Faces)
         faces.cfg, faces.flip, faces.rows, faces.sources, faces.identities = cfg, False, np.arange(80), {}, ()
         faces.columns = {name: Column((values,)) for name, values in columns.items()}
-        plain, seen = Progress.due, []
+        plain, seen, steps = Progress.due, [], []
+
+        def captured_step(*given):
+            steps.append(CapturedStep(*given))
+            return steps[-1]
 
         def due(self, minutes):
-            seen.append(self._captured)
+            seen.append(self.step)
             if len(seen) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return plain(self, minutes)
@@ -975,12 +1001,13 @@ def test_a_run_captured_on_a_gpu_is_the_plain_run_and_goes_on_after_a_stop(tmp_p
 
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "due", due)
+            patch.setattr("utils.training.state.CapturedStep", captured_step)
             try:
                 given = losses_of_images if of_images else losses
                 fit(given, faces, cfg.adaptor_dir("SL"), cfg, network, header, kind="SL")
             except Interrupted:
                 fitted(name)
-        assert name == "plain" or seen[-1]._replay
+        assert name == "plain" or steps[-1]._replay
         return cfg.adaptor_dir("SL")
 
     whole, stopped = fitted("whole"), fitted("stopped", stop_at=14)
