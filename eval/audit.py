@@ -138,13 +138,11 @@ class Audit:
         rows = []
         for one, shared in zip(self._results.models, self._results.shared, strict=True):
             scores, groups = self._scores(one), self._groups(one)
-            of_scores = [index.of_scores(scores) if index.of_scores and enough(scores) else None for index in _INDICES]
+            of_scores = [index.of_scores(scores) if enough(scores) else None for index in _INDICES]
             rows.append((*names_of(one), "all", *of_scores))
             for name, threshold in shared.items():
                 found = None if threshold is None else rates.error_rates(groups, threshold)
-                of_rates = [
-                    index.of_rates(found, FMR.get(name)) if index.of_rates and found else None for index in _INDICES
-                ]
+                of_rates = [index.of_rates(found, FMR.get(name)) if found else None for index in _INDICES]
                 rows.append((*names_of(one), name, *of_rates))
         header = (*NAMES, "Threshold", *(f"{name} [{index.fair}]" for name, index in INDICES.items()))
         note = (

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from eval.indices import INDICES, definitions
+from eval.indices import INDICES, MASSEY, definitions
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ for _kind in ("genuine", "impostor"):
     DEFINITIONS[f"Reference KS {_kind}"] = Definition(
         f"Kolmogorov-Smirnov distance of the group's {_kind} scores to those of the reference group.",
         "0",
-        "Massey, JASA 46(253), 1951",
+        MASSEY,
     )
 """Definitions by term, which is a column's header or its first words: "FMR" defines "FMR African"."""
 

@@ -10,6 +10,7 @@ from eval import rates
 from eval.fairness import summary
 from eval.few_errors import FewErrors
 from eval.identities import Ends
+from eval.indices import INDICES
 from eval.scores import Scored
 from eval.uncertainty import (
     FEWEST_PAIRS,
@@ -30,12 +31,7 @@ FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
 FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
-MEASURES = {
-    "FDR": rates.fdr,
-    "IR": rates.inequity_rate,
-    "GARBE": rates.garbe,
-    "max/geomean FMR": rates.max_fmr_over_geometric_mean,
-}
+MEASURES = ("FDR", "IR", "GARBE", "max/geomean FMR")  # the indices of fairness beside the error rates
 
 
 class Results:
@@ -238,7 +234,7 @@ class Results:
             else:
                 found = rates.error_rates(self._groups(one), threshold)
                 cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
-                cells += [measure(found) for measure in MEASURES.values()]
+                cells += [INDICES[measure].of_rates(found, FMR.get(name)) for measure in MEASURES]
             rows.append((*names_of(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
