@@ -30,7 +30,7 @@ class Audit:
     def __init__(self, results: Results, reference: str | None = None, threshold: float | None = None):
         check_reference([*results.same], reference)
         self._results, self._wanted, self._threshold = results, reference, threshold
-        self._identified = Identified(results.same, results.identities)
+        self._identified = Identified(results.same, results.ends)
         self._compares = len(results.same) > 1
 
     def tables(self) -> dict[str, Table]:
@@ -100,7 +100,7 @@ class Audit:
         return f"{name} (reference)" if self._compares and name == reference else name
 
     def _drawn(self) -> str:
-        known = [name for name, names in self._results.identities.items() if names is not None]
+        known = [name for name, ends in self._results.ends.items() if ends is not None]
         if not known:
             return "Rates: Clopper-Pearson intervals of independent pairs, since the identities are not known."
         where = "" if len(known) == len(self._results.same) else f" of {', '.join(known)}"

@@ -16,7 +16,7 @@ from eval import rates
 from eval.rates import ErrorRates
 from utils.tables import Table
 
-LEAST_PAIRS = 100  # genuine and impostor pairs of each group, for an index of scores
+LEAST_PAIRS = 100  # genuine and impostor pairs of a group; no numbers are given for a smaller one
 BINS = 100  # of the scores in [0, 1], for the distribution index
 OF_SCORES = f"{LEAST_PAIRS} pairs of each kind in each group"
 OF_RATES = "three errors in each rate"

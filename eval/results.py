@@ -38,7 +38,8 @@ class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
     `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
-    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW.
+    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW. The attribute `ends` holds these
+    identities as numbers.
     """
 
     def __init__(
@@ -51,18 +52,17 @@ class Results:
         of_rfw: bool = False,
     ):
         self.models, self.same, self.notes, self.of_rfw = models, same, notes, of_rfw
-        self.identities = {name: identities.get(name) for name in same}
+        self.ends = {name: None if (one := identities.get(name)) is None else Ends.of(one) for name in same}
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
         distances = [one.distances for one in models]
-        known = [None if one is None else Ends.of(one) for one in self.identities.values()]
         errors = [[wrong(one[name], labels) for name, labels in same.items()] for one in distances]
-        self._few_errors = FewErrors(errors, known)
-        drawn = resampled(distances, same, identities=self.identities)
+        self._few_errors = FewErrors(errors, [*self.ends.values()])
+        drawn = resampled(distances, same, ends=self.ends)
         self._samples = self._few_errors.smoothed(drawn)  # (resamples, models, sets)
         self.intervals = np.array([self._intervals_of(m) for m in range(len(models))])  # (models, sets, 2)
         self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
-        self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
+        self.few = [name for name, labels in same.items() if fewest(labels) < FEWEST_PAIRS]
         self.intervals[:, [name in self.few for name in same]] = np.nan
         self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
 
@@ -185,9 +185,9 @@ class Results:
                 cells.append(self._estimate(std, interval(stds(samples))))
             rows.append((*names_of(one), *cells))
         header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
-        notes = [method(self.identities)]
-        shown = {name: labels for name, labels in self.same.items() if name not in self.few}
-        if shown and (count := fewest(shown)) < FEW_PAIRS:
+        notes = [method(self.ends)]
+        counts = [fewest(labels) for name, labels in self.same.items() if name not in self.few]
+        if counts and (count := min(counts)) < FEW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.has_spread:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
@@ -212,7 +212,7 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.ends)), is_printed=False)
 
     def _estimate(self, value: float, bounds: tuple[float, float]) -> Estimate:
         """Returns a value over all sets with its interval; without one if a set has too few pairs."""

@@ -64,7 +64,7 @@ class Seeds:
             raise InputError("No set has genuine and impostor pairs in every fold: evaluate other sets.")
         self._whole = np.array([name not in self.lacking for name in self.sets])
         self.columns = (*self.sets, "Average", *(("STD",) if np.count_nonzero(self._whole) > 1 else ()))
-        few = np.array([fewest({name: labels}) < FEWEST_PAIRS for name, labels in first.same.items()])
+        few = np.array([fewest(labels) < FEWEST_PAIRS for labels in first.same.values()])
         self._has_interval = [*~few, *[not few[self._whole].any()] * 2]  # by column
         every = [one.distances[key] for one in trainings for key in self.models]
         shape = (self.count, len(self.models), len(self.sets))
