@@ -42,6 +42,7 @@ from utils.prepare.work import path_of
 from utils.process import run, setup
 from utils.storage.arrays import read
 from utils.storage.files import sha256, write_json, write_text
+from utils.tables import RULE_OF_THREE
 from utils.training.extract import Output, embed_all
 from utils.weights import input_of, load_backbone, size_of
 
@@ -316,7 +317,7 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray, people: Ends | None =
     impostors = np.sort(impostors)[::-1]
     found: dict[str, dict | None] = {}
     for far, one_in in FARS.items():
-        if len(impostors) < 3 * one_in:
+        if len(impostors) < RULE_OF_THREE * one_in:
             found[far] = None
             continue
         # The first len // one_in scores may be accepted; the next one, and all equal to it, must be rejected.
@@ -354,7 +355,7 @@ def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | 
     text = [f"{about['benchmark']} 1:1: {counts}; {switches}.", "", *lines, "", INTERVALS]
     text += ["", f"Printed: AdaDistill's {about['row']}."] if printed else []
     if any(point is None for found in results.values() for point in found.values()):
-        limit = 3 / about["impostor pairs"]
+        limit = RULE_OF_THREE / about["impostor pairs"]
         text += [
             "",
             f"A dash: not resolved, so few impostor pairs cannot show a FAR below {limit:.1e} (rule of three).",

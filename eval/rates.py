@@ -55,7 +55,11 @@ def threshold_of_best_accuracy(groups: Groups) -> tuple[float, float]:
     All distinct thresholds are tried; of equally good ones the lowest is chosen. Threshold and accuracy come from the
     same pairs, so that the accuracy is a little above that on new pairs. Raises InputError as `error_rates` does.
     """
-    genuine, impostors = _pool(groups)
+    return best_of_sorted(*_pool(groups))
+
+
+def best_of_sorted(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, float]:
+    """Returns what `threshold_of_best_accuracy` does, from sorted distances; one of both kinds may have no pairs."""
     thresholds = _thresholds(genuine, impostors)
     right = np.searchsorted(genuine, thresholds) + len(impostors) - np.searchsorted(impostors, thresholds)
     best = right.argmax()

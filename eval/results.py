@@ -110,11 +110,12 @@ class Results:
     def _shared(self, one: Scored) -> dict[str, float | None]:
         if self.of_one_kind:
             return {}
-        groups = self._groups(one)
+        groups = self.groups(one)
         found = {name: rates.threshold_at_fmr(groups, fmr) for name, fmr in FMR.items()}
         return {**found, BEST: rates.threshold_of_best_accuracy(groups)[0]}
 
-    def _groups(self, one: Scored) -> rates.Groups:
+    def groups(self, one: Scored) -> rates.Groups:
+        """Returns the distances and labels of a model by set."""
         return {name: (one.distances[name], labels) for name, labels in self.same.items()}
 
     def gap(self, model: int, low: int, high: int) -> Estimate:
@@ -220,9 +221,8 @@ class Results:
 
     def _compared(self, value: float, bounds: tuple[float, float]) -> list[Cell]:
         """Returns a difference with its interval, and whether it is sure; without both if pairs are too few."""
-        if self.has_few:
-            return [Estimate(value, np.nan, np.nan), None]
-        return [Estimate(value, *bounds), _excludes_zero(bounds)]
+        found = self._estimate(value, bounds)
+        return [found, None if self.has_few else found.excludes_zero]
 
     def _rates(self, name: str) -> Table:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
@@ -232,7 +232,7 @@ class Results:
             if threshold is None:
                 cells = [None] * (1 + 2 * len(self.same) + len(MEASURES))
             else:
-                found = rates.error_rates(self._groups(one), threshold)
+                found = rates.error_rates(self.groups(one), threshold)
                 cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
                 cells += [INDICES[measure].of_rates(found, FMR.get(name)) for measure in MEASURES]
             rows.append((*names_of(one), *cells))
@@ -282,7 +282,3 @@ def names_of(one: Scored) -> tuple[Cell, ...]:
 def file_name(names: tuple[Cell, ...]) -> str:
     """Returns the name, without ending, of the files of the model with these cells of NAMES."""
     return "-".join(str(name) for name in names if name != "-").replace(" ", "-")
-
-
-def _excludes_zero(bounds: tuple[float, float]) -> bool:
-    return bounds[0] > 0 or bounds[1] < 0

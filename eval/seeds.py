@@ -137,7 +137,7 @@ class Seeds:
                 cells: list[Cell] = []
                 for column in columns:
                     found = self.estimate(one, column, other)
-                    cells += [found, found.low > 0 or found.high < 0 if self._has_interval[column] else None]
+                    cells += [found, found.excludes_zero if self._has_interval[column] else None]
                 rows.append((_title(self.models[one]), _title(self.models[other]), *cells))
         header = ("Model", "minus", "Average", "Sure", *(("STD", "STD sure") if len(columns) > 1 else ()))
         note = (
