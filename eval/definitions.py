@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from eval.indices import INDICES, MASSEY, definitions
+from eval.indices import INDICES, MASSEY
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,6 @@ class Definition:
 
 
 ISO = "ISO/IEC 19795-1:2021"
-NAMES_ONLY = {
-    *("Setting", "Teachers", "Kind", "Model", "minus", "Row"),  # which model
-    *("Conclusion", "Of"),  # sentences
-    *definitions().header,
-}
-"""Headers that need no definition: their cells are names or sentences."""
 CLOPPER_PEARSON = "Clopper and Pearson, Biometrika 26(4), 1934"
 MST_KD = "Caldeira et al., MST-KD, ECCV 2024 workshops"
 
