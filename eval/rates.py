@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.fairness import summary
 from utils.data.columns import cut
 from utils.errors import InputError
 from utils.tables import RULE_OF_THREE, Rate
@@ -155,15 +154,6 @@ def max_fmr_over_geometric_mean(rates: Mapping[str, ErrorRates]) -> float | None
     """
     values = comparable(fmr_and_fnmr(rates)[:1])
     return None if values is None else float(max_over_geometric_mean(values)[0])
-
-
-def average_minus_std(accuracies: Sequence[float]) -> float:
-    """Returns average minus STD of the groups' accuracies in percent, both from `eval.fairness.summary`.
-
-    High is accurate and fair. NaN for a single group.
-    """
-    average, std, _ = summary(accuracies)
-    return average - std
 
 
 def impostor_matrix(

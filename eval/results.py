@@ -14,6 +14,7 @@ from eval.indices import INDICES
 from eval.scores import Scored
 from eval.uncertainty import (
     FEWEST_PAIRS,
+    NARROW_PAIRS,
     by_chance,
     difference,
     fewest,
@@ -28,7 +29,6 @@ from utils.data.pairs import lacking
 from utils.tables import RULE_OF_THREE, Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
-FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
 MEASURES = ("FDR", "IR", "GARBE", "max/geomean FMR")  # the indices of fairness beside the error rates
@@ -141,18 +141,19 @@ class Results:
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
         rows, header = [], (*NAMES, *self._columns, "Average")
-        if self.has_spread:
-            header += ("STD", "SER", "Within chance")
-        for one in self.models:
-            average, std, ser = summary(self._whole(one))
-            is_unknown = not self.has_spread or self.has_few or self.collapsed(one)
-            verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
-            spread = (std, ser, verdict) if self.has_spread else ()
-            rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.has_spread:
+            header += ("STD", "SER", "Within chance")
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
-        notes += [f"{one.title} {said}" for one in self.models if (said := self.collapsed(one))]
+        for one in self.models:
+            average, std, ser = summary(self._whole(one))
+            if said := self.collapsed(one):
+                notes.append(f"{one.title} {said}")
+            spread: tuple[Cell, ...] = ()
+            if self.has_spread:
+                is_known = not (self.has_few or said)
+                spread = (std, ser, is_within_chance(self._whole(one), self.pairs) if is_known else None)
+            rows.append((*names_of(one), *one.accuracies, average, *spread))
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
 
     def collapsed(self, one: Scored) -> str:
@@ -165,8 +166,7 @@ class Results:
             average, std, ser = summary(self._whole(one))
             chance = by_chance(average, self.pairs)
             mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
-            figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
-            rows.append((*names_of(one), average, *figures))
+            rows.append((*names_of(one), average, std, mean, std_95, ser, ser_95, average - std))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
             "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
@@ -188,7 +188,7 @@ class Results:
         header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
         notes = [method(self.ends)]
         counts = [fewest(labels) for name, labels in self.same.items() if name not in self.few]
-        if counts and (count := min(counts)) < FEW_PAIRS:
+        if counts and (count := min(counts)) < NARROW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.has_spread:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")

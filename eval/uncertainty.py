@@ -23,6 +23,7 @@ FEWEST_PAIRS = 5
 Resamples of a stratum of n pairs have (n - 1) / n of the variance of new pairs: with 5 intervals are 11 % too narrow,
 with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at all.
 """
+NARROW_PAIRS = 10  # of each kind in a fold, under which a note says that intervals are too narrow: by 5 % with 10
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
 _EXACT = (
     f" {SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "

@@ -21,17 +21,9 @@ from eval.indices import (
     separation,
     werm,
 )
-from eval.rates import ErrorRates
 from tests.runs import ROOT
-from utils.tables import Rate
+from tests.unit.eval.test_rates import THREE, of
 
-
-def of(fmr, fnmr):
-    """Groups with these errors in 1,000 impostor and 100 genuine pairs."""
-    return {k: ErrorRates(Rate(a, 1000), Rate(b, 100)) for k, (a, b) in enumerate(zip(fmr, fnmr, strict=True))}
-
-
-THREE = of((10, 40, 20), (9, 4, 36))
 TWO = {"A": (np.array([0.8, 0.9]), np.array([0.1, 0.3])), "B": (np.array([0.6, 0.8]), np.array([0.2, 0.4]))}
 
 
