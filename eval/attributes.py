@@ -6,12 +6,12 @@ from itertools import combinations
 import numpy as np
 
 from eval.identities import Ends
+from eval.indices import LEAST_PAIRS
 from eval.intervals import Sampled
 from eval.results import BEST, NAMES, Results, names_of
 from utils.data.attributes import ATTRIBUTES, MIXED
 from utils.tables import Table
 
-LEAST_PAIRS = 100  # genuine and impostor pairs of a group; a smaller group is counted, not reported
 HEADER = (*NAMES, "Threshold", "Attribute", "Group", "Genuine pairs", "Impostor pairs", "FMR", "FNMR")
 NAMED = len(HEADER) - 2  # columns of names
 POINTS = ("FMR 0.01", BEST)  # shared thresholds, the first that the pairs resolve
@@ -33,7 +33,8 @@ def table(results: Results, attributes: Mapping[str, Mapping[str, np.ndarray]]) 
     groups = dict(_groups(values))
     sizes = {key: (int(np.sum(which & same)), int(np.sum(which & ~same))) for key, which in groups.items()}
     large = [key for key, counts in sizes.items() if min(counts) >= LEAST_PAIRS]
-    ends, rows = _ends(results), []
+    known = [ends for ends in results.ends.values() if ends]
+    ends, rows = Ends.joined(known) if len(known) == len(results.ends) else None, []
     for one, shared in zip(results.models, results.shared, strict=True):
         point = next(name for name in POINTS if shared[name] is not None)
         accepted = np.concatenate([one.distances[key] for key in results.same]) < shared[point]
@@ -56,14 +57,6 @@ def _groups(values: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, str],
             known = np.all([values[name] != MIXED for name in names], axis=0)
             for value in sorted(set(joined[known].tolist())):
                 yield (" x ".join(names), value), known & (joined == value)
-
-
-def _ends(results: Results) -> Ends | None:
-    """Returns the ends of all sets' pairs, a name in two sets as two identities; None if they are not all known."""
-    if any(known is None for known in results.identities.values()):
-        return None
-    named = [[(f"{key} {one}", f"{key} {other}") for one, other in of] for key, of in results.identities.items()]
-    return Ends.of(np.array([pair for of_set in named for pair in of_set], object))
 
 
 def _notes(sizes: Mapping[tuple[str, str], tuple[int, int]], large: list[tuple[str, str]]) -> list[str]:

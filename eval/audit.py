@@ -30,7 +30,7 @@ class Audit:
     def __init__(self, results: Results, reference: str | None = None, threshold: float | None = None):
         check_reference([*results.same], reference)
         self._results, self._wanted, self._threshold = results, reference, threshold
-        self._identified = Identified(results.same, results.identities)
+        self._identified = Identified(results.same, results.ends)
         self._compares = len(results.same) > 1
 
     def tables(self) -> dict[str, Table]:
@@ -44,9 +44,6 @@ class Audit:
             found |= {"indices": self._indices(), "definitions": definitions()}
         return found
 
-    def _groups(self, one: Scored) -> rates.Groups:
-        return {name: (one.distances[name], labels) for name, labels in self._results.same.items()}
-
     def _reference(self, one: Scored) -> str:
         return reference_of(dict(zip(self._results.same, one.accuracies, strict=True)), self._wanted)
 
@@ -54,7 +51,7 @@ class Audit:
         """Returns the accuracy of each group, and of all pairs, at the threshold that is best for all of them."""
         rows = []
         for one in self._results.models:
-            threshold, accuracy = rates.threshold_of_best_accuracy(self._groups(one))
+            threshold, accuracy = rates.threshold_of_best_accuracy(self._results.groups(one))
             right = [(one.distances[name] < threshold) == same for name, same in self._results.same.items()]
             each = [100 * float(of_group.mean()) for of_group in right]
             rows.append((*names_of(one), threshold, *(each if len(each) > 1 else ()), 100 * accuracy))
@@ -71,7 +68,7 @@ class Audit:
         """Returns FMR and FNMR of each group at each operating point, with ratios to the reference group."""
         rows, missing = [], dict[str, None]()
         for one in self._results.models:
-            groups, reference = self._groups(one), self._reference(one)
+            groups, reference = self._results.groups(one), self._reference(one)
             for point in points(groups, reference, self._threshold):
                 if point.threshold is None:
                     missing[point.name] = None
@@ -100,7 +97,7 @@ class Audit:
         return f"{name} (reference)" if self._compares and name == reference else name
 
     def _drawn(self) -> str:
-        known = [name for name, names in self._results.identities.items() if names is not None]
+        known = [name for name, ends in self._results.ends.items() if ends is not None]
         if not known:
             return "Rates: Clopper-Pearson intervals of independent pairs, since the identities are not known."
         where = "" if len(known) == len(self._results.same) else f" of {', '.join(known)}"
@@ -137,14 +134,12 @@ class Audit:
         """Returns all of INDICES: those of scores once for each model, those of rates at each shared threshold."""
         rows = []
         for one, shared in zip(self._results.models, self._results.shared, strict=True):
-            scores, groups = self._scores(one), self._groups(one)
-            of_scores = [index.of_scores(scores) if index.of_scores and enough(scores) else None for index in _INDICES]
+            scores, groups = self._scores(one), self._results.groups(one)
+            of_scores = [index.of_scores(scores) if enough(scores) else None for index in _INDICES]
             rows.append((*names_of(one), "all", *of_scores))
             for name, threshold in shared.items():
                 found = None if threshold is None else rates.error_rates(groups, threshold)
-                of_rates = [
-                    index.of_rates(found, FMR.get(name)) if index.of_rates and found else None for index in _INDICES
-                ]
+                of_rates = [index.of_rates(found, FMR.get(name)) if found else None for index in _INDICES]
                 rows.append((*names_of(one), name, *of_rates))
         header = (*NAMES, "Threshold", *(f"{name} [{index.fair}]" for name, index in INDICES.items()))
         note = (

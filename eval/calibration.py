@@ -180,8 +180,8 @@ def table(results: Results, rows: dict[str, np.ndarray]) -> Table:
                 continue
             found = evaluate(pairs, correction)
             fmr = found.fmr or [None] * len(results.same)
-            values = [rate.value for rate in fmr if rate and rate.resolved]
-            ratio = float(max(values) / np.exp(np.log(values).mean())) if len(values) == len(fmr) else None
+            values = rates.comparable([found.fmr]) if found.fmr else None
+            ratio = None if values is None else float(rates.max_over_geometric_mean(values)[0])
             accuracies = found.accuracies.tolist()
             spread = float(found.accuracies.mean()), float(std(found.accuracies))
             lines.append((*names_of(one), name, *accuracies, *spread, *fmr, ratio))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from eval.indices import INDICES, definitions
+from eval.indices import INDICES, MASSEY
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,6 @@ class Definition:
 
 
 ISO = "ISO/IEC 19795-1:2021"
-NAMES_ONLY = {
-    *("Setting", "Teachers", "Kind", "Model", "minus", "Row"),  # which model
-    *("Conclusion", "Of"),  # sentences
-    *definitions().header,
-}
-"""Headers that need no definition: their cells are names or sentences."""
 CLOPPER_PEARSON = "Clopper and Pearson, Biometrika 26(4), 1934"
 MST_KD = "Caldeira et al., MST-KD, ECCV 2024 workshops"
 
@@ -143,7 +137,7 @@ for _kind in ("genuine", "impostor"):
     DEFINITIONS[f"Reference KS {_kind}"] = Definition(
         f"Kolmogorov-Smirnov distance of the group's {_kind} scores to those of the reference group.",
         "0",
-        "Massey, JASA 46(253), 1951",
+        MASSEY,
     )
 """Definitions by term, which is a column's header or its first words: "FMR" defines "FMR African"."""
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from eval.scores import Scored
 from eval.verification import accuracy
-from utils.data.attributes import GROUP, MIXED, SAME_COLUMNS, attributes_of, columns_of, values_of
+from utils.data.attributes import GROUP, LABELS, MIXED, SAME_COLUMNS, attributes_of, columns_of, values_of
 from utils.data.identities import checked
 from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.errors import InputError
@@ -32,7 +32,6 @@ ALL = "all"  # the set of scores without a group
 GROUP_COLUMNS = (GROUP, "set", "ethnicity", "sensitive_feature")
 SCORE_COLUMNS = ("y_score", "score")
 IDENTITY_COLUMNS = (("identity_1", "identity_2"), ("id1", "id2"))
-LABELS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 DEALT = "Pairs are dealt to the ten folds in turn, since the order of the file leaves folds without a kind of pair."
 
 

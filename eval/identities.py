@@ -13,6 +13,7 @@ therefore scaled to the variance of a sum over pairs that share identities (Aron
 Analysis 23(4), 2015), or of independent pairs if that is larger, and set around the value on the original pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -42,6 +43,16 @@ class Ends:
         names, numbers = np.unique(identities.astype(str), return_inverse=True)
         numbers = numbers.reshape(-1, 2)
         return cls(numbers[:, 0], numbers[:, 1], len(names))
+
+    @classmethod
+    def joined(cls, sets: Sequence["Ends"]) -> "Ends":
+        """Joins the pairs of several sets; an identity of one set is a different one from all those of other sets."""
+        first = np.cumsum([0, *(one.count for one in sets)])
+        one, other = (
+            np.concatenate([numbers + start for numbers, start in zip(of_sets, first, strict=False)])
+            for of_sets in ([part.one for part in sets], [part.other for part in sets])
+        )
+        return cls(one, other, int(first[-1]))
 
     def __getitem__(self, which: np.ndarray) -> "Ends":
         """Returns the ends of the pairs that `which` (P,) bool selects."""
@@ -84,16 +95,14 @@ class Ends:
 
 
 def resampled(
-    distances: list[np.ndarray], same: np.ndarray, identities: np.ndarray, random: np.random.Generator, draws: int
+    distances: list[np.ndarray], same: np.ndarray, ends: Ends, random: np.random.Generator, draws: int
 ) -> np.ndarray:
     """Returns ten-fold accuracies in percent (draws, models) on resampled identities, thresholds chosen again for each.
 
-    `distances` holds the squared distances (P,) of each model, `identities` the names (P, 2) of both ends. Every draw
-    has the same identities for all models. Each fold keeps its numbers of genuine and of impostor pairs: their counts
-    are scaled to them.
+    `distances` holds the squared distances (P,) of each model. Every draw has the same identities for all models. Each
+    fold keeps its numbers of genuine and of impostor pairs: their counts are scaled to them.
     """
-    ends, fold = Ends.of(identities), fold_of(len(same))
-    stratum = 2 * fold + same
+    stratum = 2 * fold_of(len(same)) + same
     sizes = np.bincount(stratum, minlength=2 * FOLDS)
     strata = _indicator(stratum, 2 * FOLDS)
     cells = [_cells(one, stratum) for one in distances]
@@ -106,7 +115,7 @@ def resampled(
         for m, of_model in enumerate(cells):
             result[part.start : part.stop, m] = _accuracies(of_model @ weights.T, sizes)
     for m, one in enumerate(distances):
-        result[:, m] = _scaled(result[:, m], one, same, stratum, ends)
+        result[:, m] = _scaled(result[:, m], one, same, stratum, sizes, ends)
     return result
 
 
@@ -136,10 +145,11 @@ def _accuracies(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return 100 * Counts(accepted[:, :, 1], accepted[:, :, 0], genuine, impostors).accuracies().mean(1)
 
 
-def _scaled(draws: np.ndarray, distance: np.ndarray, same: np.ndarray, stratum: np.ndarray, ends: Ends) -> np.ndarray:
+def _scaled(
+    draws: np.ndarray, distance: np.ndarray, same: np.ndarray, stratum: np.ndarray, sizes: np.ndarray, ends: Ends
+) -> np.ndarray:
     """Returns the accuracies `draws` (draws,) in percent around that of the original pairs, with the right spread."""
     right = (~wrong(distance, same)).astype(np.float64)
-    sizes = np.bincount(stratum, minlength=2 * FOLDS)
     share = np.bincount(stratum, right, 2 * FOLDS) / np.maximum(sizes, 1)
     error = (right - share[stratum]) / sizes.reshape(-1, 2).sum(1)[stratum // 2] / FOLDS
     alone, shared, drawn = ends.variances(error)

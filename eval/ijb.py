@@ -16,36 +16,33 @@ bottleneck: set --num_workers to the number of cores.
 """
 
 import argparse
-import os
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm import tqdm
 
 from config.config import Config
 from eval import published
 from eval.identities import Ends
+from eval.ijb_files import SETS, Benchmark, kind_of, load_benchmark
 from eval.intervals import Sampled
 from eval.rates import just_above
 from eval.verification import normalize
 from utils.data import images
-from utils.data.align import TEMPLATE, align
+from utils.data.align import align
 from utils.data.columns import Column, cut
 from utils.errors import InputError
 from utils.prepare.work import path_of
 from utils.process import run, setup
 from utils.storage.arrays import read
-from utils.storage.files import sha256, write_json, write_text
+from utils.storage.files import write_json, write_text
+from utils.tables import RULE_OF_THREE
 from utils.training.extract import Output, embed_all
 from utils.weights import input_of, load_backbone, size_of
 
-SETS = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 FARS = {"1e-6": 10**6, "1e-5": 10**5, "1e-4": 10**4, "1e-3": 10**3, "1e-2": 100, "1e-1": 10}
 """1 / FAR for each FAR: an integer, since the product of 1e-6 and a count is rounded."""
 
@@ -56,33 +53,6 @@ INTERVALS = (
 ROWS, COLUMNS = 4096, 64  # of a float64 block: converting all features at once would double their memory
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark with N images of T templates, and P pairs of templates."""
-
-    name: str  # IJB-B | IJB-C
-    crops: Path  # folder of the images
-    images: list[str]  # N file names
-    landmarks: np.ndarray  # (N, 5, 2) float64, x and y in pixels
-    detector_score: np.ndarray  # (N,) float64
-    template: np.ndarray  # (N,) int64 in 0 ... T - 1: the template of each image
-    media: np.ndarray  # (N,) int64: the photograph or video of each image
-    pairs: np.ndarray  # (P, 2) int64 in 0 ... T - 1
-    same: np.ndarray  # (P,) bool: genuine
-    digest: str  # SHA-256 of the file with names and landmarks, on which the features depend
-
-    def people(self) -> Ends:
-        """Returns the identities of the genuine pairs, which IJB's files do not name.
-
-        Templates that genuine pairs connect, directly or through others, are of one person.
-        """
-        one, other = self.pairs[self.same].T
-        size = int(self.template.max()) + 1
-        graph = csr_matrix((np.ones(len(one), bool), (one, other)), shape=(size, size))
-        count, person = connected_components(graph, directed=False)
-        return Ends(person[one].astype(np.int64), person[other].astype(np.int64), count)
-
-
 def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: bool = True, norm: bool = True) -> None:
     """Evaluates checkpoints of `cfg.network` on the benchmark in `folder`.
 
@@ -90,7 +60,7 @@ def main(folder: Path, checkpoints: list[Path], cfg: Config, detector_score: boo
     missing or invalid.
     """
     setup(cfg, trains=False)
-    printed = _printed(cfg.row, SETS[_benchmark_kind(folder)], len(checkpoints)) if cfg.row else {}
+    printed = _printed(cfg.row, SETS[kind_of(folder)], len(checkpoints)) if cfg.row else {}
     networks = [load_backbone(cfg.network, path, cfg) for path in checkpoints]
     benchmark = load_benchmark(folder)
     about = {"benchmark": benchmark.name, "network": cfg.network, "detector score": detector_score, "norm": norm}
@@ -127,89 +97,6 @@ def _printed(row: str, benchmark: str, checkpoints: int) -> dict[str, float]:
     if row not in found:
         raise InputError(f"row = {row!r} has no printed TAR on {benchmark}. Set row to one of: {', '.join(found)}.")
     return found[row]
-
-
-# Input ----------------------------------------------------------------------------------------------------------------
-
-
-def load_benchmark(folder: Path) -> Benchmark:
-    """Reads the text files of IJB-B or IJB-C, whichever `folder` holds, and checks that every image file exists.
-
-    Raises InputError with the file, and the line if there is one, for anything that is missing or inconsistent.
-    """
-    kind = _benchmark_kind(folder)
-    meta, crops = folder / "meta", folder / "loose_crop"
-    path = meta / f"{kind}_name_5pts_score.txt"
-    images, numbers = _table(path, "<image name> x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 <detector score>", 11, float)
-    landmarks = numbers[:, :10].reshape(-1, *TEMPLATE.shape)
-    _check_lines(path, np.isfinite(numbers).all(1), "a number is not finite")
-    _check_lines(path, np.ptp(landmarks, axis=1).any(1), "all landmarks lie at one point")
-
-    of_images = meta / f"{kind}_face_tid_mid.txt"
-    names, ids = _table(of_images, "<image name> <template id> <media id>", 2, int)
-    if len(names) != len(images):
-        raise InputError(f"{of_images} has {len(names)} lines, {path} {len(images)}: expected one per image in both.")
-    in_order = np.array([one == other for one, other in zip(names, images, strict=True)])
-    _check_lines(of_images, in_order, f"not the image in this line of {path}: both files must be in the same order")
-    found = set(os.listdir(crops))
-    if missing := [name for name in images if name not in found]:
-        raise InputError(f"{crops} lacks {len(missing)} of {len(images)} images, the first {missing[0]}: add them.")
-
-    of_pairs = meta / f"{kind}_template_pair_label.txt"
-    _, pairs = _table(of_pairs, "<template id> <template id> <1 or 0>", 3, int)
-    _check_lines(of_pairs, np.isin(pairs[:, 2], (0, 1)), "the last number must be 1 (genuine) or 0 (impostor)")
-    known, template = np.unique(ids[:, 0], return_inverse=True)
-    rows = np.searchsorted(known, pairs[:, :2]).clip(max=len(known) - 1)
-    _check_lines(of_pairs, (known[rows] == pairs[:, :2]).all(1), f"a template that is not in {of_images}")
-    same = pairs[:, 2] == 1
-    if same.all() or not same.any():
-        raise InputError(f"{of_pairs} holds no {'impostor' if same.all() else 'genuine'} pair: replace it.")
-    scores = numbers[:, 10]
-    return Benchmark(SETS[kind], crops, images, landmarks, scores, template, ids[:, 1], rows, same, sha256(path))
-
-
-def _benchmark_kind(folder: Path) -> str:
-    """Returns "ijbb" or "ijbc"; raises InputError with all files that are missing."""
-    names = ("face_tid_mid", "name_5pts_score", "template_pair_label")
-    files = {kind: [folder / "meta" / f"{kind}_{name}.txt" for name in names] for kind in SETS}
-    there = [kind for kind, paths in files.items() if any(path.is_file() for path in paths)]
-    if len(there) > 1:
-        raise InputError(f"{folder} holds files of both IJB-B and IJB-C: give each a folder of its own.")
-    kind, instead = (there[0], "") if there else ("ijbc", " (or the same with ijbb_)")
-    missing = [str(path) for path in files[kind] if not path.is_file()]
-    missing += [] if (folder / "loose_crop").is_dir() else [str(folder / "loose_crop")]
-    if missing:
-        raise InputError(f"Missing: {', '.join(missing)}{instead}. Set --folder to where meta and loose_crop are.")
-    return kind
-
-
-def _table(path: Path, form: str, columns: int, kind: type) -> tuple[list[str], np.ndarray]:
-    """Returns the image names, if `form` begins with one, and the numbers (lines, columns), int64 or float64.
-
-    Raises InputError with the first line that does not have this form.
-    """
-    names, numbers = [], array("d" if kind is float else "q")
-    first = int(form.startswith("<image name>"))  # index of the first field that is a number
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        lines = tqdm(file, f"read {path.name}", unit=" lines", leave=False, disable=None, delay=1)
-        for number, line in enumerate(lines, 1):
-            fields = line.split()
-            try:
-                numbers.extend(map(kind, fields[first:]))
-                is_valid = len(fields) == first + columns
-            except (ValueError, OverflowError):
-                is_valid = False
-            if not is_valid:
-                raise InputError(f"{path}, line {number}: expected {form}, found {line.strip()[:80]!r}.")
-            names += fields[:first]
-    if not numbers:
-        raise InputError(f"{path} is empty: expected lines {form}.")
-    return names, np.frombuffer(numbers, np.float64 if kind is float else np.int64).reshape(-1, columns)
-
-
-def _check_lines(path: Path, is_valid: np.ndarray, what: str) -> None:
-    if not is_valid.all():
-        raise InputError(f"{path}, line {is_valid.argmin() + 1}: {what}.")
 
 
 # Features -------------------------------------------------------------------------------------------------------------
@@ -316,7 +203,7 @@ def tar_at_far(genuine: np.ndarray, impostors: np.ndarray, people: Ends | None =
     impostors = np.sort(impostors)[::-1]
     found: dict[str, dict | None] = {}
     for far, one_in in FARS.items():
-        if len(impostors) < 3 * one_in:
+        if len(impostors) < RULE_OF_THREE * one_in:
             found[far] = None
             continue
         # The first len // one_in scores may be accepted; the next one, and all equal to it, must be rejected.
@@ -354,7 +241,7 @@ def as_table(results: dict[str, dict], about: dict, printed: dict[str, float] | 
     text = [f"{about['benchmark']} 1:1: {counts}; {switches}.", "", *lines, "", INTERVALS]
     text += ["", f"Printed: AdaDistill's {about['row']}."] if printed else []
     if any(point is None for found in results.values() for point in found.values()):
-        limit = 3 / about["impostor pairs"]
+        limit = RULE_OF_THREE / about["impostor pairs"]
         text += [
             "",
             f"A dash: not resolved, so few impostor pairs cannot show a FAR below {limit:.1e} (rule of three).",

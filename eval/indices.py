@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy.special import rel_entr
 
 from eval import rates
 from eval.rates import ErrorRates
 from utils.tables import Table
 
-LEAST_PAIRS = 100  # genuine and impostor pairs of each group, for an index of scores
+LEAST_PAIRS = 100  # genuine and impostor pairs of a group; no numbers are given for a smaller one
 BINS = 100  # of the scores in [0, 1], for the distribution index
 OF_SCORES = f"{LEAST_PAIRS} pairs of each kind in each group"
 OF_RATES = "three errors in each rate"
@@ -25,16 +26,20 @@ Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """The scores of genuine and of impostor pairs by group, 1 - (squared distance) / 4, in [0, 1]: (1 + cosine) / 2."""
 
 
+def _not_given(*_: object) -> None:
+    """Returns None: an index of scores has no value from rates, and one of rates none from scores."""
+
+
 @dataclass(frozen=True)
 class Index:
-    """A number that says how equal groups are, for one model."""
+    """A number that says how equal groups are, for one model: from their scores, or from their error rates."""
 
     definition: str
     fair: str  # its value for equal groups
     least: str  # what is needed for it to be given
     source: str
-    of_scores: Callable[[Scores], float | None] | None = None
-    of_rates: Callable[[Mapping[str, ErrorRates], float | None], float | None] | None = None  # rates, target FMR
+    of_scores: Callable[[Scores], float | None] = _not_given
+    of_rates: Callable[[Mapping[str, ErrorRates], float | None], float | None] = _not_given  # rates, target FMR
 
 
 def scores_of(distance: np.ndarray) -> np.ndarray:
@@ -74,9 +79,7 @@ def distribution(groups: Scores) -> float:
     """Returns 1 - sum_i KL(p_i, mean p) / (K log2 K), p_i the histogram of all scores of a group in BINS bins."""
     counts = [np.histogram(np.concatenate(kinds), BINS, (0, 1))[0] for kinds in groups.values()]
     shares = np.array([count / count.sum() for count in counts])
-    mean = shares.mean(0)
-    terms = np.where(shares > 0, shares * np.log2(np.where(shares > 0, shares, 1) / np.where(mean > 0, mean, 1)), 0)
-    return float(1 - terms.sum() / (len(shares) * np.log2(len(shares))))
+    return float(1 - rel_entr(shares, shares.mean(0)).sum() / (len(shares) * np.log(len(shares))))
 
 
 def largest_ks(kind: int) -> Callable[[Scores], float]:
@@ -86,33 +89,24 @@ def largest_ks(kind: int) -> Callable[[Scores], float]:
 
 def werm(found: Mapping[str, ErrorRates]) -> float | None:
     """Returns sqrt(max / geometric mean of FMR) sqrt(max / geometric mean of FNMR); None if a rate is not resolved."""
-    values = _resolved(found)
-    return None if values is None else float(np.sqrt((values.max(1) / np.exp(np.log(values).mean(1))).prod()))
+    values = rates.comparable(rates.fmr_and_fnmr(found))
+    return None if values is None else float(np.sqrt(rates.max_over_geometric_mean(values).prod()))
 
 
 def sedg(found: Mapping[str, ErrorRates]) -> np.ndarray | None:
     """Returns |1 - FMR_i / mean FMR| + |1 - FNMR_i / mean FNMR| of each group (G,); None if a rate is not resolved."""
-    values = _resolved(found)
+    values = rates.comparable(rates.fmr_and_fnmr(found))
     return None if values is None else np.abs(1 - values / values.mean(1, keepdims=True)).sum(0)
 
 
 def mape(found: Mapping[str, ErrorRates], target: float | None) -> float | None:
     """Returns 100 / K sum_i |FMR_i - target| / target; None without a target FMR, or if an FMR is not resolved."""
-    if target is None or len(found) < 2 or not all(one.fmr.resolved for one in found.values()):
-        return None
-    return float(100 * np.mean([abs(one.fmr.value - target) / target for one in found.values()]))
+    values = rates.comparable(rates.fmr_and_fnmr(found)[:1])
+    return None if values is None or target is None else float(100 * np.mean(np.abs(values - target) / target))
 
 
 def _agreement(values: list[float]) -> float:
     return float(1 - 2 * np.abs(np.array(values) - np.mean(values)).mean())
-
-
-def _resolved(found: Mapping[str, ErrorRates]) -> np.ndarray | None:
-    """Returns FMR and FNMR (2, G); None for a single group, or if a rate has fewer than three errors."""
-    kinds = [[one.fmr for one in found.values()], [one.fnmr for one in found.values()]]
-    if len(found) < 2 or not all(rate.resolved for kind in kinds for rate in kind):
-        return None
-    return np.array([[rate.value for rate in kind] for kind in kinds])
 
 
 def _of(function: Callable) -> Callable:
@@ -130,6 +124,8 @@ def _sedg(reduce: Callable[[np.ndarray], float], least: int = 2) -> Callable:
     return of
 
 
+MASSEY = "Massey, JASA 46(253), 1951"
+GROTHER = "Grother, NISTIR 8429, 2022"
 KOTWAL = f"Kotwal and Marcel, Fairness Index Measures, ICPR workshops 2022 (arXiv 2306.10919); {RESTATED}"
 ELOBAID = f"Elobaid et al., Sum of Group Error Differences, FG 2024 (arXiv 2404.15385); {RESTATED}"
 INDICES = {
@@ -159,14 +155,14 @@ INDICES = {
         "largest Kolmogorov-Smirnov distance of two groups' genuine scores",
         "0",
         OF_SCORES,
-        "Massey, JASA 46(253), 1951",
+        MASSEY,
         of_scores=largest_ks(0),
     ),
     "KS impostor": Index(
         "largest Kolmogorov-Smirnov distance of two groups' impostor scores",
         "0",
         OF_SCORES,
-        "Massey, JASA 46(253), 1951",
+        MASSEY,
         of_scores=largest_ks(1),
     ),
     "FDR": Index(
@@ -180,7 +176,7 @@ INDICES = {
         "inequity rate: sqrt((max FMR / min FMR) x (max FNMR / min FNMR))",
         "1",
         OF_RATES,
-        "Grother, NISTIR 8429, 2022",
+        GROTHER,
         of_rates=_of(rates.inequity_rate),
     ),
     "GARBE": Index(
@@ -195,7 +191,7 @@ INDICES = {
         "max FMR / geometric mean of FMR",
         "1",
         OF_RATES,
-        "Grother, NISTIR 8429, 2022",
+        GROTHER,
         of_rates=_of(rates.max_fmr_over_geometric_mean),
     ),
     "WERM": Index(

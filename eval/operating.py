@@ -36,14 +36,13 @@ class At:
 
 
 class Identified:
-    """The identities of the pairs of each group, numbered once for all models; None where they are not known."""
+    """The identities of the genuine and of the impostor pairs of each group; None where they are not known."""
 
-    def __init__(self, same: Mapping[str, np.ndarray], identities: Mapping[str, np.ndarray | None]):
+    def __init__(self, same: Mapping[str, np.ndarray], ends: Mapping[str, Ends | None]):
         self._ends = {}
         for name, labels in same.items():
-            known = identities.get(name)
-            ends = None if known is None else Ends.of(known)
-            self._ends[name] = {kind: ends and ends[labels == kind] for kind in (False, True)}
+            known = ends.get(name)
+            self._ends[name] = {kind: known and known[labels == kind] for kind in (False, True)}
 
     def of(self, group: str, genuine: bool) -> Ends | None:
         """Returns the ends of a group's genuine or impostor pairs."""

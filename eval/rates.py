@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.fairness import summary
 from utils.data.columns import cut
 from utils.errors import InputError
 from utils.tables import RULE_OF_THREE, Rate
@@ -55,7 +54,11 @@ def threshold_of_best_accuracy(groups: Groups) -> tuple[float, float]:
     All distinct thresholds are tried; of equally good ones the lowest is chosen. Threshold and accuracy come from the
     same pairs, so that the accuracy is a little above that on new pairs. Raises InputError as `error_rates` does.
     """
-    genuine, impostors = _pool(groups)
+    return best_of_sorted(*_pool(groups))
+
+
+def best_of_sorted(genuine: np.ndarray, impostors: np.ndarray) -> tuple[float, float]:
+    """Returns what `threshold_of_best_accuracy` does, from sorted distances; one of both kinds may have no pairs."""
     thresholds = _thresholds(genuine, impostors)
     right = np.searchsorted(genuine, thresholds) + len(impostors) - np.searchsorted(impostors, thresholds)
     best = right.argmax()
@@ -94,6 +97,23 @@ def just_above(value: float) -> float:
     return above if abs(above) >= sys.float_info.min else sys.float_info.min
 
 
+def fmr_and_fnmr(rates: Mapping[str, ErrorRates]) -> list[list[Rate]]:
+    """Returns the FMR of all groups, and the FNMR of all groups."""
+    return [[rate.fmr for rate in rates.values()], [rate.fnmr for rate in rates.values()]]
+
+
+def comparable(kinds: Sequence[Sequence[Rate]]) -> np.ndarray | None:
+    """Returns the rates of G groups (kinds, G) as numbers; None for a single group, or if a rate is not resolved."""
+    if len(kinds[0]) < 2 or not all(rate.resolved for kind in kinds for rate in kind):
+        return None
+    return np.array([[rate.value for rate in kind] for kind in kinds])
+
+
+def max_over_geometric_mean(values: np.ndarray) -> np.ndarray:
+    """Returns the ratio (kinds,) of the largest to the geometric mean of the rates (kinds, G)."""
+    return values.max(1) / np.exp(np.log(values).mean(1))
+
+
 def fdr(rates: Mapping[str, ErrorRates]) -> float | None:
     """Fairness Discrepancy Rate: 1 - (alpha max|FMR_i - FMR_j| + (1 - alpha) max|FNMR_i - FNMR_j|), alpha 0.5.
 
@@ -102,7 +122,7 @@ def fdr(rates: Mapping[str, ErrorRates]) -> float | None:
     """
     if len(rates) < 2:
         return None
-    return float(1 - WEIGHTS @ [np.ptp([rate.value for rate in kind]) for kind in _fmr_and_fnmr(rates)])
+    return float(1 - WEIGHTS @ [np.ptp([rate.value for rate in kind]) for kind in fmr_and_fnmr(rates)])
 
 
 def inequity_rate(rates: Mapping[str, ErrorRates]) -> float | None:
@@ -111,7 +131,7 @@ def inequity_rate(rates: Mapping[str, ErrorRates]) -> float | None:
     1 is fair, larger is less fair. Returns None for a single group, or if the FMR or FNMR of a group is not resolved: a
     ratio to a rate that may be zero is meaningless. Source: Grother, NISTIR 8429, 2022.
     """
-    values = _comparable(_fmr_and_fnmr(rates))
+    values = comparable(fmr_and_fnmr(rates))
     return None if values is None else float(np.prod((values.max(1) / values.min(1)) ** WEIGHTS))
 
 
@@ -122,7 +142,7 @@ def garbe(rates: Mapping[str, ErrorRates]) -> float | None:
     n / (n - 1) lets it reach 1 for any n. 0 is fair, 1 is the least fair. Returns None as `inequity_rate` does. Source:
     Howard et al., Evaluating Proposed Fairness Models for Face Recognition Algorithms, 2022.
     """
-    values = _comparable(_fmr_and_fnmr(rates))
+    values = comparable(fmr_and_fnmr(rates))
     return None if values is None else float(WEIGHTS @ [_gini(row) for row in values])
 
 
@@ -132,17 +152,8 @@ def max_fmr_over_geometric_mean(rates: Mapping[str, ErrorRates]) -> float | None
     1 is fair, larger is less fair. Returns None for a single group, or if the FMR of a group is not resolved. Source:
     Grother, NISTIR 8429, 2022.
     """
-    values = _comparable(_fmr_and_fnmr(rates)[:1])
-    return None if values is None else float(values.max() / np.exp(np.log(values).mean()))
-
-
-def average_minus_std(accuracies: Sequence[float]) -> float:
-    """Returns average minus STD of the groups' accuracies in percent, both from `eval.fairness.summary`.
-
-    High is accurate and fair. NaN for a single group.
-    """
-    average, std, _ = summary(accuracies)
-    return average - std
+    values = comparable(fmr_and_fnmr(rates)[:1])
+    return None if values is None else float(max_over_geometric_mean(values)[0])
 
 
 def impostor_matrix(
@@ -211,18 +222,6 @@ def _thresholds(genuine: np.ndarray, impostors: np.ndarray) -> np.ndarray:
     """Returns the distinct distances, and one threshold above them, since a pair is rejected at its own distance."""
     distinct = np.unique(np.concatenate([genuine, impostors]))
     return np.append(distinct, just_above(distinct[-1]))
-
-
-def _fmr_and_fnmr(rates: Mapping[str, ErrorRates]) -> list[list[Rate]]:
-    """Returns the FMR of all groups and the FNMR of all groups."""
-    return [[rate.fmr for rate in rates.values()], [rate.fnmr for rate in rates.values()]]
-
-
-def _comparable(kinds: list[list[Rate]]) -> np.ndarray | None:
-    """Returns the rates (kinds, G); None for a single group, or if a rate is not resolved."""
-    if len(kinds[0]) < 2 or not all(rate.resolved for kind in kinds for rate in kind):
-        return None
-    return np.array([[rate.value for rate in kind] for kind in kinds])
 
 
 def _gini(rates: np.ndarray) -> float:

@@ -10,9 +10,11 @@ from eval import rates
 from eval.fairness import summary
 from eval.few_errors import FewErrors
 from eval.identities import Ends
+from eval.indices import INDICES
 from eval.scores import Scored
 from eval.uncertainty import (
     FEWEST_PAIRS,
+    NARROW_PAIRS,
     by_chance,
     difference,
     fewest,
@@ -27,22 +29,17 @@ from utils.data.pairs import lacking
 from utils.tables import RULE_OF_THREE, Cell, Estimate, Table
 
 FMR = {"FMR 0.01": 1e-2, "FMR 0.001": 1e-3}  # the strictest last
-FEW_PAIRS = 10  # genuine or impostor pairs per fold, at which intervals are 5 % too narrow
 BEST = "best accuracy"
 NAMES = ("Setting", "Teachers", "Kind", "Model")
-MEASURES = {
-    "FDR": rates.fdr,
-    "IR": rates.inequity_rate,
-    "GARBE": rates.garbe,
-    "max/geomean FMR": rates.max_fmr_over_geometric_mean,
-}
+MEASURES = ("FDR", "IR", "GARBE", "max/geomean FMR")  # the indices of fairness beside the error rates
 
 
 class Results:
     """Results of all models on the same verification sets; with `of_groups` these are ethnicities.
 
     `same` holds for each set (P,) bool, which pairs are genuine; `identities` the names (P, 2) of both ends of each
-    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW.
+    pair, None or no entry if they are not known; `of_rfw` says that the sets are RFW. The attribute `ends` holds these
+    identities as numbers.
     """
 
     def __init__(
@@ -55,18 +52,17 @@ class Results:
         of_rfw: bool = False,
     ):
         self.models, self.same, self.notes, self.of_rfw = models, same, notes, of_rfw
-        self.identities = {name: identities.get(name) for name in same}
+        self.ends = {name: None if (one := identities.get(name)) is None else Ends.of(one) for name in same}
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
         distances = [one.distances for one in models]
-        known = [None if one is None else Ends.of(one) for one in self.identities.values()]
         errors = [[wrong(one[name], labels) for name, labels in same.items()] for one in distances]
-        self._few_errors = FewErrors(errors, known)
-        drawn = resampled(distances, same, identities=self.identities)
+        self._few_errors = FewErrors(errors, [*self.ends.values()])
+        drawn = resampled(distances, same, ends=self.ends)
         self._samples = self._few_errors.smoothed(drawn)  # (resamples, models, sets)
         self.intervals = np.array([self._intervals_of(m) for m in range(len(models))])  # (models, sets, 2)
         self.lacking = {name: reason for name, labels in same.items() if (reason := lacking(labels))}
-        self.few = [name for name, labels in same.items() if fewest({name: labels}) < FEWEST_PAIRS]
+        self.few = [name for name, labels in same.items() if fewest(labels) < FEWEST_PAIRS]
         self.intervals[:, [name in self.few for name in same]] = np.nan
         self.whole = np.array([name not in self.lacking for name in same])  # (sets,) bool: part of averages
 
@@ -114,11 +110,12 @@ class Results:
     def _shared(self, one: Scored) -> dict[str, float | None]:
         if self.of_one_kind:
             return {}
-        groups = self._groups(one)
+        groups = self.groups(one)
         found = {name: rates.threshold_at_fmr(groups, fmr) for name, fmr in FMR.items()}
         return {**found, BEST: rates.threshold_of_best_accuracy(groups)[0]}
 
-    def _groups(self, one: Scored) -> rates.Groups:
+    def groups(self, one: Scored) -> rates.Groups:
+        """Returns the distances and labels of a model by set."""
         return {name: (one.distances[name], labels) for name, labels in self.same.items()}
 
     def gap(self, model: int, low: int, high: int) -> Estimate:
@@ -144,18 +141,19 @@ class Results:
     def _accuracy(self) -> Table:
         """Returns the paper's columns, and whether differences between groups could be chance."""
         rows, header = [], (*NAMES, *self._columns, "Average")
-        if self.has_spread:
-            header += ("STD", "SER", "Within chance")
-        for one in self.models:
-            average, std, ser = summary(self._whole(one))
-            is_unknown = not self.has_spread or self.has_few or self.collapsed(one)
-            verdict = None if is_unknown else is_within_chance(self._whole(one), self.pairs)
-            spread = (std, ser, verdict) if self.has_spread else ()
-            rows.append((*names_of(one), *one.accuracies, average, *spread))
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.has_spread:
+            header += ("STD", "SER", "Within chance")
             notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
-        notes += [f"{one.title} {said}" for one in self.models if (said := self.collapsed(one))]
+        for one in self.models:
+            average, std, ser = summary(self._whole(one))
+            if said := self.collapsed(one):
+                notes.append(f"{one.title} {said}")
+            spread: tuple[Cell, ...] = ()
+            if self.has_spread:
+                is_known = not (self.has_few or said)
+                spread = (std, ser, is_within_chance(self._whole(one), self.pairs) if is_known else None)
+            rows.append((*names_of(one), *one.accuracies, average, *spread))
         return Table("Accuracy", header, rows, len(NAMES), self._notes(*notes))
 
     def collapsed(self, one: Scored) -> str:
@@ -168,8 +166,7 @@ class Results:
             average, std, ser = summary(self._whole(one))
             chance = by_chance(average, self.pairs)
             mean, std_95, ser_95 = (None,) * 3 if self.has_few else (chance.std_mean, chance.std_95, chance.ser_95)
-            figures = (std, mean, std_95, ser, ser_95, rates.average_minus_std(self._whole(one)))
-            rows.append((*names_of(one), average, *figures))
+            rows.append((*names_of(one), average, std, mean, std_95, ser, ser_95, average - std))
         note = (
             "By chance: the STD that perfectly fair models of the same average show on as many pairs, on average, and "
             "the STD and SER that 95 of 100 of them do not exceed. Pairs count as independent."
@@ -189,9 +186,9 @@ class Results:
                 cells.append(self._estimate(std, interval(stds(samples))))
             rows.append((*names_of(one), *cells))
         header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
-        notes = [method(self.identities)]
-        shown = {name: labels for name, labels in self.same.items() if name not in self.few}
-        if shown and (count := fewest(shown)) < FEW_PAIRS:
+        notes = [method(self.ends)]
+        counts = [fewest(labels) for name, labels in self.same.items() if name not in self.few]
+        if counts and (count := min(counts)) < NARROW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
         if self.has_spread:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
@@ -216,7 +213,7 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, method(self.identities)), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.ends)), is_printed=False)
 
     def _estimate(self, value: float, bounds: tuple[float, float]) -> Estimate:
         """Returns a value over all sets with its interval; without one if a set has too few pairs."""
@@ -224,9 +221,8 @@ class Results:
 
     def _compared(self, value: float, bounds: tuple[float, float]) -> list[Cell]:
         """Returns a difference with its interval, and whether it is sure; without both if pairs are too few."""
-        if self.has_few:
-            return [Estimate(value, np.nan, np.nan), None]
-        return [Estimate(value, *bounds), _excludes_zero(bounds)]
+        found = self._estimate(value, bounds)
+        return [found, None if self.has_few else found.excludes_zero]
 
     def _rates(self, name: str) -> Table:
         """Returns FMR and FNMR of each group at the shared threshold `name`, and the measures computed from them."""
@@ -236,9 +232,9 @@ class Results:
             if threshold is None:
                 cells = [None] * (1 + 2 * len(self.same) + len(MEASURES))
             else:
-                found = rates.error_rates(self._groups(one), threshold)
+                found = rates.error_rates(self.groups(one), threshold)
                 cells = [threshold, *(rate.fmr for rate in found.values()), *(rate.fnmr for rate in found.values())]
-                cells += [measure(found) for measure in MEASURES.values()]
+                cells += [INDICES[measure].of_rates(found, FMR.get(name)) for measure in MEASURES]
             rows.append((*names_of(one), *cells))
         header = (*NAMES, "Threshold", *(f"FMR {n}" for n in self.same), *(f"FNMR {n}" for n in self.same), *MEASURES)
         note = (
@@ -286,7 +282,3 @@ def names_of(one: Scored) -> tuple[Cell, ...]:
 def file_name(names: tuple[Cell, ...]) -> str:
     """Returns the name, without ending, of the files of the model with these cells of NAMES."""
     return "-".join(str(name) for name in names if name != "-").replace(" ", "-")
-
-
-def _excludes_zero(bounds: tuple[float, float]) -> bool:
-    return bounds[0] > 0 or bounds[1] < 0

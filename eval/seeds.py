@@ -64,7 +64,7 @@ class Seeds:
             raise InputError("No set has genuine and impostor pairs in every fold: evaluate other sets.")
         self._whole = np.array([name not in self.lacking for name in self.sets])
         self.columns = (*self.sets, "Average", *(("STD",) if np.count_nonzero(self._whole) > 1 else ()))
-        few = np.array([fewest({name: labels}) < FEWEST_PAIRS for name, labels in first.same.items()])
+        few = np.array([fewest(labels) < FEWEST_PAIRS for labels in first.same.values()])
         self._has_interval = [*~few, *[not few[self._whole].any()] * 2]  # by column
         every = [one.distances[key] for one in trainings for key in self.models]
         shape = (self.count, len(self.models), len(self.sets))
@@ -137,7 +137,7 @@ class Seeds:
                 cells: list[Cell] = []
                 for column in columns:
                     found = self.estimate(one, column, other)
-                    cells += [found, found.low > 0 or found.high < 0 if self._has_interval[column] else None]
+                    cells += [found, found.excludes_zero if self._has_interval[column] else None]
                 rows.append((_title(self.models[one]), _title(self.models[other]), *cells))
         header = ("Model", "minus", "Average", "Sure", *(("STD", "STD sure") if len(columns) > 1 else ()))
         note = (

@@ -7,15 +7,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from eval import identities as by_identity
+from eval import identities
 from eval.fairness import std, summary
 from eval.few_errors import SMOOTHED
+from eval.identities import BLOCK, Ends
 from eval.verification import Counts, first_above
 from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
 
 RESAMPLES = 1000
-BLOCK = 32  # resamples that are computed at once
 DRAWS = 100_000
 FEWEST_PAIRS = 5
 """Pairs of each kind in a fold, 100 pairs in a set, under which a set has no interval, and its table no verdict.
@@ -23,6 +23,7 @@ FEWEST_PAIRS = 5
 Resamples of a stratum of n pairs have (n - 1) / n of the variance of new pairs: with 5 intervals are 11 % too narrow,
 with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at all.
 """
+NARROW_PAIRS = 10  # of each kind in a fold, under which a note says that intervals are too narrow: by 5 % with 10
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
 _EXACT = (
     f" {SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "
@@ -39,10 +40,10 @@ METHOD_OF_IDENTITIES = (
 )
 
 
-def method(identities: Mapping[str, np.ndarray | None]) -> str:
+def method(ends: Mapping[str, Ends | None]) -> str:
     """Returns the note that says what the intervals draw, from the identities by set (None: not known)."""
-    without = [name for name, known in identities.items() if known is None]
-    if len(without) == len(identities):
+    without = [name for name, known in ends.items() if known is None]
+    if len(without) == len(ends):
         return METHOD
     return METHOD_OF_IDENTITIES + (f" Pairs instead of identities for {', '.join(without)}." if without else "")
 
@@ -52,38 +53,49 @@ def resampled(
     same: dict[str, np.ndarray],
     seed: int = 0,
     resamples: int = RESAMPLES,
-    identities: Mapping[str, np.ndarray | None] = MappingProxyType({}),
+    ends: Mapping[str, Ends | None] = MappingProxyType({}),
 ) -> np.ndarray:
     """Returns ten-fold accuracies in percent (resamples, models, sets) on pairs resampled with replacement.
 
     `distances` holds for each model the squared distances (P,) of each set, `same` (P,) bool of each set which pairs
     are genuine. A resample has the same pairs for all models (paired bootstrap: Efron and Tibshirani, An Introduction
-    to the Bootstrap, 1993). Pairs are drawn within their fold and label: a pair in two folds would be decided at a
-    threshold that it helped to choose. Where `identities` holds the names (P, 2) of both ends of a set's pairs,
-    identities are drawn instead (`eval.identities`).
+    to the Bootstrap, 1993). Where `ends` holds the identities of a set's pairs, identities are drawn instead
+    (`eval.identities`).
     """
     result = np.empty((resamples, len(distances), len(same)))
     for k, (name, labels) in enumerate(same.items()):
-        random = np.random.default_rng((seed, k))
-        if identities.get(name) is not None:
-            of_set = [one[name] for one in distances]
-            result[:, :, k] = by_identity.resampled(of_set, labels, identities[name], random, resamples)
-            continue
-        fold = fold_of(len(labels))
-        order, first, size = _strata(fold, labels)
-        fold, labels = fold[order], labels[order]
-        thresholds = [first_above(one[name]) for one in distances]
-        for part in cut(range(resamples), BLOCK):
-            drawn = order[first + (random.random((len(part), len(order))) * size).astype(np.int64)]
-            for m, above in enumerate(thresholds):
-                counted = Counts.of(above[drawn], fold, labels, FOLDS)
-                result[part.start : part.stop, m, k] = 100 * counted.accuracies().mean(1)
+        of_set, known, random = [one[name] for one in distances], ends.get(name), np.random.default_rng((seed, k))
+        if known is None:
+            result[:, :, k] = _resampled_pairs(of_set, labels, random, resamples)
+        else:
+            result[:, :, k] = identities.resampled(of_set, labels, known, random, resamples)
     return result
 
 
-def fewest(same: dict[str, np.ndarray]) -> int:
-    """Returns the size of the smallest stratum (fold and label) of any set; resamples of few pairs vary too little."""
-    return min(int(_strata(fold_of(len(labels)), labels)[2].min()) for labels in same.values())
+def _resampled_pairs(
+    distances: list[np.ndarray], same: np.ndarray, random: np.random.Generator, draws: int
+) -> np.ndarray:
+    """Returns ten-fold accuracies in percent (draws, models) of one set on resampled pairs.
+
+    Pairs are drawn within their fold and label: a pair in two folds would be decided at a threshold that it helped to
+    choose.
+    """
+    fold = fold_of(len(same))
+    order, first, size = _strata(fold, same)
+    fold, same = fold[order], same[order]
+    thresholds = [first_above(one) for one in distances]
+    result = np.empty((draws, len(distances)))
+    for part in cut(range(draws), BLOCK):
+        drawn = order[first + (random.random((len(part), len(order))) * size).astype(np.int64)]
+        for m, above in enumerate(thresholds):
+            counted = Counts.of(above[drawn], fold, same, FOLDS)
+            result[part.start : part.stop, m] = 100 * counted.accuracies().mean(1)
+    return result
+
+
+def fewest(same: np.ndarray) -> int:
+    """Returns the size of the smallest stratum (fold and label) of a set; resamples of few pairs vary too little."""
+    return int(_strata(fold_of(len(same)), same)[2].min())
 
 
 def _strata(fold: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

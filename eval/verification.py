@@ -8,6 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config.config import Config
+from eval.rates import best_of_sorted
 from utils.data.columns import Column, cut
 from utils.data.pairs import FOLDS, Pairs, fold_of, lacking
 from utils.data.pairs import load_bin as load_bin
@@ -170,33 +171,18 @@ def accuracy(distance: np.ndarray, same: np.ndarray) -> float:
     return 100 * float(ten_fold_of(distance, same).accuracy.mean())
 
 
-def is_collapsed(distance: np.ndarray) -> bool:
-    """Tells whether the middle 90 % of the squared distances (P,) span fewer than ten steps of THRESHOLDS.
-
-    The grid of thresholds is then too coarse for the protocol's accuracy.
-    """
-    low, high = np.percentile(distance, (5, 95))
-    return bool(high - low < 10 * THRESHOLDS[1])
-
-
-def best_accuracy(distance: np.ndarray, same: np.ndarray) -> float:
-    """Returns the accuracy in percent at the best of all thresholds, chosen on the same pairs (P,)."""
-    order = np.argsort(distance, kind="stable")
-    right = np.append(0, np.where(same[order], 1, -1).cumsum()) + np.count_nonzero(~same)
-    ends = np.append(True, np.append(np.diff(distance[order]) > 0, True))  # equal distances are accepted together
-    return 100 * float(right[ends].max()) / len(same)
-
-
 def collapsed(distances: dict[str, np.ndarray], same: dict[str, np.ndarray]) -> str:
-    """Returns the rest of a sentence on a model if it `is_collapsed` on one of the sets, else "".
+    """Returns the rest of a sentence on a model whose embeddings are collapsed on one of the sets, else "".
 
-    `distances` and `same` hold the squared distances and labels (P,) of each set.
+    They are if the middle 90 % of the squared distances span fewer than ten steps of THRESHOLDS: the grid is then too
+    coarse for the protocol's accuracy. `distances` and `same` hold the squared distances and labels (P,) of each set.
     """
     found = []
     for name, distance in distances.items():
-        if is_collapsed(distance):
-            low, high = np.percentile(distance, (5, 95))
-            grid, exact = accuracy(distance, same[name]), best_accuracy(distance, same[name])
+        low, high = np.percentile(distance, (5, 95))
+        if high - low < 10 * THRESHOLDS[1]:
+            genuine, impostors = (np.sort(distance[which]) for which in (same[name], ~same[name]))
+            grid, exact = accuracy(distance, same[name]), 100 * best_of_sorted(genuine, impostors)[1]
             found.append(f"{name}: distances {low:.2g} to {high:.2g}, accuracy {grid:.2f}, {exact:.2f}")
     if not found:
         return ""

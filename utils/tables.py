@@ -24,6 +24,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """True if the whole interval is above zero, or below it."""
+        return self.low > 0 or self.high < 0
+
 
 RULE_OF_THREE = 3
 """With no error on n pairs, the rate is below 3 / n with 95 % confidence (Hanley and Lippman-Hand, JAMA 1983)."""

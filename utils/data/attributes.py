@@ -5,18 +5,19 @@
 `att1`, `att2` its eight groups). A column `same` (or BFW's `label`) is compared with the .bin.
 """
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import InputError
+from utils.storage.files import read_csv
 
 ATTRIBUTES = ("ethnicity", "gender", "age")
 GROUP = "group"
 ENDS = {"ethnicity": ("e1", "e2"), "gender": ("g1", "g2"), "age": ("age1", "age2"), GROUP: ("att1", "att2")}
 SAME_COLUMNS = ("same", "label", "y_true")
+LABELS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}  # texts in SAME_COLUMNS: genuine 1, impostor 0
 MIXED = ""  # the value of a pair whose ends differ, or for which none is given
 
 
@@ -33,16 +34,12 @@ def read_attributes(path: Path, same: np.ndarray) -> dict[str, np.ndarray]:
     file = table_of(path)
     if not file.exists():
         return {}
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as opened:
-            header, *rows = csv.reader(opened)
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{file} cannot be read ({error}): correct or delete it.") from error
+    header, rows = read_csv(file, "correct or delete it")
     if len(rows) != len(same) or any(len(row) != len(header) for row in rows):
         raise InputError(f"{file} must have a row of {len(header)} columns for each of the {len(same):,} pairs.")
     columns = columns_of(file, header, rows)
     for name in SAME_COLUMNS:
-        labels = np.array([text.lower() in ("1", "true", "1.0") for text in columns.get(name, [])])
+        labels = np.array([LABELS.get(text.lower()) == 1 for text in columns.get(name, [])])
         wrong = np.flatnonzero(labels != same) if name in columns else []
         if len(wrong):
             raise InputError(f"{file}, line {wrong[0] + 2:,}: {name} contradicts {path.name}: correct or delete it.")

@@ -1,13 +1,11 @@
 """Failures to acquire by group: how many images there were, and in how many no face could be aligned."""
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.storage.files import printable, write_text
+from utils.storage.files import read_csv, write_csv
 
 FILE = "acquisition.csv"
 HEADER = ["group", "images", "failed"]
@@ -19,20 +17,12 @@ def write(folder: Path, paths: Iterable[str], failed: Iterable[str]) -> None:
     The group of an image is the first folder of its path, "" for an image outside any folder.
     """
     images, failures = (Counter(_group(path) for path in which) for which in (paths, failed))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [HEADER, *((printable(name), count, failures[name]) for name, count in sorted(images.items()))]
-    )
-    write_text(folder / FILE, text.getvalue())
+    write_csv(folder / FILE, [HEADER, *((name, count, failures[name]) for name, count in sorted(images.items()))])
 
 
 def read(path: Path) -> dict[str, tuple[int, int]]:
     """Reads (images, failed) of each group; raises InputError naming `path` and the line of an impossible count."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it, or copy it again.") from error
+    header, rows = read_csv(path, "delete it, or copy it again")
     if header != HEADER:
         raise InputError(f"{path} must have the columns {','.join(HEADER)}: delete it, or copy it again.")
     found = {}

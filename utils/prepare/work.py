@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import csv
 import functools
-import io
 import math
 import multiprocessing
 import os
@@ -26,7 +24,7 @@ from config.paths import expanded
 from utils.data import images
 from utils.data.listing import entries
 from utils.errors import InputError
-from utils.storage.files import printable, write_text
+from utils.storage.files import write_csv
 from utils.threads import map_ahead
 
 Item = TypeVar("Item")
@@ -157,12 +155,7 @@ def _end_with_parent() -> None:
 
 
 def write_failures(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """Writes failures as CSV. Without a failure, an existing file of an earlier run is reduced to its header.
-
-    Bytes of names that are not valid text are replaced.
-    """
+    """Writes failures as CSV. Without a failure, an existing file of an earlier run is reduced to its header."""
     if not rows and not path.exists():
         return
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_text(path, printable(text.getvalue()))
+    write_csv(path, [header, *rows])

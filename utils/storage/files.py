@@ -1,13 +1,14 @@
 """Atomic writes: a file is written beside its target, flushed to disk with fsync, then renamed."""
 
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,26 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object: delete it to have it made again.")
     return value
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file atomically; bytes of names that are not valid UTF-8 are replaced."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, printable(text.getvalue()))
+
+
+def read_csv(path: Path, advice: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the rows of a CSV file in UTF-8.
+
+    Raises InputError if it is empty or cannot be read, with `advice` on what to do.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}): {advice}.") from error
+    return header, rows
 
 
 def sha256(path: Path) -> str:

@@ -54,6 +54,14 @@ def test_a_pair_counts_as_often_as_its_identities_are_drawn():
     assert ends.weights(np.random.default_rng(1), 50).tolist() == [[float(x) for x in row] for row in expected]
 
 
+def test_sets_are_joined_without_a_common_identity():
+    sets = [np.array([["a", "b"], ["a", "a"]]), np.array([["c", "a"], ["b", "c"], ["b", "b"]])]
+    joined = Ends.joined([Ends.of(names) for names in sets])
+    expected = Ends.of(np.array([[f"{k} {name}" for name in row] for k, names in enumerate(sets) for row in names]))
+    assert (joined.one.tolist(), joined.other.tolist()) == (expected.one.tolist(), expected.other.tolist())
+    assert joined.count == expected.count == 5
+
+
 def test_draws_equal_a_plain_weighted_protocol():
     identities, distance = some_pairs(0), distances(np.random.default_rng(1), some_pairs(0), 0.5)
     weights = Ends.of(identities).weights(np.random.default_rng(2), 4)
@@ -70,7 +78,7 @@ def test_draws_equal_a_plain_weighted_protocol():
             best = np.argmax(right[:, fold != f].sum(1))
             rates.append(right[best, fold == f].sum() / (fold == f).sum())
         accuracies.append(100 * np.mean(rates))
-    found = resampled([distance], SAME, identities, np.random.default_rng(2), 4)[:, 0]
+    found = resampled([distance], SAME, Ends.of(identities), np.random.default_rng(2), 4)[:, 0]
     center = 100 * ten_fold_of(distance, SAME).accuracy.mean()
     ratio = (found - center) / (np.array(accuracies) - np.mean(accuracies))
     assert found.mean() == pytest.approx(center)
@@ -81,11 +89,12 @@ def test_draws_equal_a_plain_weighted_protocol():
 def test_intervals_by_identities_hold_the_true_accuracy_where_those_by_pairs_do_not():
     """80 data sets of 600 pairs of 120 identities; frozen. 1,000 data sets: see docs/evaluation.md."""
     identities, random = some_pairs(1), np.random.default_rng(2)
+    ends = Ends.of(identities)
     true = np.mean([100 * ten_fold_of(distances(random, identities, 0.6), SAME).accuracy.mean() for _ in range(400)])
     held = np.zeros(2)
     for k in range(80):
         distance = distances(random, identities, 0.6)
-        draws = resampled([distance], SAME, identities, np.random.default_rng(k), 80)[:, 0]
+        draws = resampled([distance], SAME, ends, np.random.default_rng(k), 80)[:, 0]
         pairs = by_pairs([{"A": distance}], {"A": SAME}, seed=k, resamples=80)[:, 0, 0]
         for j, values in enumerate((draws, pairs)):
             low, high = interval(values)
@@ -98,7 +107,7 @@ def test_intervals_by_identities_hold_the_true_accuracy_where_those_by_pairs_do_
 def test_pairs_that_share_no_identity_have_the_spread_of_independent_pairs():
     identities = np.stack([np.arange(PAIRS), np.where(SAME, np.arange(PAIRS), PAIRS + np.arange(PAIRS))], 1)
     distance = distances(np.random.default_rng(0), some_pairs(0), 0)
-    draws = resampled([distance], SAME, identities, np.random.default_rng(0), 400)
+    draws = resampled([distance], SAME, Ends.of(identities), np.random.default_rng(0), 400)
     share = ten_fold_of(distance, SAME).accuracy.mean()
     at_fixed_thresholds = 100 * np.sqrt(share * (1 - share) / PAIRS)
     assert at_fixed_thresholds < draws.std() < by_pairs([{"A": distance}], {"A": SAME}, resamples=400).std()
@@ -107,16 +116,17 @@ def test_pairs_that_share_no_identity_have_the_spread_of_independent_pairs():
 def test_draws_are_shared_by_models_and_differ_between_sets():
     identities, distance = some_pairs(0), distances(np.random.default_rng(1), some_pairs(0), 0.5)
     models, same = [{"A": distance, "B": distance}] * 2, {"A": SAME, "B": SAME}
-    found = by_pairs(models, same, resamples=20, identities={"A": identities, "B": identities})
+    ends = Ends.of(identities)
+    found = by_pairs(models, same, resamples=20, ends={"A": ends, "B": ends})
     assert (found[:, 0] == found[:, 1]).all()
     assert (found[:, 0, 0] != found[:, 0, 1]).any()
-    mixed = by_pairs(models, same, resamples=20, identities={"A": identities, "B": None})
+    mixed = by_pairs(models, same, resamples=20, ends={"A": ends, "B": None})
     assert (mixed[..., 0] == found[..., 0]).all()
     assert (mixed[..., 1] == by_pairs(models, same, resamples=20)[..., 1]).all()
 
 
 def test_the_note_says_what_is_drawn():
-    names = some_pairs(0)
+    ends = Ends.of(some_pairs(0))
     assert method({"A": None, "B": None}) == METHOD
-    assert method({"A": names, "B": names}) == METHOD_OF_IDENTITIES
-    assert method({"A": names, "B": None}).endswith("Pairs instead of identities for B.")
+    assert method({"A": ends, "B": ends}) == METHOD_OF_IDENTITIES
+    assert method({"A": ends, "B": None}).endswith("Pairs instead of identities for B.")

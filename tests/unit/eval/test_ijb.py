@@ -16,7 +16,8 @@ import export
 from backbones import build_backbone
 from eval import ijb
 from eval.identities import Ends
-from eval.ijb import FARS, Benchmark, as_table, image_weights, load_benchmark, pair_scores, pool, tar_at_far
+from eval.ijb import FARS, as_table, image_weights, pair_scores, pool, tar_at_far
+from eval.ijb_files import Benchmark, load_benchmark
 from eval.verification import normalize
 from tests.conftest import noise
 from utils.data.align import TEMPLATE, align

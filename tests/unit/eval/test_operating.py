@@ -90,7 +90,7 @@ def test_rates_at_a_point_are_the_plain_ones():
         [[f"{k // 20}", f"{k // 20}" if label else f"{k // 20} other"] for k, label in enumerate(same["A"])]
     )
     distance = pairs["A"][0] - 0.3 * (np.arange(len(names)) // 20 % 2)
-    known = at({"A": (distance, same["A"])}, 1.2, Identified({"A": same["A"]}, {"A": names}))["A"]
+    known = at({"A": (distance, same["A"])}, 1.2, Identified({"A": same["A"]}, {"A": Ends.of(names)}))["A"]
     assert known.fmr.design_effect > 1 and known.fnmr.design_effect > 1
 
 

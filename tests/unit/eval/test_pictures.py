@@ -124,8 +124,6 @@ def entries(epochs: int, measures: bool = False) -> list[dict]:
 
 def test_training_shows_single_epochs_and_alpha_on_its_own_axis(drawn, tmp_path):
     alt = figures.draw_training({"one": entries(1), "ada": entries(4, True)}, tmp_path / "x.png")
-    lines = {line.get_label() for axes in drawn[0].axes for line in axes.lines}
-    assert lines
     one, ada = drawn[0].axes[:2]
     assert one.lines[0].get_marker() == "."
     assert one.get_xlim() == (0, 2)

@@ -11,7 +11,7 @@ from config.config import Config
 from eval import acquisition, attributes, calibration, paper, report
 from eval.answer import answer
 from eval.audit import Audit
-from eval.definitions import DEFINITIONS, NAMES_ONLY, Definition, anchors, defined
+from eval.definitions import DEFINITIONS, Definition, anchors, defined
 from eval.indices import INDICES, definitions
 from eval.pictures import Picture
 from eval.published import PAIRS as PRINTED
@@ -26,6 +26,13 @@ from utils.tables import Table
 
 PAIRS = 2000
 GROUPS = ("A", "B", "C")
+NAMES_ONLY = {
+    *("Setting", "Teachers", "Kind", "Model", "minus", "Row"),  # which model
+    *("Conclusion", "Of"),  # sentences
+    *definitions().header,
+}
+"""Headers that need no definition: their cells are names or sentences."""
+
 SAME = {name: np.arange(PAIRS) // 100 % 2 == 0 for name in GROUPS}
 
 
