@@ -44,13 +44,14 @@ def measure(images: int, batch: int, work: Path, teacher: str = TEACHER, classes
         "label": random.integers(0, classes, batch),
         "target": random.normal(size=(batch, 512)).astype(np.float32),
     }
+    repeats = int(np.bincount(columns["label"]).max())
 
     def trained(embedding) -> float:
         student, header = build_backbone(STUDENT), AdaDistill(512, classes)
 
         def losses(image, label, target):
-            logits = header(F.normalize(student(image)), embedding(image, target), label)
-            return {"ada": F.cross_entropy(logits, label), "alpha": header.alpha}
+            loss = header.loss(F.normalize(student(image)), embedding(image, target), label, repeats=repeats)
+            return {"ada": loss, "alpha": header.alpha}
 
         return training_rate(losses, "AdaArcDistill", columns, cfg, student, header, measures=("alpha",))
 

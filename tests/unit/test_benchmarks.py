@@ -28,6 +28,7 @@ from benchmarks import (
 )
 from config.config import Config
 from utils.data.recordio import write_records
+from utils.losses import AdaDistill
 from utils.stages import rates
 
 
@@ -98,11 +99,19 @@ def test_results_are_written_and_not_measured_again(small, monkeypatch, capsys):
     assert "there is no network resnet34: name some of iresnet18," in capsys.readouterr().err
 
 
-def test_distillation_is_measured_with_stored_embeddings_and_with_a_teacher_on_every_batch(tmp_path):
+def test_distillation_is_measured_with_stored_embeddings_and_with_a_teacher_on_every_batch(tmp_path, monkeypatch):
+    plain, repeats = AdaDistill.update, []
+
+    def update(self, *inputs):
+        repeats.append(inputs[3])
+        plain(self, *inputs)
+
+    monkeypatch.setattr(AdaDistill, "update", update)
     found = distillation.measure(8, 4, tmp_path, teacher="iresnet_tiny", classes=20)
     step, once = found["student's step, teacher read"], found["both views embedded once"]
     assert found["ours, 26 epochs"] == pytest.approx(26 / (26 / step + 1 / once))
     assert found["teacher on every batch"] > 0
+    assert repeats and None not in repeats  # None: a GPU is waited for in the step, which cannot be captured then
     assert "Over 26 epochs ours is 3.0 times as fast; 75% of the student's step alone." in distillation.report(
         {"teacher on every batch": 2.0, "student's step, teacher read": 8.0, "ours, 26 epochs": 6.0}, ""
     )
