@@ -144,8 +144,16 @@ class Bench:
             yield "rates", f"training, bf16, compiled, batch {large}", function
         yield "rates", "training, fp32", functools.partial(self._training, small, precision="fp32")
         for precision in networks.PRECISIONS:
-            yield "rates", f"matrix peak, {precision}, FLOP/s", functools.partial(networks.matrix_peak, precision)
-        yield "rates", "memory, bytes/s read and written by a copy", networks.memory_bandwidth
+            yield (
+                "rates",
+                f"matrix peak, {precision}, FLOP/s",
+                functools.partial(networks.matrix_peak, precision, self.device),
+            )
+        yield (
+            "rates",
+            "memory, bytes/s read and written by a copy",
+            functools.partial(networks.memory_bandwidth, self.device),
+        )
         yield "rates", "verification of four sets, s", self._verification
         yield "rates", "SL adaptor's step, published way", self._published_adaptor
         yield "rates", f"{PUBLISHED}, bf16 autocast", functools.partial(self._published, small, "bf16")
@@ -167,7 +175,7 @@ class Bench:
             return rates.teacher_rate(cfg.network, cfg, self.size.classes, streamed)
 
     def _step(self, batch: int) -> Step:
-        return Step("teacher step", self.size.network, batch, classes=self.size.classes)
+        return Step("teacher step", self.size.network, batch, classes=self.size.classes, device=self.device)
 
     def _published(self, batch: int, precision: str = "tf32") -> float:
         with pytorch_defaults():
@@ -308,7 +316,9 @@ def measure_all(device: str, minutes: float, results: Path) -> None:
             if notes:
                 kept["notes"][f"{section}, {name}"] = notes
             write(path, kept, page(kept))
-            result = kept[section][name] if section in ("correctness", "rates") else "measured"
+            result = kept[section][name]
+            if section in ("stages", "kernels") and not isinstance(result, str):
+                result = "measured"
             print(f"{section}: {name}: {result}", *notes, sep="\n  ", flush=True)
             if device == "cuda" and str(kept[section][name]).startswith("failed"):
                 print("A failure may spoil later measurements in this process: run the command again for the others.")

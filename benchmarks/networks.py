@@ -74,9 +74,8 @@ def measure_others() -> dict[str, float]:
     return {"adaptor": adaptor_rate(cfg, CLASSES), "extraction": inference_rate("iresnet34", cfg)}
 
 
-def matrix_peak(precision: str) -> float:
+def matrix_peak(precision: str, device: torch.device) -> float:
     """Returns FLOP/s of a large matrix product in this precision."""
-    device = device_of(_config())
     size = 8192 if device.type == "cuda" else 1024
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     one, other = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
@@ -88,9 +87,8 @@ def matrix_peak(precision: str) -> float:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def memory_bandwidth() -> float:
+def memory_bandwidth(device: torch.device) -> float:
     """Returns the bytes per second that a copy of a large tensor reads and writes."""
-    device = device_of(_config())
     source = torch.zeros(1 << (28 if device.type == "cuda" else 20), device=device)
     target = torch.empty_like(source)
     return rates(2 * source.nbytes, lambda: target.copy_(source))[0]
@@ -152,7 +150,7 @@ def measure_all(
         kept = {"versions": found, "peaks": {}, "others": {}, "steps": []}
     for precision in precisions:
         if precision not in kept["peaks"]:
-            kept["peaks"][precision] = matrix_peak(precision)
+            kept["peaks"][precision] = matrix_peak(precision, device_of(cfg))
     if "iresnet34" in networks and not kept["others"]:
         kept["others"] = measure_others()
         write(path, kept, report(kept))

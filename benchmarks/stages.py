@@ -36,7 +36,7 @@ from utils.data.columns import Column, stream
 from utils.data.pairs import load_bin
 from utils.data.store import ImageStore
 from utils.data.synthetic import generate
-from utils.environment import versions
+from utils.environment import device_of, versions
 from utils.process import setup
 from utils.stages.rates import adaptor_rate
 from utils.training.extract import Output, embed_all
@@ -120,7 +120,8 @@ def measure_adaptor_input(work: Path) -> Row:
 
 
 def measure_verification(faces: Path, cfg: Config) -> Row:
-    network = build_backbone("iresnet_tiny").eval().to(DEVICE)
+    device = device_of(cfg)
+    network = build_backbone("iresnet_tiny").eval().to(device)
     pairs = load_bin(faces / "pairs" / "Asian_test.bin")
     encoded = [cv2.imencode(".png", image)[1] for image in pairs.images]
 
@@ -129,7 +130,7 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
         """Does as published: decodes and transforms images one at a time, embeds them in batches of 64."""
         images = [PLAIN(Image.fromarray(cv2.imdecode(image, cv2.IMREAD_COLOR))) for image in encoded]
         for start in range(0, len(images), 64):
-            batch = torch.stack(images[start : start + 64]).to(DEVICE)
+            batch = torch.stack(images[start : start + 64]).to(device)
             network(batch), network(batch.flip(-1))
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
             batch = inputs[start : start + 256]
             network(batch), network(batch)
 
-    inputs = torch.randn(len(encoded), 3, 112, 112).to(DEVICE, memory_format=torch.channels_last)
+    inputs = torch.randn(len(encoded), 3, 112, 112).to(device, memory_format=torch.channels_last)
 
     def ours() -> None:
         pair_distances(views(network, pairs.distinct, cfg, "verify"), pairs.rows)
@@ -148,7 +149,8 @@ def measure_verification(faces: Path, cfg: Config) -> Row:
 
 
 def measure_extraction(cfg: Config, work: Path) -> Row:
-    network, store = build_backbone("iresnet_tiny").eval().to(DEVICE), ImageStore(cfg)
+    device, store = device_of(cfg), ImageStore(cfg)
+    network = build_backbone("iresnet_tiny").eval().to(device)
     images = store.images[:1024]
     paths = [Path(cfg.data) / path for path in store.index.paths[: len(images)]]
 
@@ -156,7 +158,7 @@ def measure_extraction(cfg: Config, work: Path) -> Row:
     def file_by_file() -> None:
         for start in range(0, len(paths), 128):
             opened = [PLAIN(Image.open(path)) for path in paths[start : start + 128]]
-            for k, embedding in enumerate(F.normalize(network(torch.stack(opened).to(DEVICE))).cpu().numpy()):
+            for k, embedding in enumerate(F.normalize(network(torch.stack(opened).to(device))).cpu().numpy()):
                 np.save(work / f"{start + k}.npy", embedding)
 
     @torch.no_grad()
@@ -172,7 +174,7 @@ def measure_extraction(cfg: Config, work: Path) -> Row:
         output.path.unlink(missing_ok=True)
         embed_all([output], network, {"image": Column((images,))}, cfg)
 
-    inputs = torch.randn(len(images), 3, 112, 112).to(DEVICE, memory_format=torch.channels_last)
+    inputs = torch.randn(len(images), 3, 112, 112).to(device, memory_format=torch.channels_last)
     found = rates(len(images), file_by_file, embedded, bare)
     return Row("extraction, iresnet_tiny", "images", *found, "the network alone")
 

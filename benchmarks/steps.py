@@ -38,7 +38,9 @@ class PlainElasticArcFace(nn.Module):
         return cosine.acos().index_add(0, labelled, hot).cos() * 64.0
 
 
-def plain_rate(losses: Callable, modules: list[nn.Module], columns: dict[str, np.ndarray]) -> float:
+def plain_rate(
+    losses: Callable, modules: list[nn.Module], columns: dict[str, np.ndarray], device: torch.device
+) -> float:
     """Returns rows per second of a step with PyTorch's defaults: the loss is read after every step.
 
     `columns` hold one batch, by the parameters of `losses`.
@@ -46,12 +48,12 @@ def plain_rate(losses: Callable, modules: list[nn.Module], columns: dict[str, np
     batch = {name: torch.from_numpy(column) for name, column in columns.items()}
     if "image" in batch:
         batch["image"] = (batch["image"].permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
-    parameters = [parameter for module in modules for parameter in module.to(DEVICE).parameters()]
+    parameters = [parameter for module in modules for parameter in module.to(device).parameters()]
     optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimizer.zero_grad()
-        total = sum(losses(**{name: value.to(DEVICE) for name, value in batch.items()}).values())
+        total = sum(losses(**{name: value.to(device) for name, value in batch.items()}).values())
         total.backward()
         nn.utils.clip_grad_norm_(modules[0].parameters(), 5.0)
         optimizer.step()
@@ -73,14 +75,14 @@ def plain_adaptor(cfg: Config) -> float:
     def losses(embedding, label):
         return {"eaf": F.cross_entropy(header(F.normalize(adaptor(embedding)), label), label)}
 
-    return plain_rate(losses, [adaptor, header], columns)
+    return plain_rate(losses, [adaptor, header], columns, device_of(cfg))
 
 
 def bare_adaptor(cfg: Config) -> float:
     """Returns rows per second of the matrix products of a step and one pass over header, gradient and momentum."""
-    size = cfg.batch_size
+    size, device = cfg.batch_size, device_of(cfg)
     inputs, kernel, weight, grad = (
-        torch.randn(shape, device=DEVICE) for shape in ((size, 2048), (512, CLASSES), (512, 2048), (size, CLASSES))
+        torch.randn(shape, device=device) for shape in ((size, 2048), (512, CLASSES), (512, 2048), (size, CLASSES))
     )
     header = nn.Parameter(kernel)
     header.grad = torch.zeros_like(kernel)
@@ -112,6 +114,7 @@ class Step:
     has_target: bool = False
     compile: bool = False
     classes: int = 7000
+    device: torch.device = DEVICE  # `ours` takes that of its settings
 
     def modules(self, header: type) -> list[nn.Module]:
         torch.manual_seed(0)
@@ -136,8 +139,8 @@ class Step:
     def plain(self, precision: str = "tf32") -> float:
         """Returns images per second of the published way; the default is that of PyTorch, tf32 in convolutions."""
         modules = self.modules(PlainElasticArcFace)
-        with mixed_precision(modules[0], precision, DEVICE):
-            return plain_rate(self.losses(*modules), modules, self.columns())
+        with mixed_precision(modules[0], precision, self.device):
+            return plain_rate(self.losses(*modules), modules, self.columns(), self.device)
 
     def ours(self, cfg: Config) -> float:
         cfg = replace(cfg, batch_size=self.batch, compile=self.compile)
@@ -155,15 +158,15 @@ class Step:
 
         With `is_captured`, they are replayed as one CUDA graph.
         """
-        backbone = build_backbone(self.network).to(DEVICE, memory_format=layout)
-        image = torch.randn(self.batch, 3, 112, 112).to(DEVICE, memory_format=layout)
-        grad = torch.randn(self.batch, 512, device=DEVICE)
+        backbone = build_backbone(self.network).to(self.device, memory_format=layout)
+        image = torch.randn(self.batch, 3, 112, 112).to(self.device, memory_format=layout)
+        grad = torch.randn(self.batch, 512, device=self.device)
 
         def step() -> None:
             backbone.zero_grad()
             backbone(image).backward(grad)
 
-        with mixed_precision(backbone, precision, DEVICE):
+        with mixed_precision(backbone, precision, self.device):
             return rates(self.batch, capture(step) if is_captured else step)[0]
 
 

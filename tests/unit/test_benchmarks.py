@@ -42,7 +42,7 @@ def small(monkeypatch, tmp_path):
     plain = networks._config
     monkeypatch.setattr(networks, "_config", lambda **settings: plain(**settings, device="cpu"))
     monkeypatch.setattr(networks, "CLASSES", 20)
-    monkeypatch.setattr(networks, "matrix_peak", lambda _: 1e12)
+    monkeypatch.setattr(networks, "matrix_peak", lambda *_: 1e12)
     networks._operations.cache_clear()
     yield tmp_path
     networks._operations.cache_clear()
@@ -125,6 +125,8 @@ def test_a_step_is_measured_in_every_way(tmp_path):
 
 def test_one_command_measures_all_and_continues(tmp_path, monkeypatch, capsys):
     """In the small form, since a test cannot see the rates of a GPU: no part fails, and none is measured twice."""
+    for module in (steps, stages):  # where there is a GPU it is the default, which the small form does not use
+        monkeypatch.setattr(module, "DEVICE", torch.device("meta"))
     monkeypatch.setattr(measuring, "REPEATS", 1)
     for name in ("measure_reader", "measure_adaptor_input"):  # they take half of the time
         monkeypatch.setattr(stages, name, lambda *_: stages.Row("x", "images", 1.0, 2.0))
