@@ -30,4 +30,7 @@ def table(folder: Path, groups: list[str], notes: tuple[str, ...]) -> Table | No
     own = (
         NOTE if rows else f"{FILE} counts images of {', '.join(filter(None, found)) or 'no group'}, not of these sets."
     )
-    return Table("Failure to acquire", header, rows, 2, (*notes, own), 4, is_printed=False)
+    counted = {row[0] for row in rows}
+    without = [name for name in groups if name not in counted] if rows else []
+    missing = (f"{FILE} has no count of {', '.join(without)}.",) if without else ()
+    return Table("Failure to acquire", header, rows, 2, (*notes, *missing, own), 4, is_printed=False)

@@ -43,7 +43,7 @@ def table(results: Results, attributes: Mapping[str, Mapping[str, np.ndarray]]) 
             fmr = Sampled.of(accepted[impostor], ends and ends[impostor]).estimate
             fnmr = Sampled.of(~accepted[genuine], ends and ends[genuine]).estimate
             rows.append((*names_of(one), point, *key, *map(str, sizes[key]), fmr, fnmr))
-    notes = (*results.notes, *_notes(sizes, large))
+    notes = (*results.notes, *_of_no_group(values, same), *_notes(sizes, large, ends is not None))
     return Table("Groups by attributes", HEADER, rows, NAMED, notes, 4, is_printed=False)
 
 
@@ -59,9 +59,23 @@ def _groups(values: Mapping[str, np.ndarray]) -> Iterator[tuple[tuple[str, str],
                 yield (" x ".join(names), value), known & (joined == value)
 
 
-def _notes(sizes: Mapping[tuple[str, str], tuple[int, int]], large: list[tuple[str, str]]) -> list[str]:
+def _of_no_group(values: Mapping[str, np.ndarray], same: np.ndarray) -> list[str]:
+    """Returns a note for each attribute that some genuine pairs have no value of; impostor pairs may well differ."""
+    counts = {name: int(np.sum(same & (of_pairs == MIXED))) for name, of_pairs in values.items()}
+    return [
+        f"{count:,} of {int(same.sum()):,} genuine pairs have no {name}, or two: they are in no group of it."
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def _notes(
+    sizes: Mapping[tuple[str, str], tuple[int, int]], large: list[tuple[str, str]], by_identity: bool
+) -> list[str]:
+    design = "; identities that pairs share lower the effective numbers" if by_identity else " of independent pairs"
     notes = [
-        "A pair belongs to a group if both of its ends do. One threshold for all pairs. Clopper-Pearson intervals. "
+        "A pair belongs to a group if both of its ends do. One threshold for all pairs. "
+        f"Clopper-Pearson intervals{design}. "
         f"A group with fewer than {LEAST_PAIRS} genuine or impostor pairs is not reported."
     ]
     if sizes:

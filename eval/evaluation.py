@@ -24,7 +24,7 @@ from eval.audit import Audit
 from eval.curves import draw_curves
 from eval.exchange import read_scores, written
 from eval.models import KINDS, families, left_out, model_of_files, models_of
-from eval.operating import check_reference
+from eval.operating import check_reference, marked, reference_of
 from eval.pictures import Picture
 from eval.published import Row
 from eval.results import BEST, Results, file_name, names_of
@@ -85,7 +85,7 @@ def main(cfg: Config) -> None:
     for one in scored:
         write_text(folder / "scores" / f"{file_name(names_of(one))}.csv", _scores_csv(one, sets))
     exchanged = _write_exchanged(cfg, results, sets, folder)
-    pictures = _draw(results, compared, _logs(cfg), folder)
+    pictures = _draw(cfg, results, compared, _logs(cfg), folder)
     written_files |= {
         "results.json": ["results.json"],
         "scores/": [*(f"scores/{file_name(names_of(one))}.csv" for one in scored), *exchanged],
@@ -255,7 +255,7 @@ def _scores_csv(one: Scored, sets: dict[str, Pairs]) -> str:
 
 
 def _draw(
-    results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
+    cfg: Config, results: Results, compared: paper.Comparison | None, logs: dict[str, list[dict]], folder: Path
 ) -> list[Picture]:
     """Draws all pictures into `folder`."""
     models, note = results.models, " ".join(one for one in results.notes if not one.startswith(LEFT_OUT))
@@ -277,8 +277,7 @@ def _draw(
     for one, shared in zip(models, results.shared, strict=True):
         if shared:
             path = folder / "curves" / f"{file_name(names_of(one))}.png"
-            thresholds = {title: threshold for title, threshold in shared.items() if threshold is not None}
-            alt = draw_curves(one, results.same, thresholds, path, note)
+            alt = draw_curves(one, results.same, _marked(cfg, results, one, shared), path, note)
             keep("ROC, DET and thresholds", one.title, path, alt)
     for start in range(0, len(logs), figures.RUNS):
         names = [*logs][start : start + figures.RUNS]
@@ -286,6 +285,16 @@ def _draw(
         alt = figures.draw_training({name: logs[name] for name in names}, path, note)
         keep("Training", f"Runs {names[0]} to {names[-1]}", path, alt)
     return drawn
+
+
+def _marked(cfg: Config, results: Results, one: Scored, shared: dict[str, float | None]) -> dict[str, float]:
+    """Returns the thresholds that are marked in the curves of a model, by name."""
+    if not results.of_groups:
+        every = {**shared, "--threshold": cfg.threshold if len(results.same) == 1 else None}
+        return {name: threshold for name, threshold in every.items() if threshold is not None}
+    groups = {name: (one.distances[name], labels) for name, labels in results.same.items()}
+    reference = reference_of(dict(zip(results.same, one.accuracies, strict=True)), cfg.reference_group)
+    return marked(shared, groups, reference, cfg.threshold)
 
 
 def _logs(cfg: Config) -> dict[str, list[dict]]:

@@ -14,7 +14,9 @@ as a cosine; others are mapped linearly to [0, 4].
 """
 
 import csv
+import hashlib
 import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +56,7 @@ class _Lines:
     group: np.ndarray  # (P,) names; MIXED for a pair of no group
     note: str
     attributes: dict[str, np.ndarray] = field(default_factory=dict)  # (P,) by attribute
+    images: np.ndarray | None = None  # (P, 2) names, if the form has them
 
 
 def read_scores(path: Path) -> Theirs:
@@ -79,6 +82,8 @@ def read_scores(path: Path) -> Theirs:
                 "y_score and score a similarity."
             )
     sets, distances, notes = {}, {}, [lines.note]
+    if alike := _impostors_of_one_identity(lines):
+        notes.append(f"Impostor pairs of one identity: {alike:,} of {int(np.sum(~lines.same)):,}, kept as impostors.")
     if without := int(np.sum(lines.group == MIXED)):
         notes.append(f"Left out: {without:,} of {len(lines.group):,} pairs, across groups or without a group.")
     for name in dict.fromkeys(lines.group[lines.group != MIXED].tolist()):
@@ -91,7 +96,8 @@ def read_scores(path: Path) -> Theirs:
         identities = None if lines.identities is None else lines.identities[which]
         attributes = {attribute: values[which] for attribute, values in lines.attributes.items()}
         empty = np.empty((0, 112, 112, 3), np.uint8)
-        sets[name] = Pairs(empty, np.empty(0, np.int64), lines.same[which], digest, identities, attributes)
+        known = [part[which] for part in (lines.same, lines.identities, lines.images) if part is not None]
+        sets[name] = Pairs(empty, np.empty(0, np.int64), known[0], _digest(known), identities, attributes)
         distances[name] = lines.distance[which]
     if all(lacking(pairs.same) for pairs in sets.values()):
         raise InputError(
@@ -120,13 +126,13 @@ def _parsed(path: Path, text: str) -> _Lines:
         distance = 2 * _numbers(path, columns["dist"], "dist")
         if len(distance) and not (distance.min() >= 0 and distance.max() <= 4):
             raise InputError(f"{path}: dist must be a cosine distance, in [0, 2], not up to {distance.max() / 2:g}.")
-        identities, note = _known(columns), "dist is read as cosine distance."
+        images, identities, note = names, _known(path, columns), "dist is read as cosine distance."
         labels = _labels(path, columns, required=False)
         if labels is None:
             identities = np.array([[_identity(name) for name in pair] for pair in names], object).reshape(-1, 2)
             labels = identities[:, 0] == identities[:, 1]
     elif score := next((name for name in SCORE_COLUMNS if name in columns), ""):
-        labels, identities = _labels(path, columns, required=True), _known(columns)
+        images, labels, identities = None, _labels(path, columns, required=True), _known(path, columns)
         distance, note = _from_similarity(_numbers(path, columns[score], score))
     else:
         raise InputError(
@@ -137,7 +143,7 @@ def _parsed(path: Path, text: str) -> _Lines:
     group = next((values for values in named if values is not None), np.full(len(rows), ALL, object))
     if identities is not None:
         checked(path, identities, labels)
-    return _Lines(distance, labels, identities, group, note, attributes_of(columns))
+    return _Lines(distance, labels, identities, group, note, attributes_of(columns), images)
 
 
 def _five_columns(path: Path, text: str) -> _Lines:
@@ -180,9 +186,19 @@ def _labels(path: Path, columns: dict[str, list[str]], required: bool) -> np.nda
     return next((values == 1 for values in found.values()), None)
 
 
-def _known(columns: dict[str, list[str]]) -> np.ndarray | None:
+def _known(path: Path, columns: dict[str, list[str]]) -> np.ndarray | None:
     ends = next((two for two in IDENTITY_COLUMNS if {*two} <= columns.keys()), None)
+    for end in ends or ():
+        if "" in columns[end]:  # would make all people without a name one person
+            line = columns[end].index("") + 2
+            raise InputError(f"{path}, line {line:,}: {end} is empty: name it, or leave out the column.")
     return ends and np.array([columns[end] for end in ends], object).T.reshape(-1, 2)
+
+
+def _impostors_of_one_identity(lines: _Lines) -> int:
+    if lines.identities is None:
+        return 0
+    return int(np.sum(~lines.same & (lines.identities[:, 0] == lines.identities[:, 1])))
 
 
 def _identity(name: str) -> str:
@@ -197,6 +213,11 @@ def _from_similarity(score: np.ndarray) -> tuple[np.ndarray, str]:
     low, high = score.min(), score.max()
     note = f"Scores from {low:g} to {high:g} are mapped linearly to squared distances from 4 to 0."
     return 4 * (high - score) / max(high - low, np.finfo(float).tiny), note
+
+
+def _digest(known: list[np.ndarray]) -> str:
+    """Returns the SHA-256 of what is known of the pairs: equal for the scores of several models on the same pairs."""
+    return hashlib.sha256(json.dumps([part.tolist() for part in known]).encode()).hexdigest()
 
 
 def _check(what: str, same: np.ndarray) -> None:

@@ -78,6 +78,19 @@ def points(groups: rates.Groups, reference: str, given: float | None = None) -> 
     return found
 
 
+def marked(
+    shared: Mapping[str, float | None], groups: rates.Groups, reference: str, given: float | None
+) -> dict[str, float]:
+    """Returns the thresholds that pictures mark, by name: those that the pairs resolve.
+
+    They are the `shared` ones, that of the reference group at the first of FMRS, and the `given` one. The worst group
+    and lower rates are left out: too many marks hide each other.
+    """
+    own = rates.threshold_at_fmr({reference: groups[reference]}, FMRS[0])
+    every = {**shared, f"{reference} at FMR {FMRS[0]:g}": own, "--threshold": given}
+    return {name: threshold for name, threshold in every.items() if threshold is not None}
+
+
 def at(groups: rates.Groups, threshold: float, identified: Identified) -> dict[str, At]:
     """Returns the error rates of each group at a threshold on the squared distance."""
     found = {}

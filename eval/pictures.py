@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from utils.storage.files import replaced
 
-# Okabe and Ito's palette is safe for colour-blind readers; markers and line styles keep groups distinct in grey.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+# Okabe and Ito's palette is safe for colour-blind readers; markers and line styles keep groups distinct in grey. Olive
+# is in the place of its yellow, of which lines are hardly seen on white and, inverted, on black.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999933", "#000000")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 DPI = 130  # of the PNG files

@@ -28,7 +28,7 @@ METHOD = (
     f"95 % intervals over seeds and pairs: 2.5th to 97.5th percentile of {RESAMPLES:,} draws. Each draw is the mean "
     "over the seeds on pairs resampled within fold and label, the same pairs for all seeds and models, plus the "
     "standard error over the seeds times a draw from Student's t with (number of seeds - 1) degrees of freedom. "
-    f"{SMOOTHED}"
+    f"Pairs are taken as independent of each other, also where their identities are known. {SMOOTHED}"
 )
 Key = tuple[str, ...]  # setting, teachers' network, kind and name of a model
 
@@ -99,6 +99,9 @@ class Seeds:
         if minus is not None:
             values, drawn = values - self.values[:, minus, column], drawn - self._drawn[:, :, minus, column]
         bounds = over_both(values, drawn, self._t) if self._has_interval[column] else (np.nan, np.nan)
+        if minus is None:  # t has heavy tails for few seeds: bounds may lie beyond what an accuracy or an STD can be
+            low, high = np.clip(bounds, 0, np.inf if self.columns[column] == "STD" else 100).tolist()
+            bounds = low, high
         return Estimate(float(values.mean()), *bounds)
 
     def tables(self) -> dict[str, Table]:

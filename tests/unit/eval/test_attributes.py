@@ -35,6 +35,18 @@ def test_groups_and_crossings_have_their_rates():
     assert row[10].value == np.mean(together[here & same] >= threshold)
     assert "Too small to be reported (below 100 pairs of a kind): 3 of 8 groups." in table.notes
     assert any(note.startswith("Smallest group: ") and "0 genuine" in note for note in table.notes)
+    without = 2 * int(np.sum(SAME["A"][:10]))
+    assert (
+        f"{without} of {same.sum():,} genuine pairs have no gender, or two: they are in no group of it." in table.notes
+    )
+    assert not any("no age, or two" in note for note in table.notes)
+    assert "Clopper-Pearson intervals of independent pairs." in table.notes[1]
+    people = np.array(
+        [(f"p{k // 4}", f"p{k // 4}" if one else f"q{k // 4}") for k, one in enumerate(SAME["A"])], object
+    )
+    known = Results(results.models, SAME, True, identities=dict.fromkeys(GROUPS, people))
+    said = by_attribute.table(known, {name: {"age": age} for name in GROUPS}).notes[0]
+    assert "Clopper-Pearson intervals; identities that pairs share lower the effective numbers." in said
     assert by_attribute.table(results, {"A": {}, "B": {}}) is None
     partly = by_attribute.table(results, {"A": {"gender": gender}, "B": {}})
     assert not partly.rows

@@ -135,6 +135,8 @@ def test_failures_to_acquire_are_counted_by_group(tmp_path):
     low, high = Sampled(Rate(3, 200)).interval
     assert table.rows[0] == ("A", "200", Rate(3, 200), Estimate(0.015, low, high))
     assert [row[0] for row in table.rows] == ["A", "B"]
+    assert table.notes[:2] == ("Note.", "acquisition.csv has no count of C.")
+    assert len(acquisition.table(tmp_path, ["A", "B"], ()).notes) == 1
     assert acquisition.table(tmp_path, ["C"], ()).notes == (other,)
     for text, sentence in (
         ("group,images\n", "must have the columns group,images,failed"),

@@ -159,6 +159,7 @@ def test_fairlearn_gets_decisions(tmp_path):
             "y_true,y_score,identity_1,identity_2\n1,0.5,a,b\n",
             "pair 0 is genuine, but has the identities a and b",
         ),
+        ("y_true,y_score,identity_1,identity_2\n1,0.5,a,a\n0,0.1,a,\n", "line 3: identity_2 is empty: name it"),
         ("", "is empty: set scores to a file of scores"),
         ("y_true,y_score\n", "no group has 10 genuine and 10 impostor pairs"),
         ("y_true,y_score\n" + 5 * "1,0.9\n" + 50 * "0,0.1\n", "no group has 10 genuine and 10 impostor pairs"),
@@ -177,6 +178,21 @@ def test_fairlearn_gets_decisions(tmp_path):
 def test_bad_files_are_refused_in_one_sentence(tmp_path, text, sentence):
     with pytest.raises(InputError, match=sentence):
         read(tmp_path, text)
+
+
+def test_impostor_pairs_of_one_identity_are_counted(tmp_path):
+    rows = [f"{k % 2},{0.9 if k % 2 else 0.1},a{k},{f'b{k}' if k % 2 == 0 and k > 4 else f'a{k}'}" for k in range(40)]
+    theirs = read(tmp_path, "\n".join(["y_true,y_score,identity_1,identity_2", *rows]))
+    assert "Impostor pairs of one identity: 3 of 20, kept as impostors." in theirs.notes
+    assert not any("of one identity" in note for note in read(tmp_path, favfa()).notes)
+
+
+def test_scores_of_several_models_on_the_same_pairs_have_one_digest(tmp_path):
+    one, other = read(tmp_path, favfa()), read(tmp_path, favfa().replace(",0.", ",1."))
+    assert one.scored.weights != other.scored.weights
+    assert one.sets["all"].digest == other.sets["all"].digest
+    assert one.sets["all"].digest != read(tmp_path, favfa().replace("p3_0001", "p3_0009")).sets["all"].digest
+    assert one.sets["all"].digest != read(tmp_path, bob()).sets["all"].digest
 
 
 def test_line_ends_quotes_and_a_mark_of_utf_8_do_not_matter(tmp_path):

@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from eval.identities import Ends
 from eval.intervals import Sampled
-from eval.operating import Identified, at, check_reference, points, reference_of
+from eval.operating import Identified, at, check_reference, marked, points, reference_of
 from eval.rates import error_rates
 from utils.errors import InputError
 from utils.tables import Rate
@@ -104,3 +104,14 @@ def test_bad_points_are_refused():
     check_reference(["A"], None)
     with pytest.raises(InputError, match="reference_group = 'D': there is only A and nothing to compare: leave it out"):
         check_reference(["A"], "D")
+
+
+def test_pictures_mark_the_thresholds_that_the_pairs_resolve():
+    random = np.random.default_rng(0)
+    same = np.arange(8000) % 2 == 0
+    groups = {name: (random.normal(1.8 - same, 0.2), same) for name in ("A", "B")}
+    own = next(point.threshold for point in points(groups, "B") if point.name == "B at FMR 0.001")
+    found = marked({"FMR 0.01": 1.1, "FMR 0.001": None}, groups, "B", 1.25)
+    assert found == {"FMR 0.01": 1.1, "B at FMR 0.001": own, "--threshold": 1.25}
+    few = {name: (distance[:100], labels[:100]) for name, (distance, labels) in groups.items()}
+    assert marked({"best accuracy": 1.2}, few, "B", None) == {"best accuracy": 1.2}

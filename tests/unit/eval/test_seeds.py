@@ -65,6 +65,21 @@ def test_means_deviations_and_differences_over_seeds(tmp_path, capsys):
     assert row["Sure"] == "True"
 
 
+def test_intervals_end_where_accuracies_and_an_std_end(tmp_path):
+    for k, gap in enumerate((1.1, 1.6)):  # far apart, and two seeds have the widest t
+        write_evaluation(tmp_path / f"seed{k}", k, (gap, gap))
+    seeds = Seeds([read_training(tmp_path / f"seed{k}") for k in range(2)], resamples=200)
+    assert seeds.columns == ("A", "B", "Average", "STD")
+    accuracies = [seeds.estimate(0, column) for column in range(3)]
+    assert all(one.high == 100 and 0 <= one.low < one.value < 100 for one in accuracies)
+    std = seeds.estimate(0, 3)
+    assert std.low == 0 < std.value < std.high
+    write_evaluation(tmp_path / "other", 5, (0.9, 0.9))
+    write_evaluation(tmp_path / "another", 6, (0.9, 0.2))
+    compared = Seeds([read_training(tmp_path / name) for name in ("other", "another")], resamples=200)
+    assert compared.estimate(0, 3, minus=1).low < 0  # a difference may be negative
+
+
 def test_a_model_that_not_all_folders_have_is_left_out_and_named(tmp_path):
     for k, rows in enumerate((ROWS, ROWS[:1])):
         write_evaluation(tmp_path / str(k), k, rows=rows)
