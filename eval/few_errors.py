@@ -24,6 +24,11 @@ class FewErrors:
         self._wrong, self._ends = wrong, ends
         self._rates = [[self._rate(one, s) for s, one in enumerate(of_model)] for of_model in wrong]
 
+    @property
+    def are_many(self) -> bool:
+        """Tells whether no model has few errors on a set."""
+        return not any(_is_few(one) for row in self._rates for one in row)
+
     def smoothed(self, samples: np.ndarray) -> np.ndarray:
         """Returns the accuracies (resamples, models, sets) with half an error more on average in sets with few errors.
 

@@ -13,6 +13,7 @@ from eval.identities import Ends
 from eval.indices import INDICES
 from eval.scores import Scored
 from eval.uncertainty import (
+    EXACT,
     FEWEST_PAIRS,
     NARROW_PAIRS,
     by_chance,
@@ -144,7 +145,9 @@ class Results:
         notes = ["Accuracy in percent: mean of ten folds, threshold from the nine others, of each set by itself."]
         if self.has_spread:
             header += ("STD", "SER", "Within chance")
-            notes.append("STD has ddof 1. Within chance: these pairs show no unfairness (see the table of chance).")
+            notes.append(
+                "STD has ddof 1. Within chance, yes: these pairs show no unfairness (see the table of chance)."
+            )
         for one in self.models:
             average, std, ser = summary(self._whole(one))
             if said := self.collapsed(one):
@@ -186,11 +189,13 @@ class Results:
                 cells.append(self._estimate(std, interval(stds(samples))))
             rows.append((*names_of(one), *cells))
         header = (*NAMES, *self._columns, "Average", *(("STD",) if self.has_spread else ()))
-        notes = [method(self.ends)]
         counts = [fewest(labels) for name, labels in self.same.items() if name not in self.few]
+        notes = [method(self.ends)] if counts else []
+        if counts and not self._few_errors.are_many:
+            notes.append(EXACT)
         if counts and (count := min(counts)) < NARROW_PAIRS:
             notes.append(f"Too narrow: a fold has only {count} pairs of a kind to draw from.")
-        if self.has_spread:
+        if self.has_spread and not self.has_few:
             notes.append("STD: the variance that resampling pairs adds on average is subtracted.")
         return Table("95 % intervals", header, rows, len(NAMES), self._notes(*notes))
 
@@ -213,7 +218,7 @@ class Results:
             "Sure: zero is outside the 95 % interval of the difference, on the same pairs for both models. For STD "
             "this is conservative: the difference of two fair models is sure in at most 1 of 100 cases."
         )
-        return Table("Differences", header, rows, 2, self._notes(note, method(self.ends)), is_printed=False)
+        return Table("Differences", header, rows, 2, self._notes(note, method(self.ends), EXACT), is_printed=False)
 
     def _estimate(self, value: float, bounds: tuple[float, float]) -> Estimate:
         """Returns a value over all sets with its interval; without one if a set has too few pairs."""

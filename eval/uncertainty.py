@@ -25,18 +25,18 @@ with 2 (a set of 40 pairs) 29 %, and with 1 (a set of 20) they have no width at 
 """
 NARROW_PAIRS = 10  # of each kind in a fold, under which a note says that intervals are too narrow: by 5 % with 10
 TOLERANCE = 1e-9  # equal values that are computed in two ways differ by rounding
-_EXACT = (
-    f" {SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "
+EXACT = (
+    f"{SMOOTHED} Intervals then hold the exact ones too: of a set (Clopper-Pearson), of the average (Fay-Feuer), of "
     "differences of two models from the pairs that one of them decides wrongly (Zou-Donner)."
 )
 METHOD = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on pairs resampled with replacement, "
     "within each fold and separately for genuine and impostor pairs, with thresholds chosen again for each. Pairs are "
-    f"taken as independent of each other, since the sets do not contain identities.{_EXACT}"
+    "taken as independent of each other, since the sets do not contain identities."
 )
 METHOD_OF_IDENTITIES = (
     f"95 % intervals: 2.5th to 97.5th percentile of {RESAMPLES:,} accuracies on resampled identities, both ends of a "
-    f"pair, with thresholds chosen again for each; the spread is that of sums over pairs that share identities.{_EXACT}"
+    "pair, with thresholds chosen again for each; the spread is that of sums over pairs that share identities."
 )
 
 

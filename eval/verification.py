@@ -187,7 +187,7 @@ def collapsed(distances: dict[str, np.ndarray], same: dict[str, np.ndarray]) -> 
     if not found:
         return ""
     return (
-        "is collapsed, its embeddings are closer together than the protocol's thresholds (5th to 95th percentile of "
+        "is collapsed, its distances are closer together than the protocol's thresholds (5th to 95th percentile of "
         f"the squared distances, accuracy by the protocol, and at the exact best threshold: {'; '.join(found)})."
     )
 

@@ -243,7 +243,7 @@ def test_a_collapsed_network_is_said_with_the_accuracy_at_the_exact_threshold(cf
     near = np.where(same, 0.001, 0.003) * np.random.default_rng(0).uniform(0.9, 1.1, 200)
     assert accuracy(near, same) == 50
     said = collapsed({"A": near, "B": 400 * near}, {"A": same, "B": same})
-    assert said.startswith("is collapsed, its embeddings are closer together than the protocol's thresholds")
+    assert said.startswith("is collapsed, its distances are closer together than the protocol's thresholds")
     assert said.endswith("A: distances 0.00092 to 0.0033, accuracy 50.00, 100.00).")
     assert collapsed({"B": 400 * near}, {"B": same}) == ""
     assert collapsed({"A": near}, {"A": np.ones(200, bool)}).endswith("accuracy 100.00, 100.00).")  # of one kind
