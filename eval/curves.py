@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from scipy.special import ndtr, ndtri
 
 from eval import rates
 from eval.pictures import COLOURS, LINES, MARKERS, legend_below, save, shape_of
@@ -194,7 +194,7 @@ def _label(value: float, _) -> str:
 def _normal_deviates(axes: Axes, which: str, limits: tuple[float, float]) -> None:
     """Scales the axis "x" or "y" by the inverse of the normal distribution, as the DET curve of Martin et al., 1997."""
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
-    getattr(axes, f"set_{which}scale")("function", functions=(_deviate, _share))
+    getattr(axes, f"set_{which}scale")("function", functions=(_deviate, ndtr))
     axes.set(**{f"{which}lim": limits})
     ticks: list[float] = []
     apart = APART * np.ptp(_deviate(np.array(limits)))
@@ -207,11 +207,7 @@ def _normal_deviates(axes: Axes, which: str, limits: tuple[float, float]) -> Non
 
 
 def _deviate(share: np.ndarray) -> np.ndarray:
-    return torch.special.ndtri(torch.as_tensor(np.clip(share, 1e-12, 1 - 1e-12), dtype=torch.float64)).numpy()
-
-
-def _share(deviate: np.ndarray) -> np.ndarray:
-    return torch.special.ndtr(torch.as_tensor(np.asarray(deviate), dtype=torch.float64)).numpy()
+    return ndtri(np.clip(share, 1e-12, 1 - 1e-12))
 
 
 def _thresholds_shown(curves: dict[str, Curve], shared: dict[str, float]) -> tuple[float, float]:
