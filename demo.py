@@ -34,7 +34,7 @@ STAGES = (
     ("KD_alone.py", "--num_epoch 14"),
     ("KD_CEL.py", "--num_epoch 14"),
     ("KD_AdaDistill.py", "--num_epoch 14"),
-    ("-m eval.evaluation", "--report"),
+    ("-m eval.evaluation", "--report --corrections"),
 )
 
 

@@ -1,6 +1,6 @@
 """Operating points as deployers set them: a threshold from one group, from all, from the worst, or a given number."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from utils.errors import InputError
 from utils.tables import RULE_OF_THREE
 
 FMRS = (1e-3, 1e-4)
+FMR_OF_FEW = 1e-2  # given too where the impostor pairs of the reference group are too few for the first of FMRS
 RATIO_NOTE = (
     "The ratios are to the reference group, with the interval of the ratio of two independent rates; none where either "
     "rate has fewer than three errors."
@@ -52,12 +53,13 @@ class Identified:
 def points(groups: rates.Groups, reference: str, given: float | None = None) -> list[Point]:
     """Returns the operating points of a model whose distances and labels by group are `groups`.
 
-    At each of FMRS: the largest threshold at which the FMR of the reference group, of all groups together, or of every
-    single group is at most this; a single set has one such threshold. `given` is a further threshold; raises InputError
-    if it decides every pair alike.
+    At each of FMRS, and at FMR_OF_FEW if the reference group does not resolve them: the largest threshold at which the
+    FMR of the reference group, of all groups together, or of every single group is at most this; a single set has one
+    such threshold. `given` is a further threshold; raises InputError if it decides every pair alike.
     """
     found = []
-    for fmr in FMRS:
+    has_few = rates.threshold_at_fmr({reference: groups[reference]}, FMRS[0]) is None
+    for fmr in (FMR_OF_FEW, *FMRS) if has_few else FMRS:
         together = rates.threshold_at_fmr(groups, fmr)
         if len(groups) == 1:
             found.append(Point(f"FMR {fmr:g}", together))
@@ -103,9 +105,10 @@ def at(groups: rates.Groups, threshold: float, identified: Identified) -> dict[s
     return found
 
 
-def too_few(missing: Iterable[str], impostors: int | None) -> str:
+def too_few(missing: Collection[str], impostors: int | None) -> str:
     """Returns the note on the points that the pairs do not resolve; `impostors` is their number if none is resolved."""
-    counts = ", ".join(f"{RULE_OF_THREE / fmr:,.0f} for FMR {fmr:g}" for fmr in FMRS)
+    fmrs = [fmr for fmr in (FMR_OF_FEW, *FMRS) if any(name.endswith(f"FMR {fmr:g}") for name in missing)]
+    counts = ", ".join(f"{RULE_OF_THREE / fmr:,.0f} for FMR {fmr:g}" for fmr in fmrs)
     needed = f"The impostor pairs needed for a threshold are {counts}"
     if impostors is None:
         return f"Too few impostor pairs for: {', '.join(missing)}. {needed}."

@@ -27,6 +27,7 @@ from tests.runs import GROUPS, ROOT, arguments, run_script
 from tests.unit.eval.test_verification import plain_loop_of
 from utils.data.columns import to_network
 from utils.data.faces import Faces
+from utils.data.identities import sidecar_of
 from utils.data.pairs import load_bin
 from utils.storage.tensors import load, save
 from utils.training.engine import infer
@@ -247,7 +248,8 @@ def test_a_stopped_evaluation_resumes(trained, tmp_path, monkeypatch):
     seen.clear()
     path = cfg.pairs_file("Asian")
     pairs = shutil.copytree(path.parent, tmp_path / "pairs")
-    shutil.copy(cfg.pairs_file("Indian"), pairs / path.name)
+    for file in (cfg.pairs_file("Indian"), sidecar_of(cfg.pairs_file("Indian"))):
+        shutil.copy(file, pairs / file.name.replace("Indian", "Asian"))
     run_script("eval.evaluation", [*given, "--pairs", str(pairs)])
     assert {title.split()[0] for title in seen} == {"Asian"}
 

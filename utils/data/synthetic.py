@@ -17,8 +17,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from utils.data.identities import write_identities
 from utils.data.store import SIZE
 from utils.errors import InputError
+from utils.storage.files import sha256
 
 MARKER = "GENERATED.txt"
 """Marks a folder of generated faces; tables and pictures made from it are labelled as generated."""
@@ -43,8 +45,9 @@ def generate(
     """Writes <folder>/train/<group>/<identity>/<image>.jpg and <folder>/pairs/<group>_test.bin.
 
     Each of up to four groups gets `identities` x `images` training images, and `pairs` verification pairs of other
-    identities (a multiple of 20: ten folds, in each the genuine pairs first). A folder made with the same arguments is
-    kept. Raises InputError for bad arguments, and for a folder of anything but generated faces.
+    identities (a multiple of 20: ten folds, in each the genuine pairs first), with their names in a file beside. A
+    folder made with the same arguments is kept. Raises InputError for bad arguments, and for a folder of anything but
+    generated faces.
     """
     if not 1 <= len(groups) <= len(ATTRIBUTES) or pairs % (2 * FOLDS) or min(identities, images, pairs) < 1:
         raise InputError("Faces are generated for one to four groups, with a multiple of 20 pairs.")
@@ -86,7 +89,11 @@ def generate(
             for two in drawn:
                 faces += two
                 bar.update(2)
-            (partial / "pairs" / f"{name}_test.bin").write_bytes(pickle.dumps((faces, same), protocol=2))
+            path = partial / "pairs" / f"{name}_test.bin"
+            path.write_bytes(pickle.dumps((faces, same), protocol=2))
+            ends = [f"{'abcd'[group]}-pair{k:04}" for k in range(pairs)]
+            both = [(one, one if same[k] else f"{one}-other") for k, one in enumerate(ends)]
+            write_identities(path, sha256(path), both)
     for part in ("train", "pairs"):
         (partial / part / MARKER).write_text(recipe)
     os.replace(partial, folder)

@@ -51,18 +51,27 @@ def test_operating_points_have_their_rates_and_ratios(results):
     assert any("since the identities are not known" in note for note in table.notes)
 
 
+def every(step):
+    """Returns the results of one model on every `step`-th pair."""
+    one = scored("short", 1, {"A": 0.8, "B": 0.8})
+    one = replace(one, distances={name: one.distances[name][::step] for name in GROUPS})
+    return Results([one], {name: labels[::step] for name, labels in SAME.items()}, True)
+
+
 def test_a_threshold_that_no_pair_resolves_is_said_with_the_pairs_that_it_needs():
-    same = {name: labels[::5] for name, labels in SAME.items()}
-    short = [scored("short", 1, {"A": 0.8, "B": 0.8})]
-    short = [replace(one, distances={name: one.distances[name][::5] for name in GROUPS}) for one in short]
-    results = Results(short, same, True)
-    operating = Audit(results).tables()["operating"]
+    operating = Audit(every(20)).tables()["operating"]
     assert not operating.rows
     assert operating.notes[-1] == (
-        "The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001; there are 800: give "
-        "one with --threshold."
+        "The impostor pairs needed for a threshold are 300 for FMR 0.01, 3,000 for FMR 0.001, 30,000 for FMR 0.0001; "
+        "there are 200: give one with --threshold."
     )
-    assert {row[4] for row in Audit(results, threshold=1.0).tables()["operating"].rows} == {"given"}
+    assert {row[4] for row in Audit(every(20), threshold=1.0).tables()["operating"].rows} == {"given"}
+
+
+def test_few_pairs_get_thresholds_at_a_larger_rate():
+    results = every(5)  # 400 impostor pairs of each group
+    operating = Audit(results, "B").tables()["operating"]
+    assert {row[4] for row in operating.rows} == {f"{who} at FMR 0.01" for who in ("all groups", "B", "worst group")}
     rates = results.tables()["rates_FMR_0.001"]
     assert rates.notes[-1] == "A dash: 3,000 impostor pairs are needed to set this threshold."
     assert not any("A dash" in note for note in results.tables()["rates_FMR_0.01"].notes)
@@ -74,7 +83,7 @@ def test_a_single_set_is_compared_with_nothing():
     one = replace(one, distances={"A": one.distances["A"]}, accuracies=one.accuracies[:1])
     tables = Audit(Results([one], same, False), threshold=1.0).tables()
     assert list(tables) == ["one_threshold", "operating", "score_shifts"]
-    assert [row[4] for row in tables["operating"].rows] == ["given"]
+    assert [row[4] for row in tables["operating"].rows] == ["FMR 0.01", "given"]
     for table in tables.values():
         text = table.markdown()
         assert "reference" not in text and "groups" not in text

@@ -221,7 +221,7 @@ def test_the_evaluation_gives_its_tables_of_their_scores(tmp_path, capsys):
     }
     assert not (folder / "operating.md").exists()
     page = capsys.readouterr().out
-    assert "No table operating: The impostor pairs needed for a threshold are 3,000 for FMR 0.001" in page
+    assert "No table operating: The impostor pairs needed for a threshold are 300 for FMR 0.01, 3,000 for" in page
     assert "there are 100: give one with --threshold." in page
     run_script("eval.evaluation", ["--scores", str(path), *output, "--corrections", "true", "--report"])
     said = "No table corrections: it compares groups, and there is a single set."
