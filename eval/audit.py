@@ -71,7 +71,7 @@ class Audit:
             groups, reference = self._results.groups(one), self._reference(one)
             for point in points(groups, reference, self._threshold):
                 if point.threshold is None:
-                    missing[point.name] = None
+                    missing[point.name.replace(f"{reference} at", "reference group at")] = None  # once for all models
                 else:
                     rows += self._rows_at(one, groups, point, reference)
         ratios = ("FMR / reference", "FNMR / reference") if self._compares else ()

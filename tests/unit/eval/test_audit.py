@@ -43,7 +43,9 @@ def test_operating_points_have_their_rates_and_ratios(results):
         assert row["FNMR / reference"] == expected
     assert {row["Threshold"] for row in rows if row["Threshold from"] == "given"} == {1.0}
     assert {row["Group"] for row in rows} == {"A (reference)", "B"}
-    note = "Too few impostor pairs for: A at FMR 0.001, worst group at FMR 0.001, all groups at FMR 0.0001, "
+    note = (
+        "Too few impostor pairs for: reference group at FMR 0.001, worst group at FMR 0.001, all groups at FMR 0.0001, "
+    )
     assert table.notes[-1].startswith(note)
     assert table.notes[-1].endswith(
         ". The impostor pairs needed for a threshold are 3,000 for FMR 0.001, 30,000 for FMR 0.0001."
