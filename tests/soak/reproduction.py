@@ -22,6 +22,7 @@ import reproduce
 from config.config import Config
 from config.registry import ADAPTORS
 from tests.soak.trials import ROOT, Result
+from utils.data.identities import sidecar_of
 from utils.data.synthetic import generate
 from utils.process import guarded
 from utils.stages.paper import Stage, paper
@@ -49,6 +50,7 @@ def generate_faces(faces: Path, groups: tuple[str, ...], pairs: int) -> None:
         path = faces / "pairs" / f"{group}_test.bin"
         images, same = pickle.loads(path.read_bytes())
         path.write_bytes(pickle.dumps((images * (pairs // 20), same * (pairs // 20)), protocol=2))
+        sidecar_of(path).unlink()  # it names the identities of 20 pairs
 
 
 def kills(
@@ -95,7 +97,8 @@ def _run(command: list[str], work: Path, number: int = 0, count: int = 0, later:
         while process.poll() is None and _finished(work / "output" / "reproduce.json") < count:
             time.sleep(0.02)
         time.sleep(later)
-        (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+        if process.poll() is None:  # else its own end is the failure
+            (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
     return process.wait(600), log.read_text()
 
 

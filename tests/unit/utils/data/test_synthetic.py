@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from utils.data.identities import read_identities
 from utils.data.index import scan
 from utils.data.pairs import load_bin
 from utils.data.synthetic import ATTRIBUTES, MARKER, NAMES, draw_face, generate, identity_parameters, is_generated
@@ -51,8 +52,12 @@ def test_the_stages_can_read_the_files(tmp_path):
     index = scan(tmp_path / "x" / "train", ("A", "B"))
     assert len(index.paths) == 12
     assert len(index.identities) == 6
-    pairs = load_bin(tmp_path / "x" / "pairs" / "B_test.bin")
+    path = tmp_path / "x" / "pairs" / "B_test.bin"
+    pairs = load_bin(path)
     assert pairs.same.tolist() == ([True] * 2 + [False] * 2) * 10
+    identities = read_identities(path, pairs.same, pairs.digest)
+    assert ((identities[:, 0] == identities[:, 1]) == pairs.same).all()
+    assert len(np.unique(identities.astype(str))) == 20 + 2 * 20  # no two pairs share one
     assert is_generated(tmp_path / "x" / "train")
     assert "generated" in (tmp_path / "x" / "pairs" / MARKER).read_text()
 
