@@ -17,7 +17,7 @@ def table(folder: Path, groups: list[str], notes: tuple[str, ...]) -> Table | No
 
     Without a row, the last note says why.
     """
-    path, rows = folder / FILE, []
+    path, rows, without = folder / FILE, [], []
     if not path.exists():
         return None
     found = read(path)
@@ -26,11 +26,12 @@ def table(folder: Path, groups: list[str], notes: tuple[str, ...]) -> Table | No
         if images:
             rate = Rate(failed, images)
             rows.append((name, str(images), rate, Sampled(rate).estimate))
+        else:
+            without.append(name)
     header = ("Group", "Images", "Failure to acquire", "Interval")
-    own = (
-        NOTE if rows else f"{FILE} counts images of {', '.join(filter(None, found)) or 'no group'}, not of these sets."
-    )
-    counted = {row[0] for row in rows}
-    without = [name for name in groups if name not in counted] if rows else []
-    missing = (f"{FILE} has no count of {', '.join(without)}.",) if without else ()
-    return Table("Failure to acquire", header, rows, 2, (*notes, *missing, own), 4, is_printed=False)
+    own = [NOTE]
+    if not rows:
+        own = [f"{FILE} counts images of {', '.join(filter(None, found)) or 'no group'}, not of these sets."]
+    elif without:
+        own = [f"{FILE} has no count of {', '.join(without)}.", NOTE]
+    return Table("Failure to acquire", header, rows, 2, (*notes, *own), 4, is_printed=False)

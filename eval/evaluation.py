@@ -292,9 +292,8 @@ def _marked(cfg: Config, results: Results, one: Scored, shared: dict[str, float 
     if not results.of_groups:
         every = {**shared, "--threshold": cfg.threshold if len(results.same) == 1 else None}
         return {name: threshold for name, threshold in every.items() if threshold is not None}
-    groups = {name: (one.distances[name], labels) for name, labels in results.same.items()}
     reference = reference_of(dict(zip(results.same, one.accuracies, strict=True)), cfg.reference_group)
-    return marked(shared, groups, reference, cfg.threshold)
+    return marked(shared, results.groups(one), reference, cfg.threshold)
 
 
 def _logs(cfg: Config) -> dict[str, list[dict]]:

@@ -1,11 +1,12 @@
 """Intervals of models with few errors: resampling pairs cannot draw an error that did not occur."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from eval.identities import Ends
 from eval.intervals import Sampled, mean_of, minus
+from eval.verification import wrong
 
 FEW_ERRORS = 30  # errors of a set under which the percentile interval of resampled pairs is widened
 SMOOTHED = f"In a set with fewer than {FEW_ERRORS} errors each draw has half an error more on average (Jeffreys)."
@@ -23,6 +24,13 @@ class FewErrors:
     def __init__(self, wrong: Sequence[Sequence[np.ndarray]], ends: Sequence[Ends | None]):
         self._wrong, self._ends = wrong, ends
         self._rates = [[self._rate(one, s) for s, one in enumerate(of_model)] for of_model in wrong]
+
+    @classmethod
+    def of(
+        cls, distances: Sequence[Mapping[str, np.ndarray]], same: Mapping[str, np.ndarray], ends: Sequence[Ends | None]
+    ) -> "FewErrors":
+        """Counts the errors of ten folds, from the squared distances (P,) of each model by set, and the labels."""
+        return cls([[wrong(one[name], labels) for name, labels in same.items()] for one in distances], ends)
 
     @property
     def are_many(self) -> bool:

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from eval.verification import THRESHOLDS, Counts, first_above, ten_fold_of, wrong
+from eval.verification import THRESHOLDS, Counts, first_above, wrong
 from utils.data.columns import cut
 from utils.data.pairs import FOLDS, fold_of
 
@@ -151,7 +151,9 @@ def _scaled(
     """Returns the accuracies `draws` (draws,) in percent around that of the original pairs, with the right spread."""
     right = (~wrong(distance, same)).astype(np.float64)
     share = np.bincount(stratum, right, 2 * FOLDS) / np.maximum(sizes, 1)
-    error = (right - share[stratum]) / sizes.reshape(-1, 2).sum(1)[stratum // 2] / FOLDS
+    fold, of_fold = stratum // 2, sizes.reshape(-1, 2).sum(1)
+    error = (right - share[stratum]) / of_fold[fold] / FOLDS
     alone, shared, drawn = ends.variances(error)
     factor = np.sqrt(max(alone, shared) / drawn) if drawn > 0 else 1.0
-    return np.clip(100 * ten_fold_of(distance, same).accuracy.mean() + factor * (draws - draws.mean()), 0, 100)
+    accuracy = 100 * (np.bincount(fold, right) / of_fold).mean()
+    return np.clip(accuracy + factor * (draws - draws.mean()), 0, 100)

@@ -25,7 +25,7 @@ from eval.uncertainty import (
     resampled,
     stds,
 )
-from eval.verification import collapsed, wrong
+from eval.verification import collapsed
 from utils.data.pairs import lacking
 from utils.tables import RULE_OF_THREE, Cell, Estimate, Table
 
@@ -57,8 +57,7 @@ class Results:
         self.of_groups = of_groups and len(same) > 1
         self.accuracies = np.array([one.accuracies for one in models])
         distances = [one.distances for one in models]
-        errors = [[wrong(one[name], labels) for name, labels in same.items()] for one in distances]
-        self._few_errors = FewErrors(errors, [*self.ends.values()])
+        self._few_errors = FewErrors.of(distances, same, [*self.ends.values()])
         drawn = resampled(distances, same, ends=self.ends)
         self._samples = self._few_errors.smoothed(drawn)  # (resamples, models, sets)
         self.intervals = np.array([self._intervals_of(m) for m in range(len(models))])  # (models, sets, 2)

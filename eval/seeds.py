@@ -17,7 +17,7 @@ from eval.fairness import std
 from eval.few_errors import SMOOTHED, FewErrors
 from eval.results import NAMES, file_name
 from eval.uncertainty import FEWEST_PAIRS, RESAMPLES, fewest, interval, resampled, stds
-from eval.verification import accuracy, wrong
+from eval.verification import accuracy
 from utils.data.pairs import lacking
 from utils.errors import InputError
 from utils.process import guarded
@@ -66,23 +66,21 @@ class Seeds:
         self.columns = (*self.sets, "Average", *(("STD",) if np.count_nonzero(self._whole) > 1 else ()))
         few = np.array([fewest(labels) < FEWEST_PAIRS for labels in first.same.values()])
         self._has_interval = [*~few, *[not few[self._whole].any()] * 2]  # by column
-        every = [one.distances[key] for one in trainings for key in self.models]
+        by_seed = [[one.distances[key] for key in self.models] for one in trainings]
+        every = [one for of_seed in by_seed for one in of_seed]
         shape = (self.count, len(self.models), len(self.sets))
         accuracies = np.array([[accuracy(one[name], first.same[name]) for name in self.sets] for one in every])
         accuracies = accuracies.reshape(shape)
         self.values = self._with_summary(accuracies, std(accuracies[..., self._whole]))
         drawn = resampled(every, first.same, resamples=resamples).reshape(resamples, *shape)
         # By seed, since the same errors may occur in all seeds: half an error of its own for each would average out.
-        drawn = np.stack([self._few(one, first.same).smoothed(drawn[:, k]) for k, one in enumerate(trainings)], 1)
+        few_errors = [FewErrors.of(of_seed, first.same, [None] * len(self.sets)) for of_seed in by_seed]
+        drawn = np.stack([one.smoothed(drawn[:, k]) for k, one in enumerate(few_errors)], 1)
         spread = np.stack(
             [stds(one) for one in drawn[..., self._whole].reshape(resamples, len(every), -1).swapaxes(0, 1)]
         )
         self._drawn = self._with_summary(drawn, spread.T.reshape(resamples, *shape[:2]))
         self._t = np.random.default_rng(0).standard_t(self.count - 1, resamples)
-
-    def _few(self, one: Training, same: dict[str, np.ndarray]) -> FewErrors:
-        errors = [[wrong(one.distances[key][name], same[name]) for name in self.sets] for key in self.models]
-        return FewErrors(errors, [None] * len(self.sets))
 
     def _with_summary(self, accuracies: np.ndarray, spread: np.ndarray) -> np.ndarray:
         """Appends the average and, for several sets, the STD `spread` to accuracies (..., sets)."""
