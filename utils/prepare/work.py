@@ -105,7 +105,8 @@ def in_processes(
             pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_initialize)
             stack.callback(pool.shutdown, cancel_futures=True)
             with _interrupts_blocked():  # new processes inherit it: Ctrl-C must not end one while it imports
-                pool.submit(os.getpid)  # starts all of them
+                for _ in range(processes):
+                    pool.submit(os.getpid)  # starts one, since none is idle yet
             lists = map_ahead(pool, functools.partial(_map, function), _batches(items), 4 * processes)
             results = chain.from_iterable(lists)
         try:

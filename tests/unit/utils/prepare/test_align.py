@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import cv2
@@ -690,6 +691,19 @@ def test_few_items_start_no_process():
     """A lambda cannot be pickled, so it would fail in another process."""
     for count in (0, 1, TOGETHER):
         assert [*in_processes(lambda item: -item, range(count), count, "negate", 2)] == [*range(0, -count, -1)]
+
+
+def test_every_process_starts_with_interrupts_blocked(monkeypatch):
+    """Ctrl-C while a process imports would end it with a traceback."""
+    plain, blocked, count = SpawnProcess.start, [], 4 * TOGETHER
+
+    def start(process):
+        blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        plain(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    list(in_processes(abs, range(count), count, "abs", 3))
+    assert blocked == [True] * 3
 
 
 def test_a_killed_process_ends_the_command_with_a_message():
